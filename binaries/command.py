@@ -1,0 +1,67 @@
+"""What every binary does around its own work: flags in, one clear line out on a mistake."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+
+from tff_shadow.errors import UserError
+
+_RECORDED_PACKAGES = (
+  'tff-shadow',
+  'tensorflow',
+  'tensorflow-federated',
+  'tensorflow-datasets',
+  'numpy',
+)
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs `main` under absl: rejects extra arguments, turns `UserError` into exit code 1.
+
+  Ctrl-C ends with exit code 130 and no traceback; anything else keeps its traceback, for it is
+  our mistake.
+  """
+
+  def wrapped(argv: list[str]) -> None:
+    try:
+      if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}: this program takes only --flags')
+      main()
+    except UserError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(1)
+    except KeyboardInterrupt:
+      print('interrupted; what was saved can be continued with --resume', file=sys.stderr)
+      sys.exit(130)
+
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as error:
+      print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+      sys.exit(1)
+
+  app.run(wrapped, flags_parser=parse)
+
+
+def flag_values(module: Any) -> dict[str, Any]:
+  """The values of all flags that `module` defines, ready for JSON."""
+  return {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)}
+
+
+def versions() -> dict[str, str]:
+  """Versions of the packages that decide a run's numbers."""
+  return {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes `value` so that a reader sees either the old file or the whole new one."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + '\n')
+  os.replace(temporary, path)
