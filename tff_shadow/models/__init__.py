@@ -1,0 +1,28 @@
+"""Keras task models: built here, or a user's own."""
+
+from tff_shadow.models.keras_files import (
+  batch_norm_layers,
+  check_model,
+  classification_loss,
+  freeze_batch_norm,
+  load_keras_file,
+  model_from_config,
+  model_to_config,
+  outputs_logits,
+)
+from tff_shadow.models.zoo import MODELS, NORMS, Norm, build_model
+
+__all__ = [
+  'MODELS',
+  'NORMS',
+  'Norm',
+  'batch_norm_layers',
+  'build_model',
+  'check_model',
+  'classification_loss',
+  'freeze_batch_norm',
+  'load_keras_file',
+  'model_from_config',
+  'model_to_config',
+  'outputs_logits',
+]

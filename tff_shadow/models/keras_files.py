@@ -1,0 +1,120 @@
+"""Models as data: a user's own `.keras` file, and the JSON form that observations carry."""
+
+import json
+import pathlib
+from typing import Any
+
+import tensorflow as tf
+
+from tff_shadow.errors import UserError
+
+
+def load_keras_file(
+  path: str, *, image_shape: tuple[int, int, int], num_classes: int
+) -> tf.keras.Model:
+  """Loads a user's model and checks that it fits the data.
+
+  Only the `.keras` format is taken, in safe mode: a Lambda layer in an `.h5` file would run on
+  loading.
+
+  Args:
+    path: The file. The model maps float32 images in [0, 1] to one logit or probability per class.
+    image_shape: (H, W, C) of the data.
+    num_classes: Number of classes of the data.
+
+  Returns:
+    The model with the file's weights.
+
+  Raises:
+    UserError: If the file is missing, of another format, unsafe, or does not fit the data.
+  """
+  if not path.endswith('.keras'):
+    raise UserError(f'--model={path}: only the .keras format is loaded; save with model.save()')
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'--model={path}: no such file')
+  try:
+    model = tf.keras.models.load_model(path, compile=False, safe_mode=True)
+  except Exception as error:  # Keras raises whatever the damaged part raises.
+    raise UserError(f'--model={path}: cannot be loaded ({_first_line(error)})') from error
+  check_model(model, image_shape=image_shape, num_classes=num_classes, source=f'--model={path}')
+  return model
+
+
+def check_model(
+  model: tf.keras.Model, *, image_shape: tuple[int, int, int], num_classes: int, source: str
+) -> None:
+  """Raises `UserError` unless `model` maps [B, *image_shape] to [B, num_classes]."""
+  if len(model.inputs or ()) != 1 or len(model.outputs or ()) != 1:
+    raise UserError(f'{source}: needs exactly one input and one output')
+  if not model.inputs[0].shape[1:].is_compatible_with(image_shape):
+    raise UserError(
+      f'{source}: takes images of shape {tuple(model.inputs[0].shape[1:])}, the data has'
+      f' {tuple(image_shape)}; set --image_size and --color to match'
+    )
+  output_shape = tuple(model.outputs[0].shape)
+  if output_shape[1:] != (num_classes,):
+    raise UserError(
+      f'{source}: gives outputs of shape {output_shape}, the data has {num_classes} classes, so'
+      f' the last layer must have {num_classes} units'
+    )
+  if not model.trainable_variables:
+    raise UserError(f'{source}: has no trainable weights')
+  # Weights are matched by position in updates and observations, which a repeated call would hide.
+  if any(isinstance(layer, tf.keras.layers.Lambda) for layer in model._flatten_layers()):
+    raise UserError(f'{source}: contains a Lambda layer, which is code and is not loaded')
+
+
+def outputs_logits(model: tf.keras.Model) -> bool:
+  """Whether the model's outputs are logits; False for a softmax at the end."""
+  producer = model.outputs[0]._keras_history.layer
+  if isinstance(producer, tf.keras.layers.Softmax):
+    return False
+  activation = getattr(producer, 'activation', None)
+  return activation is not tf.keras.activations.softmax
+
+
+def classification_loss(model: tf.keras.Model) -> tf.keras.losses.Loss:
+  """The mean cross-entropy that all training and all attacks here use."""
+  return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=outputs_logits(model))
+
+
+def model_to_config(model: tf.keras.Model) -> dict[str, Any]:
+  """The architecture as plain JSON values, without weights."""
+  return json.loads(json.dumps(tf.keras.saving.serialize_keras_object(model)))
+
+
+def model_from_config(config: dict[str, Any]) -> tf.keras.Model:
+  """Rebuilds an architecture with undefined weights; never runs code from `config`.
+
+  Raises:
+    UserError: If the config is damaged or holds a layer that would run code.
+  """
+  try:
+    return tf.keras.saving.deserialize_keras_object(config, safe_mode=True)
+  except Exception as error:
+    raise UserError(f'model architecture cannot be rebuilt ({_first_line(error)})') from error
+
+
+def freeze_batch_norm(model: tf.keras.Model) -> int:
+  """Puts every BatchNormalization layer in inference mode for good; returns how many.
+
+  Its statistics then stay what they are and its scale and offset are not trained, as in detection
+  networks. Meant for pretrained models.
+  """
+  layers = batch_norm_layers(model)
+  for layer in layers:
+    layer.trainable = False
+  return len(layers)
+
+
+def batch_norm_layers(model: tf.keras.Model) -> list[tf.keras.layers.BatchNormalization]:
+  """All BatchNormalization layers, nested models included."""
+  return [
+    layer
+    for layer in model._flatten_layers()
+    if isinstance(layer, tf.keras.layers.BatchNormalization)
+  ]
+
+
+def _first_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ""}'

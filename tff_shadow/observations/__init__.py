@@ -1,0 +1,35 @@
+"""The logged rounds: what the server saw, and apart from it the truth for scoring."""
+
+from tff_shadow.observations.files import (
+  load_tensors,
+  read_observation,
+  round_directory_name,
+  save_tensors,
+  write_observation,
+)
+from tff_shadow.observations.schema import (
+  BATCH_NORM_SHARING,
+  BatchNormSharing,
+  ClientObservation,
+  ClientTraining,
+  Observation,
+  WeightArrays,
+)
+from tff_shadow.observations.truth import Truth, read_truth, write_truth
+
+__all__ = [
+  'BATCH_NORM_SHARING',
+  'BatchNormSharing',
+  'ClientObservation',
+  'ClientTraining',
+  'Observation',
+  'Truth',
+  'WeightArrays',
+  'load_tensors',
+  'read_observation',
+  'read_truth',
+  'round_directory_name',
+  'save_tensors',
+  'write_observation',
+  'write_truth',
+]
