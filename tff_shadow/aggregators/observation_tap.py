@@ -1,0 +1,112 @@
+"""A factory that reports, beside the aggregate, every value that reached the server."""
+
+import collections
+
+import tensorflow_federated as tff
+
+# Reservoir sampling keeps every value, in the order of the clients, while it has room.
+MAX_CLIENTS_PER_ROUND = 100_000
+
+
+class ObservationTapFactory(
+  tff.aggregators.WeightedAggregationFactory, tff.aggregators.UnweightedAggregationFactory
+):
+  """Aggregates with an inner factory and logs what an honest-but-curious server sees.
+
+  Put the tap where the server stands: inside every factory that works on the client
+  (`Noise(ObservationTapFactory(Mean))`), so that it logs what leaves the client and no more.
+
+  The state and the result are the inner factory's. The measurements are
+  `OrderedDict(inner=<inner measurements>, observation=OrderedDict(updates=..., [weights=...],
+  aggregate=...))`, where every tensor of `updates` and `weights` has a new first axis with one
+  entry per client, in the order in which the clients' data were given.
+
+  Weighted if the inner factory is.
+  """
+
+  def __init__(
+    self,
+    inner: (
+      tff.aggregators.WeightedAggregationFactory | tff.aggregators.UnweightedAggregationFactory
+    ),
+  ):
+    """Stores the factory whose input is logged."""
+    if not isinstance(
+      inner,
+      (
+        tff.aggregators.WeightedAggregationFactory,
+        tff.aggregators.UnweightedAggregationFactory,
+      ),
+    ):
+      raise TypeError(f'inner must be an aggregation factory, found {type(inner)}')
+    self._inner = inner
+
+  def create(
+    self, value_type: tff.types.Type, weight_type: tff.types.Type | None = None
+  ) -> tff.templates.AggregationProcess:
+    """Creates the process; with `weight_type` a weighted one."""
+    if weight_type is None:
+      return _create_unweighted(self._inner.create(value_type), value_type)
+    return _create_weighted(self._inner.create(value_type, weight_type), value_type, weight_type)
+
+
+def _create_unweighted(
+  inner: tff.templates.AggregationProcess, value_type: tff.types.Type
+) -> tff.templates.AggregationProcess:
+  collect = _collect_fn(collections.OrderedDict(updates=value_type))
+
+  @tff.federated_computation(
+    inner.initialize.type_signature.result, tff.types.FederatedType(value_type, tff.CLIENTS)
+  )
+  def next_fn(state, value):
+    output = inner.next(state, value)
+    collected = collect(tff.federated_zip(collections.OrderedDict(updates=value)))
+    return _output(output, collected, ('updates',))
+
+  return tff.templates.AggregationProcess(inner.initialize, next_fn)
+
+
+def _create_weighted(
+  inner: tff.templates.AggregationProcess, value_type: tff.types.Type, weight_type: tff.types.Type
+) -> tff.templates.AggregationProcess:
+  collect = _collect_fn(collections.OrderedDict(updates=value_type, weights=weight_type))
+
+  @tff.federated_computation(
+    inner.initialize.type_signature.result,
+    tff.types.FederatedType(value_type, tff.CLIENTS),
+    tff.types.FederatedType(weight_type, tff.CLIENTS),
+  )
+  def next_fn(state, value, weight):
+    output = inner.next(state, value, weight)
+    collected = collect(
+      tff.federated_zip(collections.OrderedDict(updates=value, weights=weight))
+    )
+    return _output(output, collected, ('updates', 'weights'))
+
+  return tff.templates.AggregationProcess(inner.initialize, next_fn)
+
+
+def _output(output, collected, names):
+  observation = collections.OrderedDict((name, collected[name]) for name in names)
+  observation['aggregate'] = output.result
+  measurements = tff.federated_zip(
+    collections.OrderedDict(inner=output.measurements, observation=observation)
+  )
+  return tff.templates.MeasuredProcessOutput(output.state, output.result, measurements)
+
+
+def _collect_fn(value_type):
+  return build_collect_from_clients(tff.types.to_type(value_type))
+
+
+def build_collect_from_clients(value_type: tff.types.Type) -> tff.Computation:
+  """Builds `{value_type}@CLIENTS -> stacked@SERVER`, one entry per client in the clients' order."""
+  sampler = tff.aggregators.UnweightedReservoirSamplingFactory(MAX_CLIENTS_PER_ROUND).create(
+    value_type
+  )
+
+  @tff.federated_computation(tff.types.FederatedType(value_type, tff.CLIENTS))
+  def collect(value):
+    return sampler.next(sampler.initialize(), value).result
+
+  return collect

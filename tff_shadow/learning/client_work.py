@@ -1,0 +1,147 @@
+"""Local training of a client, with the statistics of BatchNorm in the update."""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_shadow.aggregators import build_collect_from_clients
+
+ModelFn = Callable[[], tff.learning.models.VariableModel]
+
+
+def is_shared_statistic(variable: Any) -> bool:
+  """Whether a non-trainable variable or its type is sent: floating point only.
+
+  Others (the int64 state of a random generator, a counter) have no mean over clients.
+  """
+  return tf.as_dtype(variable.dtype).is_floating
+
+
+def build_client_work(
+  model_fn: ModelFn,
+  optimizer: tff.learning.optimizers.Optimizer,
+  *,
+  client_weighting: tff.learning.ClientWeighting,
+  share_statistics: bool,
+  metrics_aggregator: Callable[..., Any] | None = None,
+) -> tff.learning.templates.ClientWorkProcess:
+  """Builds the local training of FedAvg.
+
+  Differs from TFF's `build_model_delta_client_work` in two things. With `share_statistics` the
+  update is `OrderedDict(trainable=[...], non_trainable=[...])` and holds the change of the
+  BatchNorm statistics too, which the stock work never sends; without, it is the list of trainable
+  differences, as in the stock work. And the measurements name the clients that were dropped:
+  `non_finite` holds a 0 or 1 per client, in the order of the clients' data.
+
+  As in TFF, an update is *initial minus trained* weights. A client whose update is not finite
+  sends zeros with weight 0, and its metrics are left out.
+
+  Args:
+    model_fn: Builds the model anew at each call; for Keras models the one of
+      `tff.learning.models.from_keras_model`.
+    optimizer: The local optimiser.
+    client_weighting: Weight of a client in the mean.
+    share_statistics: Whether floating-point non-trainable variables are in the update.
+    metrics_aggregator: As in TFF; `tff.learning.metrics.sum_then_finalize` by default.
+
+  Returns:
+    A `ClientWorkProcess` without state.
+  """
+  metrics_aggregator = metrics_aggregator or tff.learning.metrics.sum_then_finalize
+  with tf.Graph().as_default():
+    model = model_fn()
+    if not isinstance(model, tff.learning.models.VariableModel):
+      raise TypeError(f'model_fn must return a tff.learning VariableModel, found {type(model)}')
+    metrics_aggregation = metrics_aggregator(model.metric_finalizers())
+    data_type = tff.types.SequenceType(
+      tff.types.tensorflow_to_type(model.input_spec)
+    )
+    weights_type = tff.learning.models.weights_type_from_model(model)
+
+  @tff.tensorflow.computation(weights_type, data_type)
+  def client_update(initial_weights, dataset):
+    local_model = model_fn()
+
+    @tf.function
+    def train(weights, data):
+      return _train_locally(
+        local_model, optimizer, weights, data, client_weighting, share_statistics
+      )
+
+    return train(initial_weights, dataset)
+
+  collect_flags = build_collect_from_clients(tff.types.TensorType(np.int32))
+
+  @tff.federated_computation
+  def init_fn():
+    return tff.federated_value((), tff.SERVER)
+
+  @tff.federated_computation(
+    init_fn.type_signature.result,
+    tff.types.FederatedType(weights_type, tff.CLIENTS),
+    tff.types.FederatedType(data_type, tff.CLIENTS),
+  )
+  def next_fn(state, weights, client_data):
+    result, metrics, non_finite = tff.federated_map(client_update, (weights, client_data))
+    measurements = tff.federated_zip(
+      collections.OrderedDict(
+        train=metrics_aggregation(metrics), non_finite=collect_flags(non_finite)
+      )
+    )
+    return tff.templates.MeasuredProcessOutput(state, result, measurements)
+
+  return tff.learning.templates.ClientWorkProcess(init_fn, next_fn)
+
+
+def _train_locally(model, optimizer, initial_weights, dataset, client_weighting, share_statistics):
+  """Returns (ClientResult, unfinalized metrics, 1 if the update was not finite)."""
+  weights = tff.learning.models.ModelWeights.from_model(model)
+  tf.nest.map_structure(lambda a, b: a.assign(b), weights, initial_weights)
+  trainable = tuple(weights.trainable)
+
+  def reduce_fn(state, batch):
+    num_examples, optimizer_state = state
+    with tf.GradientTape() as tape:
+      output = model.forward_pass(batch, training=True)
+    gradients = tape.gradient(
+      output.loss, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    optimizer_state, updated = optimizer.next(optimizer_state, trainable, tuple(gradients))
+    tf.nest.map_structure(lambda a, b: a.assign(b), trainable, tuple(updated))
+    return num_examples + tf.cast(output.num_examples, tf.int64), optimizer_state
+
+  optimizer_state = optimizer.initialize(
+    tuple(tf.TensorSpec(v.shape, v.dtype) for v in trainable)
+  )
+  num_examples, _ = dataset.reduce((tf.constant(0, tf.int64), optimizer_state), reduce_fn)
+
+  update = tf.nest.map_structure(tf.subtract, initial_weights.trainable, weights.trainable)
+  if share_statistics:
+    statistics = [
+      initial - trained
+      for initial, trained in zip(
+        initial_weights.non_trainable, weights.non_trainable, strict=True
+      )
+      if is_shared_statistic(trained)
+    ]
+    update = collections.OrderedDict(trainable=update, non_trainable=statistics)
+  finite = tf.reduce_all(
+    [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(update)]
+  )
+  update = tf.nest.map_structure(lambda t: tf.where(finite, t, tf.zeros_like(t)), update)
+  if client_weighting == tff.learning.ClientWeighting.NUM_EXAMPLES:
+    weight = tf.cast(num_examples, tf.float32)
+  else:
+    weight = tf.constant(1.0)
+  weight = tf.where(finite, weight, 0.0)
+  if not finite:
+    model.reset_metrics()
+  return (
+    tff.learning.templates.ClientResult(update=update, update_weight=weight),
+    model.report_local_unfinalized_metrics(),
+    tf.where(finite, 0, 1),
+  )

@@ -1,0 +1,141 @@
+"""Federated averaging that also averages the statistics of BatchNorm."""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_shadow.learning.client_work import ModelFn, build_client_work, is_shared_statistic
+from tff_shadow.observations import BATCH_NORM_SHARING, BatchNormSharing
+
+
+def build_weighted_fed_avg(
+  model_fn: ModelFn,
+  client_optimizer_fn: tff.learning.optimizers.Optimizer,
+  server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+  *,
+  client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
+  model_distributor: tff.learning.templates.DistributionProcess | None = None,
+  model_aggregator: tff.aggregators.WeightedAggregationFactory | None = None,
+  metrics_aggregator: Callable[..., Any] | None = None,
+  batch_norm_sharing: BatchNormSharing = 'aggregate',
+) -> tff.learning.templates.LearningProcess:
+  """Builds FedAvg (McMahan et al. 2017) with a choice of what BatchNorm shares.
+
+  Drop-in for `tff.learning.algorithms.build_weighted_fed_avg`, and the same algorithm for a model
+  without BatchNorm. `batch_norm_sharing` decides what is sent of the running statistics:
+
+  * 'aggregate': clients send their change, the server adds the mean (plain FedAvg of all weights).
+  * 'local': they never leave a client (SiloBN, Andreux et al. 2020); the global model's stay at
+    their initial values, so whoever uses it estimates them on data of their own
+    (`tff_shadow.learning.estimate_batch_norm_statistics`).
+  * 'frozen': `model_fn` has frozen its BatchNorm layers (`tff_shadow.models.freeze_batch_norm`);
+    there is nothing to send.
+
+  Args:
+    model_fn: Builds a `tff.learning.models.VariableModel` anew at each call.
+    client_optimizer_fn: The local optimiser.
+    server_optimizer_fn: The server's; SGD with learning rate 1 by default, that is the mean.
+    client_weighting: Weight of a client in the mean; by default its number of examples.
+    model_distributor: Sends the weights to the clients; a plain broadcast by default.
+    model_aggregator: Aggregates the updates; the weighted mean by default. With 'aggregate' and a
+      model that has statistics the updates are `OrderedDict(trainable, non_trainable)`.
+    metrics_aggregator: As in TFF.
+    batch_norm_sharing: See above.
+
+  Returns:
+    A `LearningProcess`; its client work reports `non_finite`, a flag per client.
+
+  Raises:
+    ValueError: For an unknown `batch_norm_sharing`.
+    TypeError: If the aggregator changes the structure of the update, or is not weighted.
+  """
+  if batch_norm_sharing not in BATCH_NORM_SHARING:
+    raise ValueError(
+      f'batch_norm_sharing must be one of {BATCH_NORM_SHARING}, found {batch_norm_sharing!r}'
+    )
+  server_optimizer_fn = server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0)
+  model_aggregator = model_aggregator or tff.aggregators.MeanFactory()
+
+  @tff.tensorflow.computation
+  def initial_model_weights():
+    return tff.learning.models.ModelWeights.from_model(model_fn())
+
+  weights_type = initial_model_weights.type_signature.result
+  share_statistics = batch_norm_sharing == 'aggregate' and any(
+    is_shared_statistic(member) for member in weights_type.non_trainable
+  )
+  client_work = build_client_work(
+    model_fn,
+    client_optimizer_fn,
+    client_weighting=client_weighting,
+    share_statistics=share_statistics,
+    metrics_aggregator=metrics_aggregator,
+  )
+  client_result = client_work.next.type_signature.result.result.member
+  aggregator = model_aggregator.create(client_result.update, client_result.update_weight)
+  aggregate_type = aggregator.next.type_signature.result.result.member
+  if aggregate_type != client_result.update:
+    raise TypeError(
+      'model_aggregator must keep the structure of the update, found'
+      f' {client_result.update} -> {aggregate_type}'
+    )
+  finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
+    server_optimizer_fn, weights_type
+  )
+  if share_statistics:
+    finalizer = _with_statistics(finalizer, weights_type, client_result.update)
+  return tff.learning.templates.compose_learning_process(
+    initial_model_weights,
+    model_distributor or tff.learning.templates.build_broadcast_process(weights_type),
+    client_work,
+    aggregator,
+    finalizer,
+  )
+
+
+def _with_statistics(
+  finalizer: tff.learning.templates.FinalizerProcess,
+  weights_type: tff.types.StructType,
+  update_type: tff.types.StructType,
+) -> tff.learning.templates.FinalizerProcess:
+  """Extends a finalizer of trainable weights: statistics move by their mean change.
+
+  The server's optimiser has no say in them; a momentum or Adam step could make a variance negative.
+  An update that is not finite leaves them as they are, as it leaves the trainable weights.
+  """
+
+  @tff.tensorflow.computation(weights_type.non_trainable, update_type)
+  def apply_statistics(statistics, update):
+    finite = tf.reduce_all(
+      [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(update)]
+    )
+    changes = iter(update['non_trainable'])
+    return [
+      tf.where(finite, statistic - next(changes), statistic)
+      if is_shared_statistic(statistic)
+      else statistic
+      for statistic in statistics
+    ]
+
+  @tff.federated_computation(
+    finalizer.initialize.type_signature.result,
+    tff.types.FederatedType(weights_type, tff.SERVER),
+    tff.types.FederatedType(update_type, tff.SERVER),
+  )
+  def next_fn(state, weights, update):
+    output = finalizer.next(state, weights, update.trainable)
+    statistics = tff.federated_map(apply_statistics, (weights.non_trainable, update))
+    new_weights = tff.federated_zip(
+      tff.learning.models.ModelWeights(output.result.trainable, statistics)
+    )
+    return tff.templates.MeasuredProcessOutput(output.state, new_weights, output.measurements)
+
+  return tff.learning.templates.FinalizerProcess(
+    finalizer.initialize,
+    next_fn,
+    get_hparams_fn=finalizer.get_hparams,
+    set_hparams_fn=finalizer.set_hparams,
+  )
