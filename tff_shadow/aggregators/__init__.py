@@ -1,8 +1,8 @@
 """`tff.aggregators` factories."""
 
 from tff_shadow.aggregators.observation_tap import (
-  ObservationTapFactory,
   build_collect_from_clients,
+  observation_tap_factory,
 )
 
-__all__ = ['ObservationTapFactory', 'build_collect_from_clients']
+__all__ = ['build_collect_from_clients', 'observation_tap_factory']

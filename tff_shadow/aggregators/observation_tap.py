@@ -8,46 +8,52 @@ import tensorflow_federated as tff
 MAX_CLIENTS_PER_ROUND = 100_000
 
 
-class ObservationTapFactory(
-  tff.aggregators.WeightedAggregationFactory, tff.aggregators.UnweightedAggregationFactory
-):
-  """Aggregates with an inner factory and logs what an honest-but-curious server sees.
+_Factory = tff.aggregators.WeightedAggregationFactory | tff.aggregators.UnweightedAggregationFactory
+
+
+def observation_tap_factory(inner: _Factory) -> _Factory:
+  """Returns a factory that aggregates with `inner` and logs what a curious server sees.
 
   Put the tap where the server stands: inside every factory that works on the client
-  (`Noise(ObservationTapFactory(Mean))`), so that it logs what leaves the client and no more.
+  (`noise(observation_tap_factory(mean))`), so that it logs what leaves the client and no more.
 
   The state and the result are the inner factory's. The measurements are
   `OrderedDict(inner=<inner measurements>, observation=OrderedDict(updates=..., [weights=...],
   aggregate=...))`, where every tensor of `updates` and `weights` has a new first axis with one
   entry per client, in the order in which the clients' data were given.
 
-  Weighted if the inner factory is.
-  """
+  Args:
+    inner: The factory whose input is logged.
 
-  def __init__(
-    self,
-    inner: (
-      tff.aggregators.WeightedAggregationFactory | tff.aggregators.UnweightedAggregationFactory
-    ),
-  ):
-    """Stores the factory whose input is logged."""
-    if not isinstance(
-      inner,
-      (
-        tff.aggregators.WeightedAggregationFactory,
-        tff.aggregators.UnweightedAggregationFactory,
-      ),
-    ):
-      raise TypeError(f'inner must be an aggregation factory, found {type(inner)}')
+  Returns:
+    A weighted factory if `inner` is weighted, else an unweighted one.
+
+  Raises:
+    TypeError: If `inner` is not an aggregation factory.
+  """
+  if isinstance(inner, tff.aggregators.WeightedAggregationFactory):
+    return _WeightedTapFactory(inner)
+  if isinstance(inner, tff.aggregators.UnweightedAggregationFactory):
+    return _UnweightedTapFactory(inner)
+  raise TypeError(f'inner must be an aggregation factory, found {type(inner)}')
+
+
+class _WeightedTapFactory(tff.aggregators.WeightedAggregationFactory):
+  def __init__(self, inner: tff.aggregators.WeightedAggregationFactory):
     self._inner = inner
 
   def create(
-    self, value_type: tff.types.Type, weight_type: tff.types.Type | None = None
+    self, value_type: tff.types.Type, weight_type: tff.types.Type
   ) -> tff.templates.AggregationProcess:
-    """Creates the process; with `weight_type` a weighted one."""
-    if weight_type is None:
-      return _create_unweighted(self._inner.create(value_type), value_type)
     return _create_weighted(self._inner.create(value_type, weight_type), value_type, weight_type)
+
+
+class _UnweightedTapFactory(tff.aggregators.UnweightedAggregationFactory):
+  def __init__(self, inner: tff.aggregators.UnweightedAggregationFactory):
+    self._inner = inner
+
+  def create(self, value_type: tff.types.Type) -> tff.templates.AggregationProcess:
+    return _create_unweighted(self._inner.create(value_type), value_type)
 
 
 def _create_unweighted(
@@ -78,9 +84,7 @@ def _create_weighted(
   )
   def next_fn(state, value, weight):
     output = inner.next(state, value, weight)
-    collected = collect(
-      tff.federated_zip(collections.OrderedDict(updates=value, weights=weight))
-    )
+    collected = collect(tff.federated_zip(collections.OrderedDict(updates=value, weights=weight)))
     return _output(output, collected, ('updates', 'weights'))
 
   return tff.templates.AggregationProcess(inner.initialize, next_fn)

@@ -98,7 +98,7 @@ class LocalWorker:
         env={**os.environ, 'TF_CPP_MIN_LOG_LEVEL': '2'},
         # Ctrl-C reaches only the parent, which then ends the round it is in and stops the worker.
         start_new_session=True,
-        preexec_fn=die_with_parent,  # noqa: PLW1509: one system call, see _LIBC.
+        preexec_fn=die_with_parent,  # One system call, safe after a fork: see _LIBC.
       )
     self._channel = grpc.insecure_channel(f'localhost:{port}', _CHANNEL_OPTIONS)
     self._stub = remote_executor_grpc_stub.RemoteExecutorGrpcStub(self._channel)

@@ -57,9 +57,7 @@ def build_client_work(
     if not isinstance(model, tff.learning.models.VariableModel):
       raise TypeError(f'model_fn must return a tff.learning VariableModel, found {type(model)}')
     metrics_aggregation = metrics_aggregator(model.metric_finalizers())
-    data_type = tff.types.SequenceType(
-      tff.types.tensorflow_to_type(model.input_spec)
-    )
+    data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(model.input_spec))
     weights_type = tff.learning.models.weights_type_from_model(model)
 
   @tff.tensorflow.computation(weights_type, data_type)
@@ -114,18 +112,14 @@ def _train_locally(model, optimizer, initial_weights, dataset, client_weighting,
     tf.nest.map_structure(lambda a, b: a.assign(b), trainable, tuple(updated))
     return num_examples + tf.cast(output.num_examples, tf.int64), optimizer_state
 
-  optimizer_state = optimizer.initialize(
-    tuple(tf.TensorSpec(v.shape, v.dtype) for v in trainable)
-  )
+  optimizer_state = optimizer.initialize(tuple(tf.TensorSpec(v.shape, v.dtype) for v in trainable))
   num_examples, _ = dataset.reduce((tf.constant(0, tf.int64), optimizer_state), reduce_fn)
 
   update = tf.nest.map_structure(tf.subtract, initial_weights.trainable, weights.trainable)
   if share_statistics:
     statistics = [
       initial - trained
-      for initial, trained in zip(
-        initial_weights.non_trainable, weights.non_trainable, strict=True
-      )
+      for initial, trained in zip(initial_weights.non_trainable, weights.non_trainable, strict=True)
       if is_shared_statistic(trained)
     ]
     update = collections.OrderedDict(trainable=update, non_trainable=statistics)

@@ -1,6 +1,5 @@
 """Federated averaging that also averages the statistics of BatchNorm."""
 
-import collections
 from collections.abc import Callable
 from typing import Any
 

@@ -1,0 +1,208 @@
+"""Trains a Keras model with federated averaging and logs what the server saw.
+
+Writes a run directory: config.json, state/, metrics.csv, tensorboard/, observations/, truth/ and,
+at the end, model.keras with the trained global weights and test.json with the metrics of the test
+split.
+"""
+
+import hashlib
+import logging
+import pathlib
+import sys
+import warnings
+
+from absl import flags
+
+from binaries import command, data_flags, run_directory
+from binaries.progress import Progress
+from tff_shadow.errors import UserError
+from tff_shadow.execution import local_worker_context
+from tff_shadow.learning import RoundReport, TrainingRun, TrainingSettings, evaluate
+from tff_shadow.models import MODELS, NORMS, build_model, load_keras_file, model_to_config
+from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining
+
+_RUN_DIR = flags.DEFINE_string('run_dir', None, 'Directory of this run; must be new or empty.')
+_RESUME = flags.DEFINE_bool('resume', False, 'Continue the run in --run_dir.')
+_MODEL = flags.DEFINE_string(
+  'model', 'conv_small', f'One of {", ".join(sorted(MODELS))}, or a path to a .keras file.'
+)
+_NORM = flags.DEFINE_enum('norm', 'none', NORMS, 'Normalisation of the built-in models.')
+_BATCH_NORM_SHARING = flags.DEFINE_enum(
+  'batch_norm_sharing',
+  'aggregate',
+  BATCH_NORM_SHARING,
+  'aggregate: BatchNorm statistics are sent and averaged. local: they never leave a client.'
+  ' frozen: BatchNorm layers are not trained at all.',
+)
+_ROUNDS = flags.DEFINE_integer('rounds', 50, 'Rounds to train.', lower_bound=1)
+_CLIENTS_PER_ROUND = flags.DEFINE_integer(
+  'clients_per_round', None, 'Clients drawn in each round; all by default.', lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Images per local step.', lower_bound=1)
+_LOCAL_EPOCHS = flags.DEFINE_integer(
+  'local_epochs', 1, 'Passes over its images that a client makes in a round.', lower_bound=1
+)
+_MAX_LOCAL_STEPS = flags.DEFINE_integer(
+  'max_local_steps', None, 'Most local steps of a client in a round.', lower_bound=1
+)
+_CLIENT_LEARNING_RATE = flags.DEFINE_float(
+  'client_learning_rate', 0.05, "Learning rate of the clients' SGD.", lower_bound=0.0
+)
+_CLIENT_MOMENTUM = flags.DEFINE_float(
+  'client_momentum', 0.0, "Momentum of the clients' SGD.", lower_bound=0.0, upper_bound=0.999
+)
+_SERVER_LEARNING_RATE = flags.DEFINE_float(
+  'server_learning_rate', 1.0, "Learning rate of the server's SGD.", lower_bound=0.0
+)
+_SERVER_MOMENTUM = flags.DEFINE_float(
+  'server_momentum', 0.0, "Momentum of the server's SGD.", lower_bound=0.0, upper_bound=0.999
+)
+_OBSERVED_ROUNDS = flags.DEFINE_list(
+  'observed_rounds', ['1'], 'Rounds whose observation is written for attacks; empty for none.'
+)
+_SEED = flags.DEFINE_integer(
+  'seed',
+  0,
+  'Decides the initial weights, the partition, client sampling and batch order.',
+  lower_bound=0,
+)
+_EVALUATE_EVERY_ROUNDS = flags.DEFINE_integer(
+  'evaluate_every_rounds', 1, 'Rounds between two evaluations on validation.', lower_bound=1
+)
+_SAVE_EVERY_ROUNDS = flags.DEFINE_integer(
+  'save_every_rounds', 5, 'Rounds between two saved states.', lower_bound=1
+)
+_MAX_CONCURRENT_CLIENTS = flags.DEFINE_integer(
+  'max_concurrent_clients',
+  None,
+  'Clients that train at once; by default one per core.',
+  lower_bound=1,
+)
+
+_MAY_CHANGE = frozenset(
+  {
+    'resume',
+    'run_dir',
+    'rounds',
+    'observed_rounds',
+    'evaluate_every_rounds',
+    'save_every_rounds',
+    'max_concurrent_clients',
+    'data_dir',
+  }
+)
+
+
+def main() -> None:
+  """Trains as the flags say."""
+  if not _RUN_DIR.value:
+    raise UserError('--run_dir is required: a new directory for this run')
+  run_dir = pathlib.Path(_RUN_DIR.value)
+  if not _RESUME.value and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    raise UserError(f'--run_dir={run_dir}: exists already; add --resume or name another')
+  observed_rounds = _parse_observed_rounds()
+  logging.getLogger('tensorflow').setLevel(logging.ERROR)
+  data = data_flags.load_data(seed=_SEED.value)
+  model = _build_model(data)
+  settings = TrainingSettings(
+    rounds=_ROUNDS.value,
+    client_training=ClientTraining(
+      optimizer='sgd',
+      learning_rate=_positive(_CLIENT_LEARNING_RATE),
+      momentum=_CLIENT_MOMENTUM.value,
+      batch_size=_BATCH_SIZE.value,
+      local_epochs=_LOCAL_EPOCHS.value,
+      max_local_steps=_MAX_LOCAL_STEPS.value,
+    ),
+    clients_per_round=_CLIENTS_PER_ROUND.value,
+    server_learning_rate=_positive(_SERVER_LEARNING_RATE),
+    server_momentum=_SERVER_MOMENTUM.value,
+    batch_norm_sharing=_BATCH_NORM_SHARING.value,
+    observed_rounds=observed_rounds,
+    seed=_SEED.value,
+  )
+  training = TrainingRun(
+    data,
+    model,
+    settings,
+    run_dir,
+    evaluate_every_rounds=_EVALUATE_EVERY_ROUNDS.value,
+    save_every_rounds=_SAVE_EVERY_ROUNDS.value,
+  )
+  config = {
+    'program': 'train',
+    'flags': {
+      **command.flag_values(sys.modules[__name__]),
+      **command.flag_values(data_flags),
+    },
+    'dataset': data.name,
+    'data_sha256': data.digest(),
+    'model_sha256': _model_digest(model),
+  }
+  run_directory.claim(run_dir, config, resume=_RESUME.value, may_change=_MAY_CHANGE)
+  with (
+    local_worker_context(
+      log_path=run_dir / 'worker.log', max_concurrent_calls=_MAX_CONCURRENT_CLIENTS.value
+    ),
+    Progress('round', _ROUNDS.value, 'rounds') as progress,
+  ):
+
+    def report(done: RoundReport) -> None:
+      progress.update(done.round_num, _figures(done.metrics))
+
+    training.train(resume=_RESUME.value, report=report)
+  model.save(run_dir / 'model.keras')
+  test = evaluate(model, data.test.float_images(), data.test.labels)
+  command.write_json(run_dir / 'test.json', test)
+  print('test  ' + '  '.join(f'{name} {value:.4f}' for name, value in test.items()))
+  if observed_rounds:
+    print(
+      f'observations of rounds {", ".join(map(str, observed_rounds))} in {run_dir}/observations'
+    )
+
+
+def _build_model(data):
+  arguments = {'image_shape': tuple(data.image_shape), 'num_classes': data.num_classes}
+  if _MODEL.value in MODELS or '.' not in _MODEL.value:
+    return build_model(_MODEL.value, norm=_NORM.value, seed=_SEED.value, **arguments)
+  return load_keras_file(_MODEL.value, **arguments)
+
+
+def _parse_observed_rounds() -> tuple[int, ...]:
+  rounds = set()
+  for text in _OBSERVED_ROUNDS.value:
+    if not text.strip().isdigit() or not 1 <= int(text) <= _ROUNDS.value:
+      raise UserError(
+        f'--observed_rounds={text}: use whole numbers from 1 to --rounds={_ROUNDS.value}'
+      )
+    rounds.add(int(text))
+  return tuple(sorted(rounds))
+
+
+def _positive(flag: flags.FlagHolder) -> float:
+  if not 0 < flag.value < float('inf'):
+    raise UserError(f'--{flag.name}={flag.value}: must be a positive number')
+  return flag.value
+
+
+def _model_digest(model) -> str:
+  digest = hashlib.sha256(repr(model_to_config(model)).encode())
+  for weight in model.get_weights():
+    digest.update(weight.tobytes())
+  return digest.hexdigest()
+
+
+def _figures(metrics: dict[str, float]) -> str:
+  shown = (('loss', 'train/loss'), ('val F1', 'validation/f1'), ('val AUC', 'validation/auc'))
+  return '  '.join(f'{label} {metrics[name]:.4f}' for label, name in shown if name in metrics)
+
+
+def run() -> None:
+  """Console script."""
+  warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+  warnings.filterwarnings('ignore', message='Batch Normalization contains non-trainable')
+  command.run(main)
+
+
+if __name__ == '__main__':
+  run()

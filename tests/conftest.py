@@ -1,0 +1,45 @@
+"""Fixtures that all tests share."""
+
+import os
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import numpy as np
+import pytest
+
+from tff_shadow.data import Examples, FederatedData
+
+
+@pytest.fixture(scope='session')
+def tff_worker():
+  """One TFF worker for all tests that run computations."""
+  from tff_shadow.execution import local_worker_context
+
+  with local_worker_context() as worker:
+    yield worker
+
+
+def make_examples(num_examples, seed, image_shape=(8, 8, 1)):
+  """Two classes that a small model tells apart: bright above or bright below."""
+  rng = np.random.default_rng(seed)
+  labels = (np.arange(num_examples) % 2).astype(np.int32)
+  images = rng.integers(0, 120, (num_examples, *image_shape))
+  half = image_shape[0] // 2
+  for image, label in zip(images, labels, strict=True):
+    image[half * label : half * label + half] += 100
+  regions = np.zeros((num_examples, *image_shape[:2], 1), np.uint8)
+  regions[:, :half] = 255
+  return Examples(images.astype(np.uint8), labels, regions)
+
+
+@pytest.fixture
+def tiny_data():
+  """Three clients with 8, 12 and 16 images of 8 px."""
+  return FederatedData(
+    name='tiny',
+    class_names=('above', 'below'),
+    image_shape=(8, 8, 1),
+    clients={f'client_{k:02d}': make_examples(8 + 4 * k, k) for k in range(3)},
+    validation=make_examples(20, 100),
+    test=make_examples(20, 101),
+  )

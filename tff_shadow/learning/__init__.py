@@ -1,0 +1,26 @@
+"""Federated learning processes and the program that runs them."""
+
+from tff_shadow.learning.client_work import build_client_work
+from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
+from tff_shadow.learning.fed_avg import build_weighted_fed_avg
+from tff_shadow.learning.keras_task import input_spec, keras_model_fn, model_weights
+from tff_shadow.learning.training import (
+  RoundReport,
+  RoundSampler,
+  TrainingRun,
+  TrainingSettings,
+)
+
+__all__ = [
+  'RoundReport',
+  'RoundSampler',
+  'TrainingRun',
+  'TrainingSettings',
+  'build_client_work',
+  'build_weighted_fed_avg',
+  'estimate_batch_norm_statistics',
+  'evaluate',
+  'input_spec',
+  'keras_model_fn',
+  'model_weights',
+]

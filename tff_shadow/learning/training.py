@@ -1,0 +1,338 @@
+"""A federated training run: rounds, evaluation, saved state, logged observations."""
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_shadow.aggregators import observation_tap_factory
+from tff_shadow.data import FederatedData, client_dataset, local_training_order
+from tff_shadow.errors import UserError
+from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
+from tff_shadow.learning.fed_avg import build_weighted_fed_avg
+from tff_shadow.learning.keras_task import keras_model_fn, model_weights
+from tff_shadow.learning.run_state import RunState
+from tff_shadow.models import freeze_batch_norm, model_to_config
+from tff_shadow.observations import (
+  BatchNormSharing,
+  ClientObservation,
+  ClientTraining,
+  Observation,
+  Truth,
+  WeightArrays,
+  round_directory_name,
+  write_observation,
+  write_truth,
+)
+
+# Tags that keep the streams of random numbers of a run apart.
+_CLIENT_SAMPLING, _LOCAL_ORDER = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+  """Everything that decides the numbers of a run besides its data and its initial model.
+
+  Attributes:
+    rounds: Rounds to train.
+    clients_per_round: Clients drawn without replacement in each round; None for all.
+    client_training: The local training.
+    server_learning_rate: Of the server's SGD on the mean update; 1 is plain FedAvg.
+    server_momentum: Its momentum, 0 for none.
+    batch_norm_sharing: See `build_weighted_fed_avg`.
+    observed_rounds: Rounds whose observation is written.
+    seed: Decides client sampling and the order of the local training.
+  """
+
+  rounds: int
+  client_training: ClientTraining
+  clients_per_round: int | None = None
+  server_learning_rate: float = 1.0
+  server_momentum: float = 0.0
+  batch_norm_sharing: BatchNormSharing = 'aggregate'
+  observed_rounds: tuple[int, ...] = (1,)
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalTask:
+  """What one client trains on in one round.
+
+  Attributes:
+    client_id: The client.
+    dataset: Batches of OrderedDict(x, y).
+    truth: Its distinct images, in order of first use.
+    num_steps: Local steps.
+  """
+
+  client_id: str
+  dataset: tf.data.Dataset
+  truth: Truth
+  num_steps: int
+
+
+class RoundSampler:
+  """Draws the clients of a round and their batches; a function of the seed and the round only."""
+
+  def __init__(self, data: FederatedData, settings: TrainingSettings):
+    """Checks that there are enough clients."""
+    self._data = data
+    self._settings = settings
+    wanted = settings.clients_per_round
+    if wanted is not None and not 1 <= wanted <= len(data.clients):
+      raise UserError(
+        f'--clients_per_round={wanted}: the partition has {len(data.clients)} clients'
+      )
+
+  def sample(self, round_num: int) -> list[LocalTask]:
+    """The local tasks of `round_num`, in the order of the data's clients."""
+    ids = list(self._data.clients)
+    chosen = np.arange(len(ids))
+    if self._settings.clients_per_round is not None:
+      rng = np.random.default_rng([self._settings.seed, _CLIENT_SAMPLING, round_num])
+      chosen = np.sort(rng.choice(len(ids), self._settings.clients_per_round, replace=False))
+    return [self._task(ids[index], int(index), round_num) for index in chosen]
+
+  def _task(self, client_id: str, client_index: int, round_num: int) -> LocalTask:
+    local = self._settings.client_training
+    examples = self._data.clients[client_id]
+    rng = np.random.default_rng([self._settings.seed, _LOCAL_ORDER, round_num, client_index])
+    order = local_training_order(
+      len(examples), local.batch_size, local.local_epochs, local.max_local_steps, rng
+    )
+    distinct, first_use = np.unique(order, return_index=True)
+    distinct = distinct[np.argsort(first_use)]
+    used = examples.take(distinct)
+    position = np.empty(len(examples), np.int64)
+    position[distinct] = np.arange(len(distinct))
+    return LocalTask(
+      client_id,
+      # Only what is used travels to the worker.
+      client_dataset(used, position[order], local.batch_size),
+      Truth(used.float_images(), used.labels, used.float_regions()),
+      -(-len(order) // local.batch_size),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundReport:
+  """What a caller may show after a round.
+
+  Attributes:
+    round_num: The round, from 1.
+    seconds: Wall time of the round, evaluation included.
+    metrics: As written to metrics.csv.
+    dropped: Ids of clients whose update was not finite.
+  """
+
+  round_num: int
+  seconds: float
+  metrics: dict[str, float]
+  dropped: tuple[str, ...]
+
+
+class TrainingRun:
+  """Trains `model` on `data` into a run directory.
+
+  Needs a TFF context of this thread (`tff_shadow.execution.local_worker_context`).
+  """
+
+  def __init__(
+    self,
+    data: FederatedData,
+    model: tf.keras.Model,
+    settings: TrainingSettings,
+    run_dir: pathlib.Path,
+    *,
+    evaluate_every_rounds: int = 1,
+    save_every_rounds: int = 5,
+  ):
+    """Builds the processes; nothing runs yet.
+
+    Args:
+      data: The clients and the validation split.
+      model: Architecture and initial weights; changed by `train` to the trained weights.
+      settings: See there.
+      run_dir: Takes state/, metrics.csv, tensorboard/, observations/ and truth/.
+      evaluate_every_rounds: Validation metrics are computed in rounds divisible by it and the last.
+      save_every_rounds: The state is saved in rounds divisible by it and the last.
+    """
+    self._data = data
+    self._model = model
+    self._settings = settings
+    self._run_dir = run_dir
+    self._evaluate_every = evaluate_every_rounds
+    self._save_every = save_every_rounds
+    self._sampler = RoundSampler(data, settings)
+    if settings.batch_norm_sharing == 'frozen':
+      freeze_batch_norm(model)
+    self._initial_weights = model_weights(model)
+    self._process = self._build(tff.aggregators.MeanFactory())
+    # The tap keeps no state, so the two processes exchange theirs; the updates of a round are
+    # collected only where they are logged.
+    self._tapped_process = self._build(observation_tap_factory(tff.aggregators.MeanFactory()))
+    self._run_state = RunState(run_dir / 'state')
+    self._validation_images = data.validation.float_images()
+    self._public_mean_image = self._validation_images.mean(axis=0)
+
+  def train(
+    self, *, resume: bool, report: Callable[[RoundReport], None] = lambda report: None
+  ) -> None:
+    """Runs the rounds that are not done yet; the model then holds the trained weights.
+
+    On Ctrl-C the last finished round is saved before KeyboardInterrupt goes on.
+
+    Args:
+      resume: Continue from the newest saved state instead of the initial weights.
+      report: Called after every round.
+
+    Raises:
+      UserError: If there is no state to resume from, or all clients of a round were dropped.
+    """
+    state, done = self._start(resume)
+    managers = self._release_managers()
+    try:
+      for round_num in range(done + 1, self._settings.rounds + 1):
+        started = time.monotonic()
+        state, metrics, dropped = self._round(state, round_num)
+        if round_num % self._evaluate_every == 0 or round_num == self._settings.rounds:
+          metrics.update(self._validate(state))
+        for manager in managers:
+          asyncio.run(manager.release(metrics, round_num))
+        done = round_num
+        if round_num % self._save_every == 0 or round_num == self._settings.rounds:
+          self._run_state.save(state, round_num)
+        report(RoundReport(round_num, time.monotonic() - started, metrics, dropped))
+    except (KeyboardInterrupt, UserError):
+      self._run_state.save(state, done)
+      raise
+    self._load_into_model(state)
+
+  def _build(self, aggregator: tff.aggregators.WeightedAggregationFactory):
+    settings = self._settings
+    return build_weighted_fed_avg(
+      keras_model_fn(self._model, self._data.image_shape, settings.batch_norm_sharing),
+      tff.learning.optimizers.build_sgdm(
+        settings.client_training.learning_rate, settings.client_training.momentum
+      ),
+      tff.learning.optimizers.build_sgdm(settings.server_learning_rate, settings.server_momentum),
+      model_aggregator=aggregator,
+      batch_norm_sharing=settings.batch_norm_sharing,
+    )
+
+  def _start(self, resume: bool) -> tuple[Any, int]:
+    state = self._process.initialize()
+    if resume:
+      return self._run_state.load_latest(state)
+    state = self._process.set_model_weights(state, self._initial_weights)
+    self._run_state.save(state, 0)
+    return state, 0
+
+  def _release_managers(self) -> list[tff.program.ReleaseManager]:
+    return [
+      tff.program.CSVFileReleaseManager(self._run_dir / 'metrics.csv', key_fieldname='round'),
+      tff.program.TensorBoardReleaseManager(self._run_dir / 'tensorboard'),
+    ]
+
+  def _round(
+    self, state: Any, round_num: int
+  ) -> tuple[Any, collections.OrderedDict, tuple[str, ...]]:
+    tasks = self._sampler.sample(round_num)
+    observed = round_num in self._settings.observed_rounds
+    process = self._tapped_process if observed else self._process
+    output = process.next(state, [task.dataset for task in tasks])
+    work = output.metrics['client_work']
+    flags = np.asarray(work['non_finite'])
+    dropped = tuple(t.client_id for t, flag in zip(tasks, flags, strict=True) if flag)
+    if len(dropped) == len(tasks):
+      raise UserError(
+        f'round {round_num}: the updates of all {len(tasks)} clients were not finite;'
+        ' lower --client_learning_rate'
+      )
+    for client_id in dropped:
+      logging.warning('round %d: the update of %s was not finite; dropped it', round_num, client_id)
+    if observed:
+      self._log(round_num, state, tasks, flags, output.metrics['aggregator']['observation'])
+    metrics = collections.OrderedDict(
+      (f'train/{name}', float(value)) for name, value in sorted(work['train'].items())
+    )
+    metrics['train/dropped_clients'] = float(len(dropped))
+    return output.state, metrics, dropped
+
+  def _validate(self, state: Any) -> dict[str, float]:
+    self._load_into_model(state)
+    metrics = evaluate(self._model, self._validation_images, self._data.validation.labels)
+    return {f'validation/{name}': value for name, value in metrics.items()}
+
+  def _load_into_model(self, state: Any) -> None:
+    tff.learning.models.ModelWeights(
+      list(state.global_model_weights.trainable), list(state.global_model_weights.non_trainable)
+    ).assign_weights_to(self._model)
+    if self._settings.batch_norm_sharing == 'local':
+      estimate_batch_norm_statistics(self._model, self._validation_images)
+
+  def _log(self, round_num, state, tasks, flags, observed) -> None:
+    """Writes the observation of a round, and apart from it the truth."""
+    updates = [_per_client(observed['updates'], index) for index in range(len(tasks))]
+    weights = state.global_model_weights
+    observation = Observation(
+      round_num=round_num,
+      dataset=self._data.name,
+      image_shape=tuple(self._data.image_shape),
+      class_names=self._data.class_names,
+      model_name=self._model.name,
+      model_config=model_to_config(self._model),
+      batch_norm_sharing=self._settings.batch_norm_sharing,
+      client_training=self._settings.client_training,
+      defense={'name': 'none'},
+      global_weights=WeightArrays(
+        tuple(np.asarray(w) for w in weights.trainable),
+        tuple(np.asarray(w) for w in weights.non_trainable),
+      ),
+      clients=tuple(
+        ClientObservation(
+          client_id=task.client_id,
+          num_images=len(task.truth.images),
+          num_steps=task.num_steps,
+          weight=float(weight),
+          update=update,
+          dropped=bool(flag),
+        )
+        for task, update, weight, flag in zip(
+          tasks, updates, observed['weights'], flags, strict=True
+        )
+      ),
+      aggregate=_negated(observed['aggregate']),
+      public_mean_image=self._public_mean_image,
+    )
+    name = round_directory_name(round_num)
+    write_truth(
+      self._run_dir / 'truth' / f'{name}.safetensors',
+      round_num,
+      {task.client_id: task.truth for task in tasks},
+    )
+    write_observation(self._run_dir / 'observations' / name, observation)
+
+
+def _per_client(stacked: Any, index: int) -> WeightArrays:
+  return _negated(tf.nest.map_structure(lambda tensor: tensor[index], stacked))
+
+
+def _negated(update: Any) -> WeightArrays:
+  """From TFF's initial minus trained to the observation's trained minus initial weights."""
+  if isinstance(update, dict):
+    trainable, non_trainable = update['trainable'], update['non_trainable']
+  else:
+    trainable, non_trainable = update, ()
+  return WeightArrays(
+    tuple(-np.asarray(tensor) for tensor in trainable),
+    tuple(-np.asarray(tensor) for tensor in non_trainable),
+  )
