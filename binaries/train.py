@@ -11,6 +11,7 @@ import pathlib
 import sys
 import warnings
 
+import tensorflow_federated as tff
 from absl import flags
 
 from binaries import command, data_flags, run_directory
@@ -102,6 +103,8 @@ def main() -> None:
     raise UserError(f'--run_dir={run_dir}: exists already; add --resume or name another')
   observed_rounds = _parse_observed_rounds()
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
+  # The stock context would start a worker that outlives us, and complains when Python ends.
+  tff.test.set_no_default_context()
   data = data_flags.load_data(seed=_SEED.value)
   model = _build_model(data)
   settings = TrainingSettings(
@@ -199,7 +202,6 @@ def _figures(metrics: dict[str, float]) -> str:
 
 def run() -> None:
   """Console script."""
-  warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
   warnings.filterwarnings('ignore', message='Batch Normalization contains non-trainable')
   command.run(main)
 

@@ -6,15 +6,18 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 import numpy as np
 import pytest
+import tensorflow_federated as tff
 
 from tff_shadow.data import Examples, FederatedData
+from tff_shadow.execution import local_worker_context
+
+# The stock context would start a worker of its own where a test forgets `tff_worker`.
+tff.test.set_no_default_context()
 
 
 @pytest.fixture(scope='session')
 def tff_worker():
   """One TFF worker for all tests that run computations."""
-  from tff_shadow.execution import local_worker_context
-
   with local_worker_context() as worker:
     yield worker
 

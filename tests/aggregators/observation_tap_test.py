@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_federated as tff
 
-from tff_shadow.aggregators import observation_tap_factory, build_collect_from_clients
+from tff_shadow.aggregators import build_collect_from_clients, observation_tap_factory
 
 _VALUE_TYPE = tff.types.to_type(collections.OrderedDict(a=np.float32, b=(np.float32, (2,))))
 _STACKED_TYPE = tff.types.to_type(

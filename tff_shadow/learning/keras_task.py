@@ -51,3 +51,12 @@ def model_weights(model: tf.keras.Model) -> tff.learning.models.ModelWeights:
     [variable.numpy() for variable in model.trainable_variables],
     [variable.numpy() for variable in model.non_trainable_variables],
   )
+
+
+def restore_eager_keras(model: tf.keras.Model) -> None:
+  """Makes `model` callable again after TFF has built its architecture in a graph.
+
+  Keras 2 changes the base of its model classes in place when one is made in a graph, as TFF does,
+  and back when one is made outside; until then models made before raise "invalid state".
+  """
+  model_from_config(model_to_config(model))

@@ -18,7 +18,7 @@ from tff_shadow.data import FederatedData, client_dataset, local_training_order
 from tff_shadow.errors import UserError
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
-from tff_shadow.learning.keras_task import keras_model_fn, model_weights
+from tff_shadow.learning.keras_task import keras_model_fn, model_weights, restore_eager_keras
 from tff_shadow.learning.run_state import RunState
 from tff_shadow.models import freeze_batch_norm, model_to_config
 from tff_shadow.observations import (
@@ -179,6 +179,7 @@ class TrainingRun:
     # The tap keeps no state, so the two processes exchange theirs; the updates of a round are
     # collected only where they are logged.
     self._tapped_process = self._build(observation_tap_factory(tff.aggregators.MeanFactory()))
+    restore_eager_keras(model)
     self._run_state = RunState(run_dir / 'state')
     self._validation_images = data.validation.float_images()
     self._public_mean_image = self._validation_images.mean(axis=0)

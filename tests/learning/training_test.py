@@ -1,0 +1,225 @@
+import csv
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.conftest import make_examples
+from tff_shadow.errors import UserError
+from tff_shadow.learning import RoundSampler, TrainingRun, TrainingSettings, evaluate
+from tff_shadow.models import build_model, classification_loss, model_from_config
+from tff_shadow.observations import ClientTraining, read_observation, read_truth
+
+pytestmark = pytest.mark.usefixtures('tff_worker')
+_SHAPE = (8, 8, 1)
+
+
+def _local(**changes):
+  return ClientTraining(
+    **{
+      'optimizer': 'sgd',
+      'learning_rate': 0.1,
+      'momentum': 0.0,
+      'batch_size': 4,
+      'local_epochs': 1,
+      'max_local_steps': None,
+      **changes,
+    }
+  )
+
+
+def _settings(rounds, local=None, **kwargs):
+  return TrainingSettings(rounds=rounds, client_training=local or _local(), seed=5, **kwargs)
+
+
+def _model(norm='none'):
+  return build_model('conv_small', image_shape=_SHAPE, num_classes=2, norm=norm, seed=1)
+
+
+def _train(data, run_dir, settings, *, resume=False, report=lambda r: None, model=None, **kwargs):
+  model = model or _model()
+  TrainingRun(data, model, settings, run_dir, **kwargs).train(resume=resume, report=report)
+  return model
+
+
+def _rows(run_dir):
+  with (run_dir / 'metrics.csv').open() as file:
+    return list(csv.DictReader(file))
+
+
+def test_learns_the_task(tiny_data, tmp_path):
+  model = _train(tiny_data, tmp_path, _settings(12))
+  test = tiny_data.test
+  assert evaluate(model, test.float_images(), test.labels)['f1'] > 0.9
+  rows = _rows(tmp_path)
+  assert [int(row['round']) for row in rows] == list(range(1, 13))
+  assert float(rows[-1]['validation/f1']) > 0.9
+  assert float(rows[-1]['train/loss']) < float(rows[0]['train/loss'])
+
+
+@pytest.mark.parametrize('norm', ['none', 'batch'])
+def test_observation_is_what_one_local_step_sends(tiny_data, tmp_path, norm):
+  settings = _settings(1, _local(max_local_steps=1))
+  _train(tiny_data, tmp_path, settings, model=_model(norm))
+  observation = read_observation(tmp_path / 'observations' / 'round_00001')
+  truth = read_truth(tmp_path / 'truth' / 'round_00001.safetensors')
+  assert [client.client_id for client in observation.clients] == list(tiny_data.clients)
+  for client in observation.clients:
+    own = truth[client.client_id]
+    assert client.num_images == len(own.images) == 4
+    assert (client.num_steps, client.weight, client.dropped) == (1, 4.0, False)
+    model = model_from_config(observation.model_config)
+    for variable, value in zip(
+      model.trainable_variables, observation.global_weights.trainable, strict=True
+    ):
+      variable.assign(value)
+    before = [v.numpy() for v in model.non_trainable_variables]
+    with tf.GradientTape() as tape:
+      loss = classification_loss(model)(own.labels, model(own.images, training=True))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    # The sign that attacks rely on: trained minus initial, so against the gradient.
+    for sent, gradient in zip(client.update.trainable, gradients, strict=True):
+      np.testing.assert_allclose(sent, -0.1 * gradient, atol=2e-6)
+    for sent, variable, old in zip(
+      client.update.non_trainable, model.non_trainable_variables, before, strict=True
+    ):
+      np.testing.assert_allclose(sent, variable - old, atol=2e-6)
+  weights = [client.weight for client in observation.clients]
+  mean = np.average(
+    [client.update.trainable[0] for client in observation.clients], axis=0, weights=weights
+  )
+  np.testing.assert_allclose(observation.aggregate.trainable[0], mean, atol=1e-7)
+
+
+def test_truth_holds_each_client_image_once_with_its_region(tiny_data, tmp_path):
+  _train(tiny_data, tmp_path, _settings(1, _local(local_epochs=2)))
+  observation = read_observation(tmp_path / 'observations' / 'round_00001')
+  truth = read_truth(tmp_path / 'truth' / 'round_00001.safetensors')
+  for client_id, examples in tiny_data.clients.items():
+    client = observation.client(client_id)
+    assert client.num_images == len(examples)
+    assert client.num_steps == 2 * len(examples) // 4
+    assert client.weight == 2 * len(examples)
+    sent = {image.tobytes() for image in truth[client_id].images}
+    assert sent == {image.tobytes() for image in examples.float_images()}
+    assert truth[client_id].regions.shape == (len(examples), 8, 8, 1)
+
+
+class _StopError(Exception):
+  pass
+
+
+@pytest.mark.parametrize('clients_per_round', [None, 2])
+def test_resumed_run_equals_an_uninterrupted_one(tiny_data, tmp_path, clients_per_round):
+  settings = _settings(6, clients_per_round=clients_per_round, observed_rounds=(1, 5))
+  whole = _train(tiny_data, tmp_path / 'whole', settings, save_every_rounds=2)
+
+  def stop_after_round_five(report):
+    if report.round_num == 5:  # Saved: 4. Round 5 and its row must be done again.
+      raise _StopError
+
+  with pytest.raises(_StopError):
+    _train(tiny_data, tmp_path / 'cut', settings, save_every_rounds=2, report=stop_after_round_five)
+  resumed = _train(tiny_data, tmp_path / 'cut', settings, resume=True, save_every_rounds=2)
+  for actual, wanted in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+  first, second = _rows(tmp_path / 'whole'), _rows(tmp_path / 'cut')
+  assert [row['round'] for row in first] == [row['round'] for row in second]
+  for row, twin in zip(first, second, strict=True):
+    assert float(row['validation/loss']) == pytest.approx(float(twin['validation/loss']), abs=1e-5)
+  truth = [
+    read_truth(tmp_path / name / 'truth' / 'round_00005.safetensors') for name in ('whole', 'cut')
+  ]
+  assert list(truth[0]) == list(truth[1])
+  for client_id in truth[0]:
+    np.testing.assert_array_equal(truth[0][client_id].images, truth[1][client_id].images)
+
+
+def test_ctrl_c_saves_the_last_finished_round(tiny_data, tmp_path):
+  def interrupt(report):
+    if report.round_num == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    _train(tiny_data, tmp_path, _settings(9), save_every_rounds=100, report=interrupt)
+  reports = []
+  _train(tiny_data, tmp_path, _settings(4), resume=True, report=reports.append)
+  assert [report.round_num for report in reports] == [4]
+
+
+def test_damaged_state_falls_back_to_the_one_before(tiny_data, tmp_path, caplog):
+  settings = _settings(4)
+  whole = _train(tiny_data, tmp_path, settings, save_every_rounds=1)
+  for path in (tmp_path / 'state' / 'round_4').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  reports = []
+  with caplog.at_level(logging.WARNING):
+    again = _train(tiny_data, tmp_path, settings, resume=True, report=reports.append)
+  assert [report.round_num for report in reports] == [4]
+  assert 'round 4 is damaged' in caplog.text
+  for actual, wanted in zip(again.get_weights(), whole.get_weights(), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+
+
+def test_no_readable_state_is_one_clear_line(tiny_data, tmp_path):
+  with pytest.raises(UserError, match='no saved state to resume from'):
+    _train(tiny_data, tmp_path, _settings(2), resume=True)
+  _train(tiny_data, tmp_path, _settings(1))
+  for path in (tmp_path / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(b'')
+  with pytest.raises(UserError, match='none of the 2 saved states can be read'):
+    _train(tiny_data, tmp_path, _settings(2), resume=True)
+
+
+def test_dropped_client_is_reported_by_name(tiny_data, tmp_path, monkeypatch, caplog):
+  sample = RoundSampler.sample
+
+  def with_one_bad_client(self, round_num):
+    tasks = sample(self, round_num)
+    bad = tasks[1].dataset.map(lambda batch: {**batch, 'x': batch['x'] * np.float32('nan')})
+    return [tasks[0], dataclasses.replace(tasks[1], dataset=bad), tasks[2]]
+
+  monkeypatch.setattr(RoundSampler, 'sample', with_one_bad_client)
+  reports = []
+  with caplog.at_level(logging.WARNING):
+    model = _train(tiny_data, tmp_path, _settings(1), report=reports.append)
+  assert reports[0].dropped == ('client_01',)
+  assert 'client_01' in caplog.text
+  assert float(_rows(tmp_path)[0]['train/dropped_clients']) == 1
+  observation = read_observation(tmp_path / 'observations' / 'round_00001')
+  assert [client.dropped for client in observation.clients] == [False, True, False]
+  assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
+def test_round_without_a_finite_update_ends_the_run(tiny_data, tmp_path):
+  with pytest.raises(UserError, match='lower --client_learning_rate'):
+    _train(tiny_data, tmp_path, _settings(3, _local(learning_rate=1e30)))
+
+
+def test_sampler_is_a_function_of_seed_and_round(tiny_data):
+  settings = _settings(3, clients_per_round=2)
+
+  def chosen(sampler, round_num):
+    return [(task.client_id, task.truth.images.tobytes()) for task in sampler.sample(round_num)]
+
+  first, second = RoundSampler(tiny_data, settings), RoundSampler(tiny_data, settings)
+  assert [chosen(first, r) for r in (1, 2, 3)] == [chosen(second, r) for r in (1, 2, 3)]
+  assert len({str(chosen(first, r)) for r in (1, 2, 3)}) == 3
+  other = RoundSampler(tiny_data, dataclasses.replace(settings, seed=6))
+  assert chosen(other, 1) != chosen(first, 1)
+
+
+def test_more_clients_than_there_are(tiny_data):
+  with pytest.raises(UserError, match='--clients_per_round=4: the partition has 3'):
+    RoundSampler(tiny_data, _settings(1, clients_per_round=4))
+
+
+def test_validation_of_local_batch_norm_uses_estimated_statistics(tiny_data, tmp_path):
+  data = dataclasses.replace(tiny_data, validation=make_examples(64, 9))
+  settings = _settings(10, batch_norm_sharing='local')
+  _train(data, tmp_path, settings, model=_model('batch'))
+  assert float(_rows(tmp_path)[-1]['validation/f1']) > 0.8
