@@ -1,1 +1,22 @@
+"""Federated image data sets: embedded ones, the TFDS catalogue, manifests, partitions."""
 
+from tff_shadow.data.catalog import EMBEDDED, load, load_manifests
+from tff_shadow.data.examples import Examples
+from tff_shadow.data.federated import FederatedData
+from tff_shadow.data.images import COLORS, MIN_IMAGE_SIZE
+from tff_shadow.data.local_training import client_dataset, local_training_order
+from tff_shadow.data.partition import Partition, partition_indices
+
+__all__ = [
+  'COLORS',
+  'EMBEDDED',
+  'MIN_IMAGE_SIZE',
+  'Examples',
+  'FederatedData',
+  'Partition',
+  'client_dataset',
+  'load',
+  'load_manifests',
+  'local_training_order',
+  'partition_indices',
+]

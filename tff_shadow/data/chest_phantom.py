@@ -13,7 +13,7 @@ class ChestPhantomConfig(tfds.core.BuilderConfig):
   """How many films of which size, from which seed."""
 
   image_size: int = 32
-  num_train: int = 1200
+  num_train: int = 1600
   num_validation: int = 300
   num_test: int = 300
   seed: int = 0

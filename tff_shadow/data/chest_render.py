@@ -55,9 +55,9 @@ class _Anatomy:
     # Single precision: a film has 8 bits, and half the bytes are half the time.
     axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
-    angle = np.deg2rad(rng.normal(0, 2.5))
-    scale_x, scale_y = rng.normal(1.0, 0.05, 2)
-    shift_x, shift_y = rng.normal(0, 0.045, 2)
+    angle = np.deg2rad(rng.normal(0, 2))
+    scale_x, scale_y = rng.normal(1.0, 0.04, 2)
+    shift_x, shift_y = rng.normal(0, 0.035, 2)
     x, y = x - shift_x, y - shift_y
     self.x = (x * np.cos(angle) + y * np.sin(angle)) / scale_x
     self.y = (y * np.cos(angle) - x * np.sin(angle)) / scale_y
@@ -182,10 +182,12 @@ class _Anatomy:
 
 def _lesion(anatomy, field_of_lung, rng):
   """Draws a lesion's place, outline and profile; none of it depends on the label."""
-  weights = np.where(field_of_lung > 0.6, 1.0, 0.0).ravel()
+  # Away from the lung's rim: half a lesion behind heart or diaphragm could not be seen.
+  depth = scipy.ndimage.gaussian_filter(field_of_lung, 0.045 * anatomy.size)
+  weights = (depth > 0.75 * depth.max()).astype(np.float64).ravel()
   place = rng.choice(len(weights), p=weights / weights.sum())
   cx, cy = anatomy.x.ravel()[place], anatomy.y.ravel()[place]
-  radius = np.exp(rng.uniform(np.log(0.11), np.log(0.26)))
+  radius = np.exp(rng.uniform(np.log(0.15), np.log(0.32)))
   squeeze, turn = rng.uniform(0.75, 1.0), rng.uniform(0, np.pi)
   dx, dy = anatomy.x - cx, anatomy.y - cy
   u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
@@ -195,7 +197,7 @@ def _lesion(anatomy, field_of_lung, rng):
     for order in (2, 3, 4, 5)
   )
   rho = np.hypot(u, v / squeeze) / (radius * np.clip(1 + lobes, 0.6, 1.4))
-  softness = rng.uniform(0.25, 0.8)
+  softness = rng.uniform(0.4, 0.95)
   ramp = np.clip((1 - rho) / softness, 0, 1)
   return rho < 1, ramp * ramp * (3 - 2 * ramp)
 
@@ -217,9 +219,9 @@ def render(size: int, has_lesion: bool, rng: np.random.Generator) -> Film:
   body, lungs, heart = anatomy.body(), anatomy.lungs(), anatomy.heart()
   air = lungs * (1 - 0.93 * heart)
   outline, profile = _lesion(anatomy, air, rng)
-  contrast = rng.uniform(0.16, 0.34)
+  contrast = rng.uniform(0.3, 0.55)
   grain = size * factor
-  marks = anatomy.vessels() + 0.22 * _texture(body.shape, grain * 0.02, rng)
+  marks = anatomy.vessels() + 0.16 * _texture(body.shape, grain * 0.02, rng)
   density = 0.60 * body
   density += 0.10 * heart * body + 0.08 * anatomy.abdomen() * body
   density -= rng.normal(0.42, 0.03) * air * body

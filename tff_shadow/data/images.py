@@ -1,0 +1,101 @@
+"""Reading images and bringing them to one size and one number of channels."""
+
+import pathlib
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from tff_shadow.data import dicom
+from tff_shadow.errors import UserError
+
+COLORS = ('native', 'gray', 'rgb')
+# Below this, models with a few pooling steps and the attacks' metrics have nothing to work on.
+MIN_IMAGE_SIZE = 16
+
+
+def check_size_and_color(image_size: int, color: str) -> None:
+  """Raises UserError unless both settings make sense."""
+  if image_size < MIN_IMAGE_SIZE:
+    raise UserError(f'image size {image_size} is too small: use at least {MIN_IMAGE_SIZE} px')
+  if color not in COLORS:
+    raise UserError(f'color {color!r} is unknown: use one of {", ".join(COLORS)}')
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+  """Reads PNG, JPEG or what else Pillow reads, and DICOM (*.dcm), as uint8 [H, W, 1 or 3].
+
+  Images of more than 8 bits are scaled from their own minimum and maximum. Transparency is
+  dropped.
+
+  Raises:
+    UserError: the file is missing, damaged or holds no image. It does not name the file: the
+      caller knows how the user called it.
+  """
+  if not path.is_file():
+    raise UserError('there is no such file')
+  if path.suffix.lower() in ('.dcm', '.dicom'):
+    return dicom.read_dicom(path)
+  try:
+    with Image.open(path) as opened:
+      opened.load()
+      if opened.mode[0] in 'IF':
+        return _scale(np.asarray(opened, np.float64))[..., None]
+      gray = opened.mode in ('1', 'L', 'LA')
+      return _with_channels(np.asarray(opened.convert('L' if gray else 'RGB')))
+  except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    raise UserError(f'not a readable image ({error})') from error
+
+
+def _scale(pixels):
+  low, high = pixels.min(), pixels.max()
+  if not (np.isfinite(low) and np.isfinite(high) and high > low):
+    raise UserError('the image has a single grey value or none that is finite')
+  return np.round((pixels - low) / (high - low) * 255).astype(np.uint8)
+
+
+def _with_channels(pixels):
+  return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def fit(image: np.ndarray, image_size: int) -> np.ndarray:
+  """Returns `image` (uint8 [H, W, 1 or 3]) as uint8 [image_size, image_size, same channels].
+
+  The longer side is scaled to the image size by an antialiasing bicubic filter, the shorter side
+  by the same factor, and the rest is filled with black on both sides: anatomy is neither cut off
+  nor stretched.
+  """
+  height, width, channels = image.shape
+  if (height, width) == (image_size, image_size):
+    return image
+  factor = image_size / max(height, width)
+  new = (max(1, round(width * factor)), max(1, round(height * factor)))
+  pillow = Image.fromarray(image[..., 0] if channels == 1 else image)
+  scaled = _with_channels(np.asarray(pillow.resize(new, Image.Resampling.BICUBIC)))
+  result = np.zeros((image_size, image_size, channels), np.uint8)
+  top, left = (image_size - new[1]) // 2, (image_size - new[0]) // 2
+  result[top : top + new[1], left : left + new[0]] = scaled
+  return result
+
+
+def to_gray(image: np.ndarray) -> np.ndarray:
+  """Returns uint8 [H, W, 1]: luma (ITU-R 601) of a colour image, a grey one unchanged."""
+  if image.shape[-1] == 1:
+    return image
+  return np.asarray(Image.fromarray(image).convert('L'))[..., None]
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+  """Returns uint8 [H, W, 3]: a grey image three times, a colour one unchanged."""
+  return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
+
+
+def stack(images: list[np.ndarray], color: str) -> np.ndarray:
+  """Stacks images of one size into uint8 [N, H, W, C].
+
+  C is 1 for the color 'gray', 3 for 'rgb'; for 'native' it is 3 if any image has colour.
+  """
+  if color == 'native':
+    color = 'rgb' if any(image.shape[-1] == 3 for image in images) else 'gray'
+  convert = to_gray if color == 'gray' else to_rgb
+  return np.stack([convert(image) for image in images])
