@@ -16,7 +16,9 @@ THREAT_MODEL = [
 
 def photographs(count: int, size: int, channels: int, seed: int = 0) -> np.ndarray:
   """Random crops, float32 [count, size, size, channels] in [0, 1]."""
-  sources = [data.retina(), data.immunohistochemistry()] if channels == 3 else [data.moon()]
+  sources = (
+    [data.retina(), data.immunohistochemistry()] if channels == 3 else [data.camera(), data.coins()]
+  )
   generator = np.random.default_rng(seed)
   crops = []
   for index in range(count):
@@ -53,14 +55,19 @@ def write_run(
   failed: tuple[str, ...] = (),
   regions: bool = True,
   labels_source: str = 'inferred',
+  blind: bool = False,
   seed: int = 0,
 ) -> pathlib.Path:
-  """One image per target; the reconstructions are the truth with noise from low to high."""
+  """One image per target; the reconstructions are the truth with noise from low to high.
+
+  With `blind` they are the mean image with noise, so nothing of the truth.
+  """
   truths = photographs(targets, size, channels, seed)
   masks = ellipse_regions(targets, size) if regions else np.ones_like(truths[..., :1])
-  attacked = noisy(truths, np.linspace(*deviations, targets), seed + 1)
   guess = np.random.default_rng(seed + 2).random(truths.shape).astype(np.float32)
   mean_image = np.broadcast_to(truths.mean(axis=(0, 1, 2)), truths.shape).astype(np.float32)
+  seen = mean_image if blind else truths
+  attacked = noisy(seen, np.linspace(*deviations, targets), seed + 1)
   truth, reconstructions, records = {}, {}, []
   for index in range(targets):
     name, one = f'client_{index:02d}', slice(index, index + 1)
