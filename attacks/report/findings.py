@@ -159,9 +159,7 @@ def find(
       f'{subject}: the attack rebuilt images clearly better than any guess made without the '
       f'update, {count} of {total} by 6 dB or more. They must be taken as disclosed.'
     ),
-    'partly_leaked': (
-      f'{subject}: the update disclosed part of what the images show: {reason}.'
-    ),
+    'partly_leaked': (f'{subject}: the update disclosed part of what the images show: {reason}.'),
     'not_beyond_guess': (
       f'{subject}: on {total} images, this attack showed nothing of the pictures beyond what '
       'could be guessed without the update. Another attack might.'
@@ -200,9 +198,26 @@ def _numbers(scores: list[ImageScore]) -> str:
 def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
   """One entry of summary.json.
 
-  Intervals are {'mean', 'ci95_low', 'ci95_high', 'n'}; the ends are null for fewer than 2 values.
-  'metrics' holds one for each set and metric, over the images that have it; 'margin' holds one for
-  each metric against the better control by its mean, with a failed image as 0.
+  An interval is {'mean', 'ci95_low', 'ci95_high', 'n'}; the ends are null for fewer than 2 values.
+
+  run, attack: Names of the directories.
+  dataset, model, defense, round, observation, batch_norm_sharing, threat_model: As the attack says.
+  image_shape: [H, W, C]. targets, images: How many clients, and true images of theirs.
+  failed, unmatched: Images without a result; see `ImageScore.status`.
+  empty_regions: Images without region metrics.
+  leaked_images: As `leaked_images`.
+  labels_inferred: {'correct', 'of'}; null where the attack was told the labels.
+  metrics: {'attack', 'prior_only', 'mean_image'} -> metric (a field of `Quality`) -> interval over
+    the images that have it.
+  identified: The fields of `Identification`.
+  better_control: The control with the higher mean PSNR.
+  margin: {'psnr', 'region_psnr', 'ssim', 'region_ssim'} -> interval of attack minus better control
+    (by the mean of that metric), where an image without a result counts as 0.
+  margin_per_image_control: The PSNR margin against whichever control is better on each image.
+  gate: {'line', 'passed'}, of `attacks.scoring.gate`.
+  verdict, finding, numbers: One of `VERDICTS`, and two sentences.
+  seconds: Time the attack took, all targets together.
+  training: {'rounds', 'last': {column: {'round', 'value'}}}; null without metrics.csv.
   """
   config, scores = attack.result.config, attack.scores
   finding = find(scores, attack.identification, config)
