@@ -1,0 +1,1 @@
+"""Reads run directories and builds the page that shows what an attack recovered."""

@@ -1,0 +1,110 @@
+"""Pictures of the page, as data URIs and SVG paths: nothing that it must load from elsewhere."""
+
+import base64
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib import figure, ticker
+from PIL import Image
+from skimage import measure
+
+from attacks.report.reading import Training
+
+# Error maps: a perceptually even colour map, over the same range on every map of every report.
+ERROR_COLORMAP = 'magma'
+ERROR_RANGE = 0.5
+_CURVE_COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
+
+
+def image_uri(image: np.ndarray) -> str:
+  """PNG data URI of an image [H, W, C] in [0, 1], one pixel to one pixel."""
+  pixels = np.clip(np.rint(np.asarray(image, np.float64) * 255), 0, 255).astype(np.uint8)
+  return _png_uri(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def error_uri(reconstruction: np.ndarray, truth: np.ndarray) -> str:
+  """PNG data URI of the absolute error, averaged over channels; colours end at `ERROR_RANGE`."""
+  error = np.abs(np.asarray(reconstruction, np.float64) - truth).mean(axis=-1)
+  return _png_uri(_colors(error / ERROR_RANGE))
+
+
+def error_scale_uri() -> str:
+  """PNG data URI of the error maps' colour bar, from 0 at the left to `ERROR_RANGE`."""
+  return _png_uri(_colors(np.linspace(0, 1, 256)[None].repeat(8, axis=0)))
+
+
+def region_path(region: np.ndarray) -> str:
+  """SVG path, in pixels of the image, round the part of `region` [H, W, 1] above one half.
+
+  Empty where the region is empty or the whole image: there is no outline to draw.
+  """
+  inside = np.asarray(region[..., 0], np.float64)
+  if inside.min() > 0.5 or inside.max() <= 0.5:
+    return ''
+  # A margin of zeros closes contours that reach the border of the image.
+  contours = measure.find_contours(np.pad(inside, 1), 0.5)
+  height, width = inside.shape
+  parts = []
+  for contour in contours:
+    # Contours run through pixel centres; the margin shifted them by one pixel.
+    ys = np.clip(contour[:, 0] - 0.5, 0, height)
+    xs = np.clip(contour[:, 1] - 0.5, 0, width)
+    parts.append('M' + 'L'.join(f'{x:.2f} {y:.2f}' for x, y in zip(xs, ys, strict=True)) + 'Z')
+  return ''.join(parts)
+
+
+def curve_groups(training: Training) -> list[tuple[str, dict[str, list[float | None]]]]:
+  """Losses, and scores between 0 and 1, apart; at most six curves each, in file order."""
+  losses, shares = {}, {}
+  for name, values in training.curves.items():
+    known = [value for value in values if value is not None]
+    if 'loss' in name.lower():
+      losses[name] = values
+    elif min(known) >= 0 and max(known) <= 1:
+      shares[name] = values
+  groups = [('loss', losses), ('score, 0 to 1', shares)]
+  limit = len(_CURVE_COLORS)
+  return [(title, dict(list(curves.items())[:limit])) for title, curves in groups if curves]
+
+
+def training_uri(training: Training, dark: bool) -> str | None:
+  """PNG data URI of the training curves; None where metrics.csv has neither losses nor scores."""
+  groups = curve_groups(training)
+  if not groups:
+    return None
+  ink, grid = ('#d6dae0', '#3a414b') if dark else ('#2b323b', '#dfe3e8')
+  plot = figure.Figure(figsize=(4.6 * len(groups), 3.0), dpi=160, layout='constrained')
+  for axes, (title, curves) in zip(
+    np.atleast_1d(plot.subplots(1, len(groups))), groups, strict=True
+  ):
+    for color, (name, values) in zip(_CURVE_COLORS, curves.items(), strict=False):
+      points = [
+        point for point in zip(training.rounds, values, strict=True) if point[1] is not None
+      ]
+      axes.plot(*zip(*points, strict=True), color=color, label=name, linewidth=1.8, marker='.')
+    axes.set_facecolor('none')
+    axes.set_xlabel('round', color=ink)
+    axes.set_title(title, color=ink, fontsize=10, loc='left')
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.tick_params(colors=ink, labelsize=9)
+    axes.grid(color=grid, linewidth=0.8)
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, labelcolor=ink, fontsize=9)
+  buffer = io.BytesIO()
+  plot.savefig(buffer, format='png', transparent=True, metadata={'Software': None})
+  return _uri(buffer.getvalue())
+
+
+def _colors(values: np.ndarray) -> np.ndarray:
+  return matplotlib.colormaps[ERROR_COLORMAP](np.clip(values, 0, 1), bytes=True)[..., :3]
+
+
+def _png_uri(pixels: np.ndarray) -> str:
+  buffer = io.BytesIO()
+  Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format='PNG', optimize=True)
+  return _uri(buffer.getvalue())
+
+
+def _uri(png: bytes) -> str:
+  return 'data:image/png;base64,' + base64.b64encode(png).decode('ascii')

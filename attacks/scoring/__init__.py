@@ -1,0 +1,1 @@
+"""How close reconstructions come to the truth. The only code that opens the truth files."""

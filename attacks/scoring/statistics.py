@@ -1,0 +1,74 @@
+"""Means over images with 95 % confidence intervals."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """A mean and its 95 % confidence interval.
+
+  Attributes:
+    mean: None where there are no values.
+    low: Lower end; None where `n` < 2, for one value says nothing of its spread.
+    high: Upper end; None as above.
+    n: Number of values.
+  """
+
+  mean: float | None
+  low: float | None
+  high: float | None
+  n: int
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+  """Student's t interval: mean +- t(0.975, n - 1) * s / sqrt(n).
+
+  Raises:
+    ValueError: If a value is not finite.
+  """
+  values = _checked(values)
+  count = len(values)
+  if count == 0:
+    return Interval(None, None, None, 0)
+  mean = float(values.mean())
+  if count == 1:
+    return Interval(mean, None, None, 1)
+  half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values))
+  return Interval(mean, mean - half, mean + half, count)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 9999) -> Interval:
+  """Bias-corrected and accelerated bootstrap interval (Efron 1987), for skewed values.
+
+  Raises:
+    ValueError: If a value is not finite.
+  """
+  values = _checked(values)
+  plain = mean_interval(values)
+  if plain.n < 2:
+    return plain
+  if np.ptp(values) == 0:
+    # The acceleration is 0/0 here, and every resample has the same mean.
+    return Interval(plain.mean, plain.mean, plain.mean, plain.n)
+  interval = stats.bootstrap(
+    (values,),
+    np.mean,
+    n_resamples=resamples,
+    confidence_level=CONFIDENCE,
+    method='BCa',
+    random_state=np.random.default_rng(seed),
+  ).confidence_interval
+  return Interval(plain.mean, float(interval.low), float(interval.high), plain.n)
+
+
+def _checked(values: Sequence[float]) -> np.ndarray:
+  values = np.asarray(values, np.float64).reshape(-1)
+  if not np.isfinite(values).all():
+    raise ValueError('values must be finite: count missing values apart, before taking a mean')
+  return values

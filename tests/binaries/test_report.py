@@ -1,0 +1,70 @@
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.attacks import synthetic_run
+
+
+def _run(*flags):
+  # A process of its own: absl's flags are global, and the binaries share some names.
+  return subprocess.run(
+    [sys.executable, '-m', 'binaries.report', *map(str, flags)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+def _assert_error(done, *parts):
+  assert done.returncode == 1
+  assert len(done.stderr.strip().splitlines()) == 1
+  for part in ('error: ', *parts):
+    assert part in done.stderr
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+  return synthetic_run.write_run(tmp_path / 'run', targets=3, size=8)
+
+
+def test_writes_report_and_scores_and_keeps_them(run_dir):
+  done = _run(f'--run_dir={run_dir}', '--max_images=2', '--title=My title')
+  assert done.returncode == 0, done.stderr
+  summary = json.loads((run_dir / 'summary.json').read_text())
+  assert summary['headline'] in done.stdout
+  assert summary['title'] == 'My title'
+  assert 'My title' in (run_dir / 'report.html').read_text()
+  with (run_dir / 'attacks/pixels/scores.csv').open(newline='') as file:
+    assert [row['target'] for row in csv.DictReader(file)] == [f'client_0{i}' for i in range(3)]
+  before = (run_dir / 'report.html').read_bytes()
+  _assert_error(_run(f'--run_dir={run_dir}'), 'report.html', '--overwrite')
+  assert (run_dir / 'report.html').read_bytes() == before
+  done = _run(f'--run_dir={run_dir}', '--overwrite')
+  assert done.returncode == 0, done.stderr
+  assert (run_dir / 'report.html').read_bytes() != before
+
+
+def test_several_runs_on_one_page(run_dir, tmp_path):
+  other = synthetic_run.write_run(tmp_path / 'other', dataset='chest', targets=2, size=8)
+  flags = [f'--run_dir={run_dir}', f'--run_dir={other}']
+  _assert_error(_run(*flags), '--output_dir is missing')
+  done = _run(*flags, f'--output_dir={tmp_path / "report"}')
+  assert done.returncode == 0, done.stderr
+  summary = json.loads((tmp_path / 'report/summary.json').read_text())
+  assert [entry['dataset'] for entry in summary['attacks']] == ['retina', 'chest']
+  assert not (run_dir / 'report.html').exists()
+
+
+def test_mistakes_take_one_line(run_dir, tmp_path):
+  _assert_error(_run(), '--run_dir is missing')
+  _assert_error(_run(f'--run_dir={tmp_path / "absent"}'), 'directory not found')
+  _assert_error(_run(f'--run_dir={run_dir}', f'--run_dir={run_dir}/'), 'twice')
+  _assert_error(_run(f'--run_dir={run_dir}', '--max_images=0'), 'max_images')
+  _assert_error(_run(f'--run_dir={run_dir}', 'extra'), "'extra'")
+  (run_dir / 'truth/round_00001.safetensors').unlink()
+  _assert_error(_run(f'--run_dir={run_dir}'), 'round_00001.safetensors: file not found')
+  assert not (run_dir / 'report.html').exists()
