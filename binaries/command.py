@@ -4,11 +4,12 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from tff_shadow.errors import UserError
 
@@ -29,6 +30,8 @@ def run(main: Callable[[], None]) -> None:
   """
 
   def wrapped(argv: list[str]) -> None:
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)
     try:
       if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}: this program takes only --flags')
@@ -53,6 +56,13 @@ def run(main: Callable[[], None]) -> None:
 def flag_values(module: Any) -> dict[str, Any]:
   """The values of all flags that `module` defines, ready for JSON."""
   return {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)}
+
+
+def command_line() -> str:
+  """The command that runs now, as one would type it."""
+  program = pathlib.Path(sys.argv[0])
+  name = f'python -m binaries.{program.stem}' if program.suffix == '.py' else program.name
+  return shlex.join([*name.split(), *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from binaries.command import versions, write_json
+from binaries.command import command_line, versions, write_json
 from tff_shadow.errors import UserError
 
 _CONFIG = 'config.json'
@@ -45,7 +45,7 @@ def claim(
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
       raise UserError(f'--run_dir={run_dir}: exists already; add --resume or name another')
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**config, 'versions': versions()})
+    _write(path, config)
     return
   before = read_config(run_dir)
   for name, value in config['flags'].items():
@@ -57,4 +57,8 @@ def claim(
       raise UserError(
         f'--resume: {name} of the run is {before.get(name)!r}, now it would be {value!r}'
       )
-  write_json(path, {**config, 'versions': versions()})
+  _write(path, config)
+
+
+def _write(path: pathlib.Path, config: dict[str, Any]) -> None:
+  write_json(path, {**config, 'command': command_line(), 'versions': versions()})

@@ -175,12 +175,13 @@ class TrainingRun:
     if settings.batch_norm_sharing == 'frozen':
       freeze_batch_norm(model)
     self._initial_weights = model_weights(model)
-    self._process = self._build(tff.aggregators.MeanFactory())
     # The tap keeps no state, so the two processes exchange theirs; the updates of a round are
     # collected only where they are logged.
-    self._tapped_process = self._build(observation_tap_factory(tff.aggregators.MeanFactory()))
+    observed = set(settings.observed_rounds) & set(range(1, settings.rounds + 1))
+    mean = tff.aggregators.MeanFactory()
+    self._tapped_process = self._build(observation_tap_factory(mean)) if observed else None
+    self._process = self._build(mean) if len(observed) < settings.rounds else self._tapped_process
     restore_eager_keras(model)
-    self._run_state = RunState(run_dir / 'state')
     self._validation_images = data.validation.float_images()
     self._public_mean_image = self._validation_images.mean(axis=0)
 
@@ -198,7 +199,8 @@ class TrainingRun:
     Raises:
       UserError: If there is no state to resume from, or all clients of a round were dropped.
     """
-    state, done = self._start(resume)
+    run_state = RunState(self._run_dir / 'state')
+    state, done = self._start(run_state, resume)
     managers = self._release_managers()
     try:
       for round_num in range(done + 1, self._settings.rounds + 1):
@@ -210,10 +212,10 @@ class TrainingRun:
           asyncio.run(manager.release(metrics, round_num))
         done = round_num
         if round_num % self._save_every == 0 or round_num == self._settings.rounds:
-          self._run_state.save(state, round_num)
+          run_state.save(state, round_num)
         report(RoundReport(round_num, time.monotonic() - started, metrics, dropped))
     except (KeyboardInterrupt, UserError):
-      self._run_state.save(state, done)
+      run_state.save(state, done)
       raise
     self._load_into_model(state)
 
@@ -229,12 +231,12 @@ class TrainingRun:
       batch_norm_sharing=settings.batch_norm_sharing,
     )
 
-  def _start(self, resume: bool) -> tuple[Any, int]:
+  def _start(self, run_state: RunState, resume: bool) -> tuple[Any, int]:
     state = self._process.initialize()
     if resume:
-      return self._run_state.load_latest(state)
+      return run_state.load_latest(state)
     state = self._process.set_model_weights(state, self._initial_weights)
-    self._run_state.save(state, 0)
+    run_state.save(state, 0)
     return state, 0
 
   def _release_managers(self) -> list[tff.program.ReleaseManager]:
