@@ -15,6 +15,7 @@ from tff_shadow.observations import load_tensors, save_tensors
 _FORMAT = 'tff-shadow-attack-checkpoint'
 _VERSION = '1'
 _KEY = 'restart_images'
+_SCALARS = ('iteration', 'loss', 'best_loss')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint | None:
     numbers = json.loads(metadata['checkpoint'])
     return Checkpoint(
       target=numbers['target'],
-      state=SolverState(*(tf.constant(tensors[f'state/{name}']) for name in SolverState._fields)),
+      state=_state(tensors),
       restart_losses=tuple(numbers['restart_losses']),
       restart_images=tuple(
         tensors[name] for name in sorted(tensors) if name.startswith(_KEY + '/')
@@ -83,3 +84,11 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint | None:
     raise UserError(
       f'{path}: damaged ({type(error).__name__}: {error}); delete it to start over'
     ) from error
+
+
+def _state(tensors: dict[str, np.ndarray]) -> SolverState:
+  fields = {name: tensors[f'state/{name}'] for name in SolverState._fields}
+  for name in _SCALARS:
+    # The file holds scalars as vectors of one.
+    fields[name] = fields[name].reshape(())
+  return SolverState(**{name: tf.constant(value) for name, value in fields.items()})

@@ -1,0 +1,158 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from attacks.config import AttackConfig
+from attacks.engine import attack_observation
+from attacks.results import read_results, write_results
+from attacks.threat_model import threat_model, warnings
+from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
+from tff_shadow.errors import UserError
+from tff_shadow.observations import WeightArrays
+
+_SHORT = AttackConfig(iterations=60, restarts=2, xla='off')
+
+
+@pytest.fixture(scope='module')
+def observation():
+  images = smooth_images(2)
+  return play_round(small_model(), [(images[:1], [1]), (images[1:], [0])])
+
+
+def test_recovers_images_far_better_than_the_controls(observation):
+  config = AttackConfig(iterations=300, xla='off')
+  results = attack_observation(observation, config)
+  for result, image, label in zip(results, smooth_images(2), (1, 0), strict=True):
+    quality = {name: psnr(found[0], image) for name, found in result.reconstructions.items()}
+    assert result.status == 'ok'
+    assert result.labels == (label,)
+    assert quality['attack'] > 25
+    assert quality['attack'] > max(quality['prior_only'], quality['mean_image']) + 6
+    for found in result.reconstructions.values():
+      assert found.dtype == np.float32
+      assert found.min() >= 0
+      assert found.max() <= 1
+
+
+def test_chooses_by_its_own_loss_and_returns_the_image_of_that_loss(observation):
+  result = attack_observation(observation, _SHORT, ['client_01'])[0]
+  assert len(result.restart_losses) == 2
+  assert result.restart_losses[0] != result.restart_losses[1]
+  assert result.loss == min(result.restart_losses)
+  assert result.restart_losses[result.chosen_restart] == result.loss
+
+
+def test_control_does_not_look_at_the_update(observation):
+  client = observation.clients[0]
+  other = dataclasses.replace(
+    client, update=WeightArrays(tuple(2 - 3 * array for array in client.update.trainable))
+  )
+  changed = dataclasses.replace(observation, clients=(other, *observation.clients[1:]))
+  a, b = (
+    attack_observation(o, _SHORT, ['client_00'], labels={'client_00': [1]})[0].reconstructions
+    for o in (observation, changed)
+  )
+  np.testing.assert_array_equal(a['prior_only'], b['prior_only'])
+  assert np.abs(a['attack'] - b['attack']).max() > 0.01
+
+
+class _StopAt:
+  """Raises KeyboardInterrupt as Ctrl-C would, at the first report past a point."""
+
+  def __init__(self, restart, iteration):
+    self.point = (restart, iteration)
+
+  def __call__(self, progress):
+    if (progress.restart, progress.iteration) >= self.point:
+      raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('point', [(0, 1), (1, 5)], ids=['first restart', 'second restart'])
+def test_resumed_attack_gives_the_same_bits(observation, tmp_path, point):
+  whole = attack_observation(observation, _SHORT, ['client_00'])[0]
+  path = tmp_path / 'checkpoint.safetensors'
+  with pytest.raises(KeyboardInterrupt):
+    attack_observation(
+      observation, _SHORT, ['client_00'], checkpoint_path=path, progress=_StopAt(*point)
+    )
+  assert path.exists()
+  reports = []
+  resumed = attack_observation(
+    observation, _SHORT, ['client_00'], checkpoint_path=path, progress=reports.append
+  )[0]
+  assert (reports[0].restart, reports[0].iteration) > point
+  np.testing.assert_array_equal(whole.reconstructions['attack'], resumed.reconstructions['attack'])
+  assert whole.restart_losses == resumed.restart_losses
+  assert not path.exists()
+
+
+def test_damaged_checkpoint_is_named(observation, tmp_path):
+  path = tmp_path / 'checkpoint.safetensors'
+  path.write_bytes(b'not safetensors')
+  with pytest.raises(UserError, match=r'checkpoint\.safetensors'):
+    attack_observation(observation, _SHORT, ['client_00'], checkpoint_path=path)
+
+
+@pytest.mark.parametrize(
+  ('change', 'reason'),
+  [
+    (lambda a: a * 0, 'all zeros'),
+    (lambda a: a * np.nan, 'not finite'),
+    (lambda a: a * 1e30, 'loss became'),
+  ],
+  ids=['zero', 'nan', 'overflow'],
+)
+def test_failed_targets_say_why_and_have_no_reconstruction(observation, change, reason):
+  client = observation.clients[0]
+  update = WeightArrays(tuple(change(array) for array in client.update.trainable))
+  broken = dataclasses.replace(
+    observation, clients=(dataclasses.replace(client, update=update), observation.clients[1])
+  )
+  first, second = attack_observation(broken, _SHORT)
+  assert first.status == 'failed'
+  assert reason in first.reason
+  assert first.loss is None
+  assert set(first.reconstructions) == {'prior_only', 'mean_image'}
+  assert second.status == 'ok'
+
+
+def test_results_survive_the_files(observation, tmp_path):
+  results = attack_observation(observation, _SHORT)
+  write_results(tmp_path, results)
+  again = read_results(tmp_path)
+  for a, b in zip(results, again, strict=True):
+    assert a.as_dict() == b.as_dict()
+    for name, images in a.reconstructions.items():
+      np.testing.assert_array_equal(images, b.reconstructions[name])
+  # What is finished is kept and not computed again.
+  kept = attack_observation(
+    observation, dataclasses.replace(_SHORT, iterations=1), finished=again[:1]
+  )
+  assert kept[0].loss == results[0].loss
+  assert kept[1].loss > results[1].loss
+
+
+def test_a_batch_is_recovered_as_a_set():
+  images = smooth_images(2, seed=3)
+  # With two classes an untrained net sends little more than the difference of the two images.
+  observation = play_round(small_model(num_classes=5), [(images, [3, 1])])
+  result = attack_observation(observation, AttackConfig(iterations=300, xla='off'))[0]
+  assert result.labels == (1, 3)
+  found = result.reconstructions['attack']
+  assert np.mean([psnr(found[0], images[1]), psnr(found[1], images[0])]) > 20
+
+
+def test_threat_model_and_warnings_follow_what_is_used(observation):
+  inferred = ' '.join(threat_model(observation, _SHORT, labels_known=False))
+  told = ' '.join(threat_model(observation, _SHORT, labels_known=True))
+  assert 'infers the labels' in inferred
+  assert 'told the labels' in told
+  assert warnings(observation.clients) == []
+  several = play_round(small_model(), [(smooth_images(2), [0, 1])], steps=2)
+  assert 'not exact' in warnings(several.clients)[0]
+
+
+def test_unknown_target(observation):
+  with pytest.raises(UserError, match="no client 'client_07'"):
+    attack_observation(observation, _SHORT, ['client_07'])

@@ -1,0 +1,147 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from attacks.config import AttackConfig
+from attacks.matching import CosineMatching, SquaredMatching
+from attacks.rectifiers import ExactRectifier, SurrogateRectifier, surrogate_relu
+from attacks.simulator import ClientSimulator
+from attacks.solver import Solver
+from tests.attacks.observed_rounds import play_round, small_model, smooth_images
+from tff_shadow.errors import UserError
+
+
+def _problem(dtype='float64', batch=2, **model_kwargs):
+  images = smooth_images(batch)
+  labels = [k % 2 for k in range(batch)]
+  observation = play_round(small_model(**model_kwargs), [(images, labels)])
+  simulator = ClientSimulator(observation, dtype)
+  return simulator, images.astype(dtype), tf.constant(labels), observation
+
+
+def _loss_and_gradient(solver, images, labels, observed):
+  images = tf.constant(images)
+  with tf.GradientTape() as tape:
+    tape.watch(images)
+    loss = solver.matching_loss(images, labels, observed)
+  return float(loss), tape.gradient(loss, images).numpy()
+
+
+@pytest.mark.parametrize('matching', [CosineMatching(), SquaredMatching()])
+@pytest.mark.parametrize(
+  'model', [{}, {'activation': 'tanh'}, {'batch_norm': True}], ids=['relu', 'tanh', 'batch_norm']
+)
+def test_gradient_of_the_matching_loss_equals_differences(matching, model):
+  simulator, truth, labels, observation = _problem(**model)
+  config = AttackConfig(matching=matching, rectifier=ExactRectifier(), dtype='float64')
+  solver = Solver(simulator, config, matching=True)
+  observed = simulator.observed_gradient(observation.clients[0])
+  rng = np.random.default_rng(1)
+  images = rng.uniform(0.2, 0.8, truth.shape)
+  _, gradient = _loss_and_gradient(solver, images, labels, observed)
+  assert np.abs(gradient).max() > 1e-4
+  for _ in range(4):
+    direction = rng.standard_normal(images.shape)
+    step = 1e-6
+    ahead = _loss_and_gradient(solver, images + step * direction, labels, observed)[0]
+    behind = _loss_and_gradient(solver, images - step * direction, labels, observed)[0]
+    expected = (ahead - behind) / (2 * step)
+    np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize('matching', [CosineMatching(), SquaredMatching()])
+def test_loss_is_zero_at_the_truth_and_moves_with_the_image(matching):
+  simulator, truth, labels, observation = _problem()
+  solver = Solver(simulator, AttackConfig(matching=matching, dtype='float64'), matching=True)
+  observed = simulator.observed_gradient(observation.clients[0])
+  at_truth = _loss_and_gradient(solver, truth, labels, observed)[0]
+  near = _loss_and_gradient(solver, np.clip(truth + 0.02, 0, 1), labels, observed)[0]
+  far = _loss_and_gradient(solver, np.clip(truth + 0.2, 0, 1), labels, observed)[0]
+  assert at_truth < 1e-9
+  assert 1e-5 < near < far
+
+
+def test_surrogate_changes_the_derivative_but_not_the_loss():
+  simulator, truth, labels, observation = _problem()
+  observed = simulator.observed_gradient(observation.clients[0])
+  images = np.clip(truth + 0.1, 0, 1)
+  exact, surrogate = (
+    _loss_and_gradient(
+      Solver(simulator, AttackConfig(rectifier=rectifier, dtype='float64'), matching=True),
+      images,
+      labels,
+      observed,
+    )
+    for rectifier in (ExactRectifier(), SurrogateRectifier())
+  )
+  assert exact[0] == pytest.approx(surrogate[0], rel=1e-12)
+  assert np.abs(exact[1] - surrogate[1]).max() > 1e-3 * np.abs(exact[1]).max()
+
+
+def test_surrogate_relu_has_the_values_and_slope_of_relu():
+  z = tf.constant([-2.0, -0.1, 0.1, 3.0])
+  with tf.GradientTape() as tape:
+    tape.watch(z)
+    y = surrogate_relu(z, tf.constant(5.0))
+  np.testing.assert_array_equal(y, tf.nn.relu(z))
+  np.testing.assert_array_equal(tape.gradient(y, z), [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize('activation', ['relu', 'layer'])
+def test_rectifiers_are_found_in_every_form(activation):
+  inputs = tf.keras.Input((4, 4, 1))
+  if activation == 'layer':
+    x = tf.keras.layers.ReLU()(tf.keras.layers.Conv2D(4, 3)(inputs))
+  else:
+    x = tf.keras.layers.Conv2D(4, 3, activation='relu')(inputs)
+  model = tf.keras.Model(inputs, tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(x)))
+  images = smooth_images(1, (4, 4, 1))
+  simulator = ClientSimulator(play_round(model, [(images, [0])]))
+  images = tf.constant(images)
+
+  def norm_gradient(sharpness):
+    with tf.GradientTape() as tape:
+      tape.watch(images)
+      size = tf.add_n(
+        [tf.reduce_sum(g**2) for g in simulator.gradient(images, tf.constant([1]), sharpness)]
+      )
+    return tape.gradient(size, images).numpy()
+
+  assert np.abs(norm_gradient(None) - norm_gradient(tf.constant(2.0))).max() > 1e-6
+
+
+@pytest.mark.parametrize('sharing', ['aggregate', 'frozen'])
+def test_batch_norm_is_simulated_as_trained_and_its_statistics_stay(sharing):
+  model = small_model(batch_norm=True)
+  images = smooth_images(3)
+  observation = play_round(model, [(images, [0, 1, 1])], batch_norm_sharing=sharing)
+  simulator = ClientSimulator(observation, 'float64')
+  before = [v.numpy() for v in simulator.model.non_trainable_variables]
+  gradient = simulator.gradient(tf.constant(images, tf.float64), tf.constant([0, 1, 1]))
+  for simulated, observed in zip(
+    gradient, simulator.observed_gradient(observation.clients[0]), strict=True
+  ):
+    np.testing.assert_allclose(simulated, observed, atol=3e-6)
+  for old, variable in zip(before, simulator.model.non_trainable_variables, strict=True):
+    np.testing.assert_array_equal(old, variable)
+
+
+def test_several_steps_give_the_mean_gradient():
+  images = smooth_images(2)
+  observation = play_round(
+    small_model(), [(images, [0, 1])], learning_rate=1e-4, steps=3, momentum=0.5
+  )
+  simulator = ClientSimulator(observation)
+  gradient = simulator.gradient(tf.constant(images), tf.constant([0, 1]))
+  observed = simulator.observed_gradient(observation.clients[0])
+  # Three tiny steps at almost the same weights: the mean gradient is that of one step.
+  assert float(SquaredMatching()(gradient, observed)) < 1e-3
+
+
+def test_another_optimizer_is_refused():
+  observation = play_round(small_model(), [(smooth_images(1), [0])])
+  training = dataclasses.replace(observation.client_training, optimizer='adam')
+  with pytest.raises(UserError, match="trained with 'adam'"):
+    ClientSimulator(dataclasses.replace(observation, client_training=training))
