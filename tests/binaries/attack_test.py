@@ -1,0 +1,118 @@
+"""The program as a process: its error lines, Ctrl-C and --resume."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.attacks.observed_rounds import play_round, small_model, smooth_images
+from tff_shadow.observations import Truth, load_tensors, write_observation, write_truth
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('run')
+  images = smooth_images(2)
+  observation = play_round(small_model(), [(images[:1], [1]), (images[1:], [0])])
+  write_observation(directory / 'observations' / 'round_00001', observation)
+  regions = np.ones((1, 8, 8, 1), np.float32)
+  truth = {
+    f'client_{k:02d}': Truth(images[k : k + 1], np.array([1 - k], np.int32), regions)
+    for k in range(2)
+  }
+  write_truth(directory / 'truth' / 'round_00001.safetensors', 1, truth)
+  return directory
+
+
+def _command(run_dir, *arguments):
+  return [sys.executable, '-m', 'binaries.attack', f'--run_dir={run_dir}', '--xla=off', *arguments]
+
+
+def _run(run_dir, *arguments):
+  return subprocess.run(
+    _command(run_dir, *arguments), cwd=_ROOT, capture_output=True, text=True, timeout=120
+  )
+
+
+def test_attack_writes_the_run_and_refuses_to_write_over_it(run_dir):
+  done = _run(run_dir, '--name=first', '--iterations=30', '--labels=truth')
+  assert done.returncode == 0, done.stderr
+  assert '2 of 2 targets attacked' in done.stdout
+  output = run_dir / 'attacks' / 'first'
+  config = json.loads((output / 'config.json').read_text())
+  assert config['attack']['iterations'] == 30
+  assert config['observation'] == 'observations/round_00001'
+  assert any('told the labels' in fact for fact in config['threat_model'])
+  targets = json.loads((output / 'result.json').read_text())['targets']
+  assert [target['labels'] for target in targets] == [[1], [0]]
+  assert {target['labels_source'] for target in targets} == {'known'}
+  assert load_tensors(output / 'reconstructions.safetensors')['client_01/attack'].shape == (
+    1,
+    8,
+    8,
+    1,
+  )
+
+  again = _run(run_dir, '--name=first', '--iterations=30', '--labels=truth')
+  assert again.returncode == 1
+  assert again.stderr.strip().splitlines()[-1].startswith('error: --name=first:')
+  assert 'Traceback' not in again.stderr
+
+  other = _run(run_dir, '--name=first', '--iterations=31', '--labels=truth', '--resume')
+  assert other.returncode == 1
+  assert 'error: --resume: --iterations was 30 and is 31 now' in other.stderr
+
+
+def test_interrupted_attack_resumes_to_the_same_bits(run_dir):
+  arguments = ('--targets=client_00', '--iterations=1500')
+  whole = _run(run_dir, '--name=whole', *arguments)
+  assert whole.returncode == 0, whole.stderr
+
+  process = subprocess.Popen(
+    _command(run_dir, '--name=broken', *arguments, '--checkpoint_every_secs=0'),
+    cwd=_ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  output = run_dir / 'attacks' / 'broken'
+  deadline = time.monotonic() + 100
+  while not (output / 'checkpoint.safetensors').exists() and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 130, errors
+  assert 'Traceback' not in errors
+  assert not (output / 'result.json').exists()
+
+  resumed = _run(run_dir, '--name=broken', *arguments, '--resume')
+  assert resumed.returncode == 0, resumed.stderr
+  a, b = (
+    load_tensors(run_dir / 'attacks' / name / 'reconstructions.safetensors')
+    for name in ('whole', 'broken')
+  )
+  np.testing.assert_array_equal(a['client_00/attack'], b['client_00/attack'])
+  assert not (output / 'checkpoint.safetensors').exists()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (('--labels=cat',), 'error: --labels=cat: use infer, truth or a list'),
+    (('--round=7',), 'round_00007: no observation here'),
+  ],
+)
+def test_error_lines(run_dir, arguments, message):
+  done = _run(run_dir, '--name=wrong', *arguments)
+  assert done.returncode == 1
+  assert message in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert not (run_dir / 'attacks' / 'wrong').exists()
