@@ -25,11 +25,11 @@ def read_dicom(path: pathlib.Path) -> np.ndarray:
     dataset = pydicom.dcmread(path)
   except Exception as error:  # noqa: BLE001, RUF100 - pydicom raises nearly anything on damage.
     raise UserError(f'not a readable DICOM file ({_reason(error)})') from error
-  if 'PixelData' not in dataset:
-    raise UserError('the DICOM file has no pixel data')
-  if int(dataset.get('NumberOfFrames') or 1) > 1:
-    raise UserError(f'the DICOM file has {dataset.NumberOfFrames} frames: export one frame')
   try:
+    if 'PixelData' not in dataset:
+      raise UserError('the DICOM file has no pixel data')
+    if int(dataset.get('NumberOfFrames') or 1) > 1:
+      raise UserError(f'the DICOM file has {dataset.NumberOfFrames} frames: export one frame')
     stored = dataset.pixel_array
     photometric = str(dataset.PhotometricInterpretation)
     if photometric in ('MONOCHROME1', 'MONOCHROME2'):
