@@ -50,6 +50,18 @@ def test_photographs_of_another_size(tmp_path):
   np.testing.assert_array_equal((arrays['region'] == 255).sum(axis=(1, 2, 3)), 128 * 128 // 4)
 
 
+@pytest.mark.parametrize('builder', [FundusPatches, HistologyPatches])
+def test_every_size_has_enough_patches_of_both_classes(builder, tmp_path):
+  built = [builder(config=f'{size}px', data_dir=tmp_path) for size in (32, 64, 128, 224)]
+  photograph = built[0].photograph()
+  for sized in built:
+    low, high = np.quantile(sized.candidates(photograph, 'train')[1], sized.QUANTILES)
+    for split, half in (('train', 400), ('validation', 100), ('test', 100)):
+      scores = sized.candidates(photograph, split)[1]
+      assert (scores < low).sum() >= half
+      assert (scores > high).sum() >= half
+
+
 def test_the_label_of_histology_is_the_stain(tmp_path):
   arrays = read(prepare(HistologyPatches, '32px', tmp_path), 'test')
   # DAB is brown, that is: it takes blue light away.

@@ -119,6 +119,8 @@ def _prepare(name, builder):
   try:
     builder.download_and_prepare()
   except AssertionError as error:  # How TFDS asks for a manual download.
+    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+      raise
     raise UserError(f'data set {name!r} must be downloaded by hand: {error}') from error
   except (OSError, tfds.download.DownloadError) as error:
     raise UserError(f'data set {name!r} cannot be downloaded or written: {error}') from error

@@ -24,8 +24,8 @@ class FundusPatches(photograph_builder.PhotographBuilder):
   response, in both classes, so its area does not tell the label;
   its shape still hints at it (a small convolutional net on regions alone is right for about 0.7).
 
-  Patches are 96 px of the photograph (the image's own size if larger), resized with an
-  antialiasing filter.
+  Patches are 96 to 128 px of the photograph, as near to the image's size as that allows; larger
+  images are enlarged and so smooth.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -35,8 +35,8 @@ class FundusPatches(photograph_builder.PhotographBuilder):
   QUANTILES = (0.3, 0.7)
 
   def patch_size(self, image_size):
-    """Returns 96 px, about three vessels wide, or the image's own size if that is larger."""
-    return min(max(96, image_size), self.ZONES.block)
+    """Returns 96 to 128 px: a few vessels wide, and room to move inside a block."""
+    return min(max(96, image_size), 128)
 
   def photograph(self):
     """Finds the vessels and the retinal disc."""
