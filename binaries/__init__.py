@@ -1,7 +1,8 @@
 """The absl programs. TensorFlow's notices would bury the messages that matter.
 
 Level 3 hides its C++ log, where a CPU machine reads three "errors" about CUDA at every start; what
-fails still raises."""
+fails still raises.
+"""
 
 import os
 import warnings
