@@ -1,0 +1,112 @@
+"""Adam as a pure function of its state, and the schedules of its learning rate.
+
+Keras optimisers keep their state in variables; an attack needs it as values, to run many targets
+through one traced function and to save and resume bit for bit.
+"""
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineDecay:
+  """From 1 at the first iteration to 0 after the last, along half a cosine."""
+
+  warm_up: int = 0
+  name: str = dataclasses.field(default='cosine', init=False)
+
+  def __call__(self, iteration: tf.Tensor, iterations: int, dtype: tf.DType) -> tf.Tensor:
+    """The factor of the learning rate at `iteration` (int, from 0) of `iterations`."""
+    progress = tf.cast(iteration, dtype) / iterations
+    factor = (1 + tf.cos(tf.cast(math.pi, dtype) * progress)) / 2
+    return factor * _warm_up(iteration, self.warm_up, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDecay:
+  """Times 0.1 at 3/8, 5/8 and 7/8 of the iterations (Geiping et al. 2020)."""
+
+  warm_up: int = 0
+  name: str = dataclasses.field(default='step', init=False)
+
+  def __call__(self, iteration: tf.Tensor, iterations: int, dtype: tf.DType) -> tf.Tensor:
+    """The factor of the learning rate at `iteration` (int, from 0) of `iterations`."""
+    passed = [tf.cast(8 * iteration >= eighths * iterations, dtype) for eighths in (3, 5, 7)]
+    return tf.cast(0.1, dtype) ** tf.add_n(passed) * _warm_up(iteration, self.warm_up, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantRate:
+  """1 throughout."""
+
+  warm_up: int = 0
+  name: str = dataclasses.field(default='constant', init=False)
+
+  def __call__(self, iteration: tf.Tensor, iterations: int, dtype: tf.DType) -> tf.Tensor:
+    """The factor of the learning rate at `iteration` (int, from 0)."""
+    del iterations
+    return _warm_up(iteration, self.warm_up, dtype)
+
+
+Schedule = CosineDecay | StepDecay | ConstantRate
+SCHEDULES: dict[str, type[Schedule]] = {
+  'cosine': CosineDecay,
+  'step': StepDecay,
+  'constant': ConstantRate,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+  """Adam (Kingma and Ba 2015), optionally on the sign of the gradient.
+
+  Attributes:
+    learning_rate: Before the schedule; pixels are in [0, 1].
+    signed: Whether only the gradient's sign is used, as Geiping et al. (2020) do.
+    beta_1: Decay of the first moment.
+    beta_2: Decay of the second moment.
+    epsilon: Added to the root of the second moment.
+  """
+
+  learning_rate: float
+  signed: bool
+  beta_1: float = 0.9
+  beta_2: float = 0.999
+  epsilon: float = 1e-12
+  name: str = dataclasses.field(default='adam', init=False)
+
+  def step(
+    self,
+    gradient: tf.Tensor,
+    moments: tuple[tf.Tensor, tf.Tensor],
+    iteration: tf.Tensor,
+    factor: tf.Tensor,
+  ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
+    """One step.
+
+    Args:
+      gradient: Of the objective.
+      moments: First and second moment, zeros at the start.
+      iteration: Steps taken before this one.
+      factor: Of the learning rate, from a schedule.
+
+    Returns:
+      What to add to the images, and the new moments.
+    """
+    if self.signed:
+      gradient = tf.sign(gradient)
+    first = self.beta_1 * moments[0] + (1 - self.beta_1) * gradient
+    second = self.beta_2 * moments[1] + (1 - self.beta_2) * tf.square(gradient)
+    count = tf.cast(iteration + 1, gradient.dtype)
+    unbiased_first = first / (1 - tf.cast(self.beta_1, gradient.dtype) ** count)
+    unbiased_second = second / (1 - tf.cast(self.beta_2, gradient.dtype) ** count)
+    direction = unbiased_first / (tf.sqrt(unbiased_second) + self.epsilon)
+    return -self.learning_rate * factor * direction, (first, second)
+
+
+def _warm_up(iteration: tf.Tensor, warm_up: int, dtype: tf.DType) -> tf.Tensor:
+  if not warm_up:
+    return tf.ones((), dtype)
+  return tf.minimum(tf.cast(iteration + 1, dtype) / warm_up, tf.ones((), dtype))

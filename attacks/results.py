@@ -1,0 +1,110 @@
+"""Results of an attack and the files that hold them."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from tff_shadow.errors import UserError
+from tff_shadow.observations import load_tensors, save_tensors
+
+_FORMAT = 'tff-shadow-attack'
+_VERSION = 1
+RESULT = 'result.json'
+RECONSTRUCTIONS = 'reconstructions.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetResult:
+  """What came out of attacking one client.
+
+  Attributes:
+    target: Its client id.
+    images: How many images were sought.
+    labels: Those used, one per image; empty if it failed before there were any.
+    labels_source: Where they came from; None likewise.
+    status: 'failed' if there is no result; never scored as one.
+    reason: Why it failed.
+    loss: Matching loss of the chosen candidate.
+    restart_losses: Of the best candidate of each restart.
+    chosen_restart: The restart of least loss.
+    iterations: Optimiser steps, over all restarts.
+    seconds: Time spent, controls not counted.
+    reconstructions: By name ('attack', 'prior_only', 'mean_image'): float32 [B, H, W, C] in [0, 1].
+  """
+
+  target: str
+  images: int
+  labels: tuple[int, ...]
+  labels_source: Literal['known', 'inferred'] | None
+  status: Literal['ok', 'failed']
+  reason: str | None
+  loss: float | None
+  restart_losses: tuple[float, ...]
+  chosen_restart: int | None
+  iterations: int
+  seconds: float
+  reconstructions: dict[str, np.ndarray]
+
+  def as_dict(self) -> dict[str, Any]:
+    """Everything but the images, as plain JSON values."""
+    fields = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.name != 'reconstructions'
+    }
+    fields['labels'] = list(self.labels)
+    fields['restart_losses'] = list(self.restart_losses)
+    return fields
+
+
+def write_results(directory: pathlib.Path, results: Sequence[TargetResult]) -> None:
+  """Writes both files; the JSON last, so that what it lists is there."""
+  tensors = {
+    f'{result.target}/{name}': images
+    for result in results
+    for name, images in result.reconstructions.items()
+  }
+  save_tensors(directory / RECONSTRUCTIONS, tensors)
+  document = {
+    'format': _FORMAT,
+    'version': _VERSION,
+    'targets': [result.as_dict() for result in results],
+  }
+  temporary = directory / (RESULT + '.tmp')
+  temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + '\n')
+  temporary.replace(directory / RESULT)
+
+
+def read_results(directory: pathlib.Path) -> list[TargetResult]:
+  """Reads what `write_results` wrote; an empty list if there is nothing yet.
+
+  Raises:
+    UserError: If the files are damaged or of another version.
+  """
+  path = directory / RESULT
+  if not path.exists():
+    return []
+  tensors = load_tensors(directory / RECONSTRUCTIONS)
+  try:
+    document = json.loads(path.read_text())
+    if (document['format'], document['version']) != (_FORMAT, _VERSION):
+      raise ValueError('another format or version')
+    return [_from_document(target, tensors) for target in document['targets']]
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f'{path}: damaged ({type(error).__name__}: {error})') from error
+
+
+def _from_document(target: dict[str, Any], tensors: dict[str, np.ndarray]) -> TargetResult:
+  prefix = f'{target["target"]}/'
+  reconstructions = {
+    name.removeprefix(prefix): images for name, images in tensors.items() if name.startswith(prefix)
+  }
+  if target['status'] == 'ok' and 'attack' not in reconstructions:
+    raise KeyError(f'{prefix}attack')
+  fields = {**target, 'labels': tuple(target['labels'])}
+  fields['restart_losses'] = tuple(target['restart_losses'])
+  return TargetResult(**fields, reconstructions=reconstructions)

@@ -1,0 +1,256 @@
+"""Reconstructs the images of clients from a logged round.
+
+Reads an observation (what the server saw) and writes reconstructions beside two controls. The truth
+is not opened, unless --labels=truth, which reads the labels in it and nothing else.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from attacks.config import AttackConfig
+from attacks.engine import attack_observation
+from attacks.initialization import STARTS
+from attacks.matching import MATCHINGS
+from attacks.optimizers import SCHEDULES, Adam
+from attacks.parametrizations import PARAMETRIZATIONS
+from attacks.priors import TotalVariation
+from attacks.progress import terminal_progress
+from attacks.rectifiers import RECTIFIERS
+from attacks.results import read_results, write_results
+from attacks.threat_model import threat_model, warnings
+from binaries import command
+from tff_shadow.errors import UserError
+from tff_shadow.observations import (
+  Observation,
+  read_observation,
+  read_truth,
+  round_directory_name,
+)
+
+_BEST = AttackConfig()
+
+_RUN_DIR = flags.DEFINE_string('run_dir', None, 'Run directory of tff-shadow-train.')
+_ROUND = flags.DEFINE_integer('round', 1, 'Round of --run_dir to attack.', lower_bound=1)
+_OBSERVATION = flags.DEFINE_string(
+  'observation', None, 'Directory of an observation, RUN/observations/ROUND; instead of --run_dir.'
+)
+_NAME = flags.DEFINE_string('name', 'cosine_tv', 'The output goes to RUN/attacks/NAME.')
+_TARGETS = flags.DEFINE_list('targets', None, 'Client ids to attack; all by default.')
+_MAX_TARGETS = flags.DEFINE_integer('max_targets', None, 'At most so many targets.', lower_bound=1)
+_ITERATIONS = flags.DEFINE_integer('iterations', _BEST.iterations, 'Optimiser steps per restart.')
+_RESTARTS = flags.DEFINE_integer('restarts', _BEST.restarts, 'Starts per target.')
+_MATCHING = flags.DEFINE_enum(
+  'matching', _BEST.matching.name, sorted(MATCHINGS), 'How updates are compared.'
+)
+_TV_WEIGHT = flags.DEFINE_float(
+  'tv_weight', _BEST.total_variation.weight, 'Weight of total variation at the first iteration.'
+)
+_TV_DECAY = flags.DEFINE_float(
+  'tv_decay', _BEST.total_variation.decay, 'Factor of that weight by the last iteration.'
+)
+_PARAMETRIZATION = flags.DEFINE_enum(
+  'parametrization',
+  _BEST.parametrization.name,
+  sorted(PARAMETRIZATIONS),
+  'What the optimiser moves: pixels or damped frequencies.',
+)
+_RECTIFIER = flags.DEFINE_enum(
+  'rectifier',
+  _BEST.rectifier.name,
+  sorted(RECTIFIERS),
+  'How the switching of ReLUs is differentiated; the loss is the same.',
+)
+_LEARNING_RATE = flags.DEFINE_float(
+  'learning_rate', _BEST.optimizer.learning_rate, "Adam's, before the schedule."
+)
+_SIGNED = flags.DEFINE_bool('signed', _BEST.optimizer.signed, 'Use only the sign of the gradient.')
+_SCHEDULE = flags.DEFINE_enum(
+  'schedule', _BEST.schedule.name, sorted(SCHEDULES), 'Of the learning rate.'
+)
+_WARM_UP = flags.DEFINE_integer('warm_up', 0, 'Iterations of linear warm-up.', lower_bound=0)
+_INIT = flags.DEFINE_enum('init', _BEST.start.name, sorted(STARTS), 'Start images.')
+_LABELS = flags.DEFINE_string(
+  'labels',
+  'infer',
+  "infer: from the update. truth: read the labels (only) from the run's truth file, a stronger"
+  ' threat model. Or a list of class numbers, the same for every target.',
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Decides all start images.', lower_bound=0)
+_XLA = flags.DEFINE_enum('xla', _BEST.xla, ['auto', 'on', 'off'], 'Compile steps; auto measures.')
+_RESUME = flags.DEFINE_bool('resume', False, 'Go on with an interrupted attack.')
+_CHECKPOINT_EVERY_SECS = flags.DEFINE_float(
+  'checkpoint_every_secs', 60.0, 'How often an unfinished target is saved.', lower_bound=0
+)
+
+_CHECKPOINT = 'checkpoint.safetensors'
+# These say how a run is done, not what comes out of it.
+_NOT_SETTINGS = ('resume', 'checkpoint_every_secs', 'run_dir', 'observation', 'round', 'name')
+
+
+def main() -> None:
+  """Attacks the round that the flags name."""
+  run_dir, observation_dir = _directories()
+  config = _config()
+  observation = read_observation(observation_dir)
+  targets = _targets(observation)
+  labels = _labels(run_dir, observation, targets)
+  sentences = threat_model(observation, config, labels_known=labels is not None)
+  settings = {
+    key: value
+    for key, value in command.flag_values(sys.modules[__name__]).items()
+    if key not in _NOT_SETTINGS
+  }
+  document = {
+    'attack': settings,
+    'all_settings': config.as_dict(),
+    'observation': str(observation_dir.relative_to(run_dir)),
+    'round': observation.round_num,
+    'threat_model': sentences,
+    'versions': command.versions(),
+    'dataset': observation.dataset,
+    'model': observation.model_name,
+    'defense': observation.defense.get('name', 'none'),
+    'batch_norm_sharing': observation.batch_norm_sharing,
+    'image_shape': list(observation.image_shape),
+    'num_classes': len(observation.class_names),
+  }
+  output = run_dir / 'attacks' / _NAME.value
+  finished = _prepare(output, document)
+  for sentence in sentences:
+    print(sentence)
+  for warning in warnings([observation.client(target) for target in targets]):
+    print(f'warning: {warning}', file=sys.stderr)
+  with terminal_progress(config.iterations) as progress:
+    results = attack_observation(
+      observation,
+      config,
+      targets,
+      labels=labels,
+      finished=finished,
+      on_result=lambda done: write_results(output, done),
+      progress=progress,
+      checkpoint_path=output / _CHECKPOINT,
+      checkpoint_every_secs=_CHECKPOINT_EVERY_SECS.value,
+    )
+  for result in results:
+    if result.status == 'failed':
+      print(f'warning: {result.target}: no reconstruction, {result.reason}', file=sys.stderr)
+  attacked = sum(result.status == 'ok' for result in results)
+  print(f'{attacked} of {len(results)} targets attacked; written to {output}')
+
+
+def _directories() -> tuple[pathlib.Path, pathlib.Path]:
+  """The run directory and the observation in it."""
+  if (_RUN_DIR.value is None) == (_OBSERVATION.value is None):
+    raise UserError('give either --run_dir (with --round) or --observation')
+  if _NAME.value in ('', '.', '..') or '/' in _NAME.value:
+    raise UserError(f'--name={_NAME.value}: must be the name of one directory')
+  if _RUN_DIR.value is not None:
+    run_dir = pathlib.Path(_RUN_DIR.value)
+    if not run_dir.is_dir():
+      raise UserError(f'--run_dir={run_dir}: no such directory')
+    return run_dir, run_dir / 'observations' / round_directory_name(_ROUND.value)
+  # Resolved, so that `--observation=.` has parents.
+  observation = pathlib.Path(_OBSERVATION.value).resolve()
+  if observation.parent.name != 'observations':
+    raise UserError(
+      f'--observation={_OBSERVATION.value}: must be a directory in RUN/observations, for the'
+      ' output goes to RUN/attacks'
+    )
+  return observation.parent.parent, observation
+
+
+def _config() -> AttackConfig:
+  return AttackConfig(
+    matching=MATCHINGS[_MATCHING.value](),
+    total_variation=TotalVariation(_TV_WEIGHT.value, _TV_DECAY.value),
+    parametrization=PARAMETRIZATIONS[_PARAMETRIZATION.value](),
+    rectifier=RECTIFIERS[_RECTIFIER.value](),
+    optimizer=Adam(_LEARNING_RATE.value, _SIGNED.value),
+    schedule=SCHEDULES[_SCHEDULE.value](_WARM_UP.value),
+    start=STARTS[_INIT.value](),
+    iterations=_ITERATIONS.value,
+    restarts=_RESTARTS.value,
+    seed=_SEED.value,
+    xla=_XLA.value,
+  )
+
+
+def _targets(observation: Observation) -> list[str]:
+  known = [client.client_id for client in observation.clients]
+  targets = list(dict.fromkeys(_TARGETS.value or known))
+  for target in targets:
+    if target not in known:
+      raise UserError(f'--targets: no client {target!r} in this round; it has {", ".join(known)}')
+  return targets[: _MAX_TARGETS.value]
+
+
+def _labels(
+  run_dir: pathlib.Path, observation: Observation, targets: list[str]
+) -> dict[str, list[int]] | None:
+  """Labels the attacker is told, per target; None if it infers them."""
+  if _LABELS.value == 'infer':
+    return None
+  if _LABELS.value == 'truth':
+    path = run_dir / 'truth' / f'{round_directory_name(observation.round_num)}.safetensors'
+    truth = read_truth(path)
+    missing = [target for target in targets if target not in truth]
+    if missing:
+      raise UserError(f'{path}: has no client {missing[0]!r}')
+    return {target: truth[target].labels.tolist() for target in targets}
+  try:
+    values = [int(value) for value in _LABELS.value.split(',')]
+  except ValueError as error:
+    raise UserError(
+      f'--labels={_LABELS.value}: use infer, truth or a list of class numbers such as 0,1'
+    ) from error
+  for target in targets:
+    if observation.client(target).num_images != len(values):
+      raise UserError(
+        f'--labels={_LABELS.value}: {len(values)} labels, but {target} has'
+        f' {observation.client(target).num_images} images'
+      )
+  if not all(0 <= value < len(observation.class_names) for value in values):
+    raise UserError(
+      f'--labels={_LABELS.value}: class numbers go from 0 to {len(observation.class_names) - 1}'
+    )
+  return dict.fromkeys(targets, values)
+
+
+def _prepare(output: pathlib.Path, document: dict[str, Any]) -> list[Any]:
+  """Makes the output directory, or on --resume returns what is finished in it."""
+  path = output / 'config.json'
+  if not output.exists():
+    if _RESUME.value:
+      raise UserError(f'--resume: there is no attack {_NAME.value!r} to go on with in {output}')
+    output.mkdir(parents=True)
+    command.write_json(path, document)
+    return []
+  if not _RESUME.value:
+    raise UserError(f'--name={_NAME.value}: {output} exists; use --resume or another name')
+  try:
+    saved = json.loads(path.read_text())
+    earlier = {**saved['attack'], 'round': saved['round']}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path}: damaged or missing; use another --name') from error
+  now = {**document['attack'], 'round': document['round']}
+  for name in now:
+    if earlier.get(name) != now[name]:
+      raise UserError(
+        f'--resume: --{name} was {earlier.get(name)!r} and is {now[name]!r} now; use the same'
+        ' settings or another --name'
+      )
+  return read_results(output)
+
+
+def run() -> None:
+  """Entry point of `tff-shadow-attack`."""
+  command.run(main)
+
+
+if __name__ == '__main__':
+  run()
