@@ -92,7 +92,6 @@ def _peak_memory_gib(pid: int) -> float:
 
 def main() -> None:
   """Runs every benchmark."""
-  tff.test.set_no_default_context()
   with local_worker_context() as worker:
     bench_round(worker)
   bench_attack()
@@ -102,6 +101,7 @@ def main() -> None:
 
 def run() -> None:
   """Console script."""
+  tff.test.set_no_default_context()
   command.run(main)
 
 

@@ -103,8 +103,6 @@ def main() -> None:
     raise UserError(f'--run_dir={run_dir}: exists already; add --resume or name another')
   observed_rounds = _parse_observed_rounds()
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
-  # The stock context would start a worker that outlives us, and complains when Python ends.
-  tff.test.set_no_default_context()
   data = data_flags.load_data(seed=_SEED.value)
   model = _build_model(data)
   settings = TrainingSettings(
@@ -202,6 +200,8 @@ def _figures(metrics: dict[str, float]) -> str:
 
 def run() -> None:
   """Console script."""
+  # The stock context would start a worker that outlives us, and complains when Python ends.
+  tff.test.set_no_default_context()
   warnings.filterwarnings('ignore', message='Batch Normalization contains non-trainable')
   command.run(main)
 

@@ -30,7 +30,6 @@ _LOCAL = ClientTraining('sgd', 0.05, 0.0, 8, 1, None)
 
 def main() -> None:
   """Trains every set both ways."""
-  tff.test.set_no_default_context()
   rows = []
   with (
     local_worker_context(),
@@ -82,6 +81,7 @@ def _federated_and_central_f1(dataset: str, seed: int) -> tuple[float, float]:
 
 def run() -> None:
   """Console script."""
+  tff.test.set_no_default_context()
   command.run(main)
 
 

@@ -91,7 +91,8 @@ def _builder(name, image_size, data_dir):
   try:
     return tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
-    known = (*_EMBEDDED, *tfds.list_builders(with_community_datasets=False))
+    # The embedded sets have registered themselves with TFDS.
+    known = tfds.list_builders(with_community_datasets=False)
     close = difflib.get_close_matches(name.split('/')[0], known, n=3)
     hint = f'did you mean {" or ".join(close)}?' if close else f'try {", ".join(_EMBEDDED)}'
     raise UserError(f'data set {name!r} is unknown: {hint}') from None
@@ -118,6 +119,8 @@ def _prepare(name, builder):
   try:
     builder.download_and_prepare()
   except AssertionError as error:  # How TFDS asks for a manual download.
+    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+      raise
     raise UserError(f'data set {name!r} must be downloaded by hand: {error}') from error
   except (OSError, tfds.download.DownloadError) as error:
     raise UserError(f'data set {name!r} cannot be downloaded or written: {error}') from error

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tff_shadow.data import chest_render
+from tff_shadow.data import chest_render, images
 
 
 @dataclasses.dataclass
@@ -69,8 +69,8 @@ class ChestPhantom(tfds.core.GeneratorBasedBuilder):
       yield (
         index,
         {
-          'image': np.round(film.image * 255).astype(np.uint8)[..., None],
+          'image': images.png_bytes(np.round(film.image * 255).astype(np.uint8)[..., None]),
           'label': index % 2,
-          'region': np.round(film.lesion * 255).astype(np.uint8)[..., None],
+          'region': images.png_bytes(np.round(film.lesion * 255).astype(np.uint8)[..., None]),
         },
       )

@@ -1,6 +1,9 @@
 """Reading the pixels of a DICOM file for display."""
 
+import contextlib
+import logging
 import pathlib
+import warnings
 
 import numpy as np
 import pydicom
@@ -9,6 +12,21 @@ from pydicom import pixels as dicom_pixels
 from tff_shadow.errors import UserError
 
 
+@contextlib.contextmanager
+def _quiet():
+  """Keeps pydicom's own warnings and tracebacks off the terminal: our error says it in a line."""
+  logger = logging.getLogger('pydicom')
+  level = logger.level
+  logger.setLevel(logging.CRITICAL + 1)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    logger.setLevel(level)
+
+
+@_quiet()
 def read_dicom(path: pathlib.Path) -> np.ndarray:
   """Reads one frame as uint8 [H, W, 1 or 3].
 
@@ -25,11 +43,11 @@ def read_dicom(path: pathlib.Path) -> np.ndarray:
     dataset = pydicom.dcmread(path)
   except Exception as error:  # noqa: BLE001, RUF100 - pydicom raises nearly anything on damage.
     raise UserError(f'not a readable DICOM file ({_reason(error)})') from error
-  if 'PixelData' not in dataset:
-    raise UserError('the DICOM file has no pixel data')
-  if int(dataset.get('NumberOfFrames') or 1) > 1:
-    raise UserError(f'the DICOM file has {dataset.NumberOfFrames} frames: export one frame')
   try:
+    if 'PixelData' not in dataset:
+      raise UserError('the DICOM file has no pixel data')
+    if int(dataset.get('NumberOfFrames') or 1) > 1:
+      raise UserError(f'the DICOM file has {dataset.NumberOfFrames} frames: export one frame')
     stored = dataset.pixel_array
     photometric = str(dataset.PhotometricInterpretation)
     if photometric in ('MONOCHROME1', 'MONOCHROME2'):

@@ -1,5 +1,6 @@
 """Reading images and bringing them to one size and one number of channels."""
 
+import io
 import pathlib
 
 import numpy as np
@@ -88,6 +89,14 @@ def to_gray(image: np.ndarray) -> np.ndarray:
 def to_rgb(image: np.ndarray) -> np.ndarray:
   """Returns uint8 [H, W, 3]: a grey image three times, a colour one unchanged."""
   return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+  """Encodes uint8 [H, W, 1 or 3] as PNG; several times faster than TFDS, which packs harder."""
+  buffer = io.BytesIO()
+  pillow = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  pillow.save(buffer, 'PNG', compress_level=1)
+  return buffer.getvalue()
 
 
 def stack(images: list[np.ndarray], color: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import pathlib
 import re
 
@@ -64,7 +65,7 @@ def read_manifest(
     raise UserError(f'manifest {path}: there is no such file') from None
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'manifest {path} cannot be read as UTF-8 text ({error})') from error
-  reader = csv.reader(text.splitlines(), strict=True)
+  reader = csv.reader(io.StringIO(text, newline=''), strict=True)
   rows = []
   try:
     header = [name.strip() for name in next(reader, [])]

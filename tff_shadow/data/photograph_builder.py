@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tff_shadow.data import patches
+from tff_shadow.data import images, patches
 
 _SPLIT_SIZES = {'train': 800, 'validation': 200, 'test': 200}
 _REGION_FRACTION = 0.25
@@ -91,9 +91,11 @@ class PhotographBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registrat
         f'{y:04d}_{x:04d}',
         {
           # Pillow's filters widen when they shrink an image, so this is antialiased.
-          'image': np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC)),
+          'image': images.png_bytes(
+            np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC))
+          ),
           'label': int(label),
-          'region': patches.top_fraction(saliency, _REGION_FRACTION)[..., None],
+          'region': images.png_bytes(patches.top_fraction(saliency, _REGION_FRACTION)[..., None]),
         },
       )
 

@@ -1,0 +1,161 @@
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from binaries import train
+from tff_shadow.errors import UserError
+from tff_shadow.models import build_model
+from tff_shadow.observations import read_observation, read_truth
+
+_SMALL = {'dataset': 'chest_phantom', 'max_examples': 48, 'partition': 'iid:3', 'rounds': 2}
+
+
+@pytest.fixture(autouse=True)
+def _parsed_flags():
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['train'])
+
+
+def _train(run_dir, **changes):
+  with flagsaver.flagsaver(run_dir=str(run_dir), **{**_SMALL, **changes}):
+    train.main()
+
+
+def test_run_directory_holds_what_it_promises_and_resumes(tmp_path, capsys):
+  run_dir = tmp_path / 'run'
+  _train(run_dir, norm='batch')
+  assert 'test  loss' in capsys.readouterr().out
+  config = json.loads((run_dir / 'config.json').read_text())
+  assert config['flags']['partition'] == 'iid:3'
+  assert config['versions']['tensorflow-federated'] == '0.87.0'
+  observation = read_observation(run_dir / 'observations' / 'round_00001')
+  truth = read_truth(run_dir / 'truth' / 'round_00001.safetensors')
+  assert list(truth) == [client.client_id for client in observation.clients]
+  assert 0 <= json.loads((run_dir / 'test.json').read_text())['f1'] <= 1
+  assert list((run_dir / 'tensorboard').iterdir())
+
+  before = (run_dir / 'config.json').read_text()
+  with pytest.raises(UserError, match='exists already; add --resume'):
+    _train(run_dir, norm='batch')
+  with pytest.raises(UserError, match='started with --batch_size=8, now it is 4'):
+    _train(run_dir, norm='batch', resume=True, batch_size=4)
+  assert (run_dir / 'config.json').read_text() == before
+  _train(run_dir, norm='batch', resume=True, rounds=3)
+  with (run_dir / 'metrics.csv').open() as file:
+    assert [row['round'] for row in csv.DictReader(file)] == ['1', '2', '3']
+
+
+def test_own_keras_model(tmp_path):
+  model = build_model('conv_small', image_shape=(32, 32, 1), num_classes=2, norm='group', seed=0)
+  model.save(tmp_path / 'mine.keras')
+  _train(tmp_path / 'run', model=str(tmp_path / 'mine.keras'), rounds=1)
+  assert (tmp_path / 'run' / 'model.keras').is_file()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'dataset': 'chest_fantom'}, 'chest_fantom'),
+    ({'model': 'resnet19'}, '--model=resnet19'),
+    ({'model': 'nowhere.keras'}, 'no such file'),
+    ({'client_learning_rate': 0.0}, '--client_learning_rate=0.0'),
+    ({'client_learning_rate': float('nan')}, '--client_learning_rate'),
+    ({'observed_rounds': ['0']}, '--observed_rounds=0'),
+    ({'observed_rounds': ['3']}, '--observed_rounds=3'),
+    ({'partition': 'iid:x'}, 'iid:x'),
+    ({'partition': 'sizes:4000'}, '4000'),
+    ({'clients_per_round': 9}, '--clients_per_round=9'),
+    ({'train_manifest': 'x.csv'}, '--train_manifest needs --dataset=manifests'),
+    ({'dataset': 'manifests'}, '--train_manifest is required'),
+    ({'resume': True}, 'config.json is missing'),
+  ],
+)
+def test_bad_flags_name_themselves_and_write_nothing(tmp_path, changes, message):
+  run_dir = tmp_path / 'run'
+  with pytest.raises(UserError, match=message) as error:
+    _train(run_dir, **changes)
+  assert '\n' not in str(error.value)
+  assert not run_dir.exists()
+
+
+def _start(run_dir, rounds):
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'binaries.train',
+      f'--run_dir={run_dir}',
+      '--max_examples=48',
+      '--partition=iid:3',
+      f'--rounds={rounds}',
+      '--save_every_rounds=2',
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+  )
+
+
+def _children(pid):
+  tasks = pathlib.Path(f'/proc/{pid}/task').glob('*/children')
+  return [int(child) for path in tasks for child in path.read_text().split()]
+
+
+def _wait_for(condition, seconds=120.0):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, 'timed out'
+    time.sleep(0.1)
+
+
+@pytest.mark.parametrize('end_with', [signal.SIGINT, signal.SIGKILL])
+def test_ended_run_leaves_no_worker_and_resumes(tmp_path, end_with):
+  run_dir = tmp_path / 'run'
+  process = _start(run_dir, rounds=100_000)
+  _wait_for(lambda: (run_dir / 'state' / 'round_4').is_dir())
+  workers = _children(process.pid)
+  assert workers
+  process.send_signal(end_with)
+  _, errors = process.communicate(timeout=60)  # Ends only when no one holds the pipes.
+  assert process.returncode == (130 if end_with == signal.SIGINT else -signal.SIGKILL)
+  if end_with == signal.SIGINT:
+    assert 'Traceback' not in errors
+    assert '--resume' in errors
+  _wait_for(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in workers), 10)
+  saved = max(
+    int(path.name.removeprefix('round_'))
+    for path in (run_dir / 'state').iterdir()
+    if path.name.removeprefix('round_').isdigit()
+  )
+  assert saved >= 4
+  with (run_dir / 'metrics.csv').open() as file:
+    done = len(list(csv.DictReader(file)))
+  # At most the rounds since the last save are done again.
+  assert done - saved <= (0 if end_with == signal.SIGINT else 2)
+  _train(run_dir, resume=True, rounds=saved + 1, save_every_rounds=2)
+  with (run_dir / 'metrics.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [int(row['round']) for row in rows] == list(range(1, saved + 2))
+
+
+def test_user_mistake_is_one_line_and_exit_code_1(tmp_path):
+  process = subprocess.run(
+    [sys.executable, '-m', 'binaries.train', f'--run_dir={tmp_path}/r', '--rounds=none'],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+  )
+  assert process.returncode == 1
+  assert process.stderr.startswith('error: ')
+  assert '--rounds=none' in process.stderr or 'flag --rounds' in process.stderr
+  assert len(process.stderr.strip().splitlines()) == 1

@@ -1,0 +1,184 @@
+import numpy as np
+import pydicom
+import pydicom.data
+import pytest
+from PIL import Image
+from pydicom.uid import ExplicitVRLittleEndian
+
+from tff_shadow.data import images
+from tff_shadow.errors import UserError
+
+RAMP = np.arange(64 * 48, dtype=np.uint16).reshape(64, 48)
+
+
+def write_dicom(path, pixels, photometric='MONOCHROME2', **fields):
+  dataset = pydicom.Dataset()
+  dataset.file_meta = pydicom.dataset.FileMetaDataset()
+  dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+  dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.7'
+  dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = '1.2.3'
+  dataset.Rows, dataset.Columns = pixels.shape[:2]
+  dataset.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
+  if pixels.ndim == 3:
+    dataset.PlanarConfiguration = 0
+  dataset.PhotometricInterpretation = photometric
+  dataset.BitsAllocated = dataset.BitsStored = pixels.dtype.itemsize * 8
+  dataset.HighBit = dataset.BitsStored - 1
+  dataset.PixelRepresentation = 0
+  dataset.PixelData = pixels.tobytes()
+  for name, value in fields.items():
+    setattr(dataset, name, value)
+  dataset.save_as(path, enforce_file_format=True)
+  return path
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg'])
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_png_and_jpeg(suffix, mode, tmp_path):
+  path = tmp_path / f'a.{suffix}'
+  pixels = np.full((20, 30) if mode == 'L' else (20, 30, 3), 77, np.uint8)
+  Image.fromarray(pixels).save(path)
+  read = images.read_image(path)
+  assert read.dtype == np.uint8
+  assert read.shape == (20, 30, 1 if mode == 'L' else 3)
+  assert np.abs(read.astype(int) - 77).max() <= 1
+
+
+def test_sixteen_bit_png_is_scaled(tmp_path):
+  Image.fromarray(RAMP).save(tmp_path / 'a.png')
+  read = images.read_image(tmp_path / 'a.png')
+  assert read.shape == (64, 48, 1)
+  assert (read.min(), read.max()) == (0, 255)
+
+
+def test_palette_and_transparent_images_become_rgb(tmp_path):
+  Image.new('RGBA', (20, 20), (10, 20, 30, 0)).save(tmp_path / 'a.png')
+  assert images.read_image(tmp_path / 'a.png')[0, 0].tolist() == [10, 20, 30]
+  Image.new('RGB', (20, 20), (10, 20, 30)).quantize().save(tmp_path / 'p.png')
+  assert images.read_image(tmp_path / 'p.png')[0, 0].tolist() == [10, 20, 30]
+
+
+def test_bad_files(tmp_path):
+  with pytest.raises(UserError, match='no such file'):
+    images.read_image(tmp_path / 'a.png')
+  for name in ('a.png', 'a.jpg', 'a.dcm'):
+    (tmp_path / name).write_bytes(b'not an image')
+    with pytest.raises(UserError, match='not a readable'):
+      images.read_image(tmp_path / name)
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)).save(
+    tmp_path / 'whole.png'
+  )
+  (tmp_path / 'cut.png').write_bytes((tmp_path / 'whole.png').read_bytes()[:600])
+  with pytest.raises(UserError, match='not a readable image'):
+    images.read_image(tmp_path / 'cut.png')
+
+
+def test_fit_keeps_the_aspect_and_fills_with_black():
+  image = np.full((40, 80, 1), 200, np.uint8)
+  fitted = images.fit(image, 32)
+  assert fitted.shape == (32, 32, 1)
+  assert not fitted[:8].any()
+  assert not fitted[24:].any()
+  assert (fitted[8:24] == 200).all()
+  square = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+  np.testing.assert_array_equal(images.fit(square, 32), square)
+
+
+def test_fit_is_antialiased():
+  checkers = (np.indices((320, 320)).sum(0) % 2 * 255).astype(np.uint8)[..., None]
+  # Without a filter this would be all black or all white.
+  assert np.abs(images.fit(checkers, 32).astype(int) - 127).max() <= 2
+
+
+def test_stack_decides_the_channels_once():
+  gray, rgb = np.full((4, 4, 1), 9, np.uint8), np.full((4, 4, 3), 9, np.uint8)
+  assert images.stack([gray, gray], 'native').shape == (2, 4, 4, 1)
+  assert images.stack([gray, rgb], 'native').shape == (2, 4, 4, 3)
+  assert images.stack([gray, gray], 'rgb').shape == (2, 4, 4, 3)
+  np.testing.assert_array_equal(images.stack([gray, rgb], 'gray'), np.full((2, 4, 4, 1), 9))
+
+
+def test_size_and_color_are_checked():
+  images.check_size_and_color(16, 'native')
+  with pytest.raises(UserError, match='image size 15'):
+    images.check_size_and_color(15, 'native')
+  with pytest.raises(UserError, match='sepia'):
+    images.check_size_and_color(32, 'sepia')
+
+
+def test_dicom_is_scaled_and_monochrome1_inverted(tmp_path):
+  plain = images.read_image(write_dicom(tmp_path / 'a.dcm', RAMP))
+  assert plain.shape == (64, 48, 1)
+  assert (plain[0, 0, 0], plain[-1, -1, 0]) == (0, 255)
+  inverted = images.read_image(write_dicom(tmp_path / 'b.dcm', RAMP, 'MONOCHROME1'))
+  np.testing.assert_allclose(inverted, 255.0 - plain, atol=1)
+
+
+def test_dicom_window_and_rescale(tmp_path):
+  read = images.read_image(
+    write_dicom(
+      tmp_path / 'a.dcm',
+      RAMP,
+      RescaleSlope=2,
+      RescaleIntercept=-1000,
+      WindowCenter=1000,
+      WindowWidth=200,
+    )
+  )[..., 0]
+  hounsfield = RAMP.astype(float) * 2 - 1000
+  assert (read[hounsfield < 895] == 0).all()
+  assert (read[hounsfield > 1105] == 255).all()
+  assert abs(int(read[hounsfield == 1000][0]) - 128) <= 2
+
+
+@pytest.mark.parametrize('photometric', ['MONOCHROME1', 'MONOCHROME2'])
+def test_dicom_padding_is_black_and_does_not_squeeze_the_range(photometric, tmp_path):
+  pixels = 1000 + RAMP % 100
+  pixels[:8] = 65535
+  # The element is ambiguous (US or SS); as bytes it needs the value representation.
+  path = write_dicom(tmp_path / 'a.dcm', pixels, photometric, PixelPaddingValue=65535)
+  read = images.read_image(path)[..., 0]
+  assert not read[:8].any()
+  assert len(np.unique(read[8:])) == 100
+
+
+def test_dicom_colour(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+  read = images.read_image(write_dicom(tmp_path / 'a.dcm', pixels, 'RGB'))
+  np.testing.assert_array_equal(read, pixels)
+
+
+def test_dicom_errors(tmp_path):
+  with pytest.raises(UserError, match='single grey value'):
+    images.read_image(write_dicom(tmp_path / 'a.dcm', np.ones((20, 20), np.uint16)))
+  with pytest.raises(UserError, match='cannot be decoded'):
+    images.read_image(write_dicom(tmp_path / 'b.dcm', RAMP, Rows=100))
+  with pytest.raises(UserError, match='2 frames'):
+    images.read_image(write_dicom(tmp_path / 'c.dcm', RAMP, Rows=32, NumberOfFrames=2))
+
+
+@pytest.mark.parametrize('name', ['CT_small.dcm', 'MR_small.dcm'])
+def test_real_dicom(name):
+  path = pydicom.data.get_testdata_file(name, download=False)
+  read = images.read_image(images.pathlib.Path(path))
+  assert read.shape[-1] == 1
+  assert (read.min(), read.max()) == (0, 255)
+
+
+def test_odd_real_dicom_is_read_or_a_user_error(caplog, recwarn):
+  outcomes = {'read': 0, 'refused': 0}
+  folder = images.pathlib.Path(pydicom.data.get_testdata_file('CT_small.dcm', download=False))
+  for path in sorted(folder.parent.glob('*.dcm')):
+    try:
+      read = images.read_image(path)
+    except UserError:
+      outcomes['refused'] += 1
+      continue
+    assert read.dtype == np.uint8
+    assert read.shape[-1] in (1, 3)
+    outcomes['read'] += 1
+  assert outcomes['read'] > 10
+  assert outcomes['refused'] > 3
+  # pydicom reports such files with tracebacks, which are not for the user.
+  assert not caplog.records
+  assert not recwarn.list
