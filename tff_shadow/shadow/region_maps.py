@@ -10,8 +10,8 @@ from tff_shadow.errors import UserError
 
 # Whether smaller numbers are zero depends on the thread that computes them.
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-# Halving the bracket 40 times leaves less than float32 resolves.
-_BISECTIONS = 40
+# Halving the bracket 30 times leaves less than float32 resolves.
+_BISECTIONS = 30
 
 
 class RegionMaps(NamedTuple):

@@ -67,9 +67,7 @@ class SaliencyConfig:
     if self.kind not in KINDS:
       raise UserError(f'saliency kind {self.kind!r}: unknown; use one of {", ".join(KINDS)}')
     if self.layer is not None and self.kind not in _CAM_KINDS:
-      raise UserError(
-        f"saliency layer {self.layer}: kind '{self.kind}' uses no layer; leave it out"
-      )
+      raise UserError(f"saliency layer {self.layer}: kind '{self.kind}' uses none; leave it out")
     is_index = isinstance(self.target, int) and not isinstance(self.target, bool)
     if not (self.target in ('label', 'predicted') or (is_index and self.target >= 0)):
       raise UserError(
@@ -114,8 +112,9 @@ def build_region_map(config: SaliencyConfig, model: tf.keras.Model | None = None
   num_classes = model.outputs[0].shape[-1]
 
   def compute(images, labels):
+    finite = tf.reduce_all(tf.math.is_finite(images), axis=[1, 2, 3], keepdims=True)
     return maps_from_scores(
-      score_fn(images, labels),
+      tf.where(finite, score_fn(images, labels), np.nan),
       tf.shape(images)[1:3],
       top_fraction=config.top_fraction,
       softness=config.softness,
@@ -212,7 +211,9 @@ def build_score_fn(config: SaliencyConfig, model: tf.keras.Model | None) -> Scor
       sizes = _mean_over_noise(lambda noisy: gradient_size(noisy, labels), images, config)
     else:
       sizes = gradient_size(images, labels)
-    return tf.reduce_max(sizes, axis=-1, keepdims=True)
+    # A maximum may pass over a NaN.
+    finite = tf.reduce_all(tf.math.is_finite(sizes), axis=-1, keepdims=True)
+    return tf.where(finite, tf.reduce_max(sizes, axis=-1, keepdims=True), np.nan)
 
   return scores
 
@@ -257,7 +258,10 @@ class _TraceableCam(Gradcam):
   def _calculate_cam(self, grads, penultimate_output, gradient_modifier, activation_modifier):
     del gradient_modifier
     weights = self._weights_fn(grads, penultimate_output)
-    return activation_modifier(tf.reduce_sum(weights * penultimate_output, axis=-1))
+    cam = activation_modifier(tf.reduce_sum(weights * penultimate_output, axis=-1))
+    # A ReLU may turn a NaN into 0, which would mean: not sensitive.
+    finite = tf.math.is_finite(grads) & tf.math.is_finite(penultimate_output)
+    return tf.where(tf.reduce_all(finite, axis=[1, 2, 3])[:, None, None], cam, np.nan)
 
 
 def _grad_cam_weights(gradients, activations):
