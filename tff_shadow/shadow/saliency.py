@@ -275,7 +275,7 @@ def _layer_cam_weights(gradients, activations):
 
 
 def _grad_cam_pp_weights(gradients, activations):
-  """Grad-CAM++ weights (eq. 19 of the paper), for the score itself in place of its exponential.
+  """Grad-CAM++ weights, without the library's factor exp(score) per image.
 
   tf-keras-vis' GradcamPlusPlus cannot be used inside TFF. It keeps 0/0 away by adding
   `tf.cast(second_derivative == 0.0, ...)` to the denominator, but in a `tf.Graph`, where TFF
