@@ -1,8 +1,30 @@
 """`tff.aggregators` factories."""
 
+from tff_shadow.aggregators.noise_strength import (
+  NOISE_SHAPES,
+  STRENGTH_KINDS,
+  NoiseShape,
+  NoiseStrength,
+)
 from tff_shadow.aggregators.observation_tap import (
   build_collect_from_clients,
   observation_tap_factory,
 )
+from tff_shadow.aggregators.public_shadow_noise import (
+  gaussian_dp_event,
+  public_shadow_noise_factory,
+)
+from tff_shadow.aggregators.shadow_noise import shadow_noise_factory, shaped_update_type
 
-__all__ = ['build_collect_from_clients', 'observation_tap_factory']
+__all__ = [
+  'NOISE_SHAPES',
+  'STRENGTH_KINDS',
+  'NoiseShape',
+  'NoiseStrength',
+  'build_collect_from_clients',
+  'gaussian_dp_event',
+  'observation_tap_factory',
+  'public_shadow_noise_factory',
+  'shadow_noise_factory',
+  'shaped_update_type',
+]

@@ -65,10 +65,21 @@ def build_client_work(
     local_model = model_fn()
 
     @tf.function
-    def train(weights, data):
-      return _train_locally(
-        local_model, optimizer, weights, data, client_weighting, share_statistics
+    def train(initial_weights, dataset):
+      def gradient_fn(batch):
+        with tf.GradientTape() as tape:
+          output = local_model.forward_pass(batch, training=True)
+        gradients = tape.gradient(
+          output.loss,
+          list(local_model.trainable_variables),
+          unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        return output.num_examples, [gradients], ()
+
+      (update,), num_examples, _ = train_locally(
+        [local_model], optimizer, initial_weights, dataset, gradient_fn, share_statistics
       )
+      return client_result(local_model, update, num_examples, client_weighting)
 
     return train(initial_weights, dataset)
 
@@ -95,34 +106,78 @@ def build_client_work(
   return tff.learning.templates.ClientWorkProcess(init_fn, next_fn)
 
 
-def _train_locally(model, optimizer, initial_weights, dataset, client_weighting, share_statistics):
-  """Returns (ClientResult, unfinalized metrics, 1 if the update was not finite)."""
-  weights = tff.learning.models.ModelWeights.from_model(model)
-  tf.nest.map_structure(lambda a, b: a.assign(b), weights, initial_weights)
-  trainable = tuple(weights.trainable)
+def train_locally(
+  models: list[tff.learning.models.VariableModel],
+  optimizer: tff.learning.optimizers.Optimizer,
+  initial_weights: tff.learning.models.ModelWeights,
+  dataset: tf.data.Dataset,
+  gradient_fn: Callable[[Any], tuple[tf.Tensor, list[list[tf.Tensor]], tuple[tf.Tensor, ...]]],
+  share_statistics: bool,
+  accumulators: tuple[tf.Tensor, ...] = (),
+) -> tuple[list[Any], tf.Tensor, tuple[tf.Tensor, ...]]:
+  """Trains one or several copies of a model side by side on the same batches.
+
+  Args:
+    models: The copies.
+    optimizer: Each copy has its own state of it.
+    initial_weights: Where all copies start.
+    dataset: Batches.
+    gradient_fn: From a batch: number of examples, gradients of each copy at its weights, and what
+      is to be added to `accumulators`.
+    share_statistics: See `build_client_work`.
+    accumulators: Where the sums start.
+
+  Returns:
+    The update of each copy (initial minus trained), number of examples seen, and the sums.
+  """
+  all_weights = [tff.learning.models.ModelWeights.from_model(model) for model in models]
+  for weights in all_weights:
+    tf.nest.map_structure(lambda a, b: a.assign(b), weights, initial_weights)
+  trainable = [tuple(weights.trainable) for weights in all_weights]
+  specs = tuple(tf.TensorSpec(v.shape, v.dtype) for v in trainable[0])
 
   def reduce_fn(state, batch):
-    num_examples, optimizer_state = state
-    with tf.GradientTape() as tape:
-      output = model.forward_pass(batch, training=True)
-    gradients = tape.gradient(
-      output.loss, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
-    optimizer_state, updated = optimizer.next(optimizer_state, trainable, tuple(gradients))
-    tf.nest.map_structure(lambda a, b: a.assign(b), trainable, tuple(updated))
-    return num_examples + tf.cast(output.num_examples, tf.int64), optimizer_state
+    num_examples, optimizer_states, sums = state
+    batch_size, gradients, increments = gradient_fn(batch)
+    new_states = []
+    for optimizer_state, variables, gradient in zip(
+      optimizer_states, trainable, gradients, strict=True
+    ):
+      new_state, updated = optimizer.next(optimizer_state, variables, tuple(gradient))
+      tf.nest.map_structure(lambda a, b: a.assign(b), variables, tuple(updated))
+      new_states.append(new_state)
+    sums = tuple(total + extra for total, extra in zip(sums, increments, strict=True))
+    return num_examples + tf.cast(batch_size, tf.int64), tuple(new_states), sums
 
-  optimizer_state = optimizer.initialize(tuple(tf.TensorSpec(v.shape, v.dtype) for v in trainable))
-  num_examples, _ = dataset.reduce((tf.constant(0, tf.int64), optimizer_state), reduce_fn)
+  start = (
+    tf.constant(0, tf.int64),
+    tuple(optimizer.initialize(specs) for _ in models),
+    accumulators,
+  )
+  num_examples, _, sums = dataset.reduce(start, reduce_fn)
+  updates = []
+  for weights in all_weights:
+    update = tf.nest.map_structure(tf.subtract, initial_weights.trainable, weights.trainable)
+    if share_statistics:
+      statistics = [
+        initial - trained
+        for initial, trained in zip(
+          initial_weights.non_trainable, weights.non_trainable, strict=True
+        )
+        if is_shared_statistic(trained)
+      ]
+      update = collections.OrderedDict(trainable=update, non_trainable=statistics)
+    updates.append(update)
+  return updates, num_examples, sums
 
-  update = tf.nest.map_structure(tf.subtract, initial_weights.trainable, weights.trainable)
-  if share_statistics:
-    statistics = [
-      initial - trained
-      for initial, trained in zip(initial_weights.non_trainable, weights.non_trainable, strict=True)
-      if is_shared_statistic(trained)
-    ]
-    update = collections.OrderedDict(trainable=update, non_trainable=statistics)
+
+def client_result(
+  model: tff.learning.models.VariableModel,
+  update: Any,
+  num_examples: tf.Tensor,
+  client_weighting: tff.learning.ClientWeighting,
+) -> tuple[tff.learning.templates.ClientResult, Any, tf.Tensor]:
+  """Returns (ClientResult, unfinalized metrics, 1 if the update was not finite and so dropped)."""
   finite = tf.reduce_all(
     [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(update)]
   )

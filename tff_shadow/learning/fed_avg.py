@@ -73,19 +73,45 @@ def build_weighted_fed_avg(
     share_statistics=share_statistics,
     metrics_aggregator=metrics_aggregator,
   )
+  update_type = client_work.next.type_signature.result.result.member.update
+  return compose(
+    initial_model_weights,
+    model_distributor,
+    client_work,
+    model_aggregator,
+    server_optimizer_fn,
+    update_type,
+    share_statistics,
+  )
+
+
+def compose(
+  initial_model_weights: tff.Computation,
+  model_distributor: tff.learning.templates.DistributionProcess | None,
+  client_work: tff.learning.templates.ClientWorkProcess,
+  model_aggregator: tff.aggregators.WeightedAggregationFactory,
+  server_optimizer_fn: tff.learning.optimizers.Optimizer,
+  update_type: tff.types.Type,
+  share_statistics: bool,
+) -> tff.learning.templates.LearningProcess:
+  """Composes FedAvg of a client work whose updates, once aggregated, are of `update_type`.
+
+  Raises:
+    TypeError: If the aggregate has another type, or the aggregator is not weighted.
+  """
+  weights_type = initial_model_weights.type_signature.result
   client_result = client_work.next.type_signature.result.result.member
   aggregator = model_aggregator.create(client_result.update, client_result.update_weight)
   aggregate_type = aggregator.next.type_signature.result.result.member
-  if aggregate_type != client_result.update:
+  if aggregate_type != update_type:
     raise TypeError(
-      'model_aggregator must keep the structure of the update, found'
-      f' {client_result.update} -> {aggregate_type}'
+      f'model_aggregator must return the type of the update, {update_type}, found {aggregate_type}'
     )
   finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
     server_optimizer_fn, weights_type
   )
   if share_statistics:
-    finalizer = _with_statistics(finalizer, weights_type, client_result.update)
+    finalizer = _with_statistics(finalizer, weights_type, update_type)
   return tff.learning.templates.compose_learning_process(
     initial_model_weights,
     model_distributor or tff.learning.templates.build_broadcast_process(weights_type),

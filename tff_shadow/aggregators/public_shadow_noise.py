@@ -1,0 +1,135 @@
+"""Gaussian noise of one public shape, with which (epsilon, delta) can be stated."""
+
+import collections
+import math
+from typing import Any
+
+import dp_accounting
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_factory
+from tff_shadow.aggregators.shadow_noise import squared_norm, stateless_normal_like
+
+
+def public_shadow_noise_factory(
+  deviations: Any,
+  *,
+  clip_norm: float,
+  noise_multiplier: float,
+  inner: Factory | None = None,
+) -> Factory:
+  """Returns a factory that clips and noises updates on the client in one public geometry.
+
+  With D = diag(deviations) and D normalised to a root mean square of 1, a client sends
+
+    clip(update) + noise_multiplier clip_norm D z,  z ~ N(0, I),
+
+  where clip scales the update so that |D^-1 update| <= clip_norm. The shape is public: computed by a
+  shadow on public data, kept in the state, broadcast to the clients. So it carries nothing private,
+  the mechanism is the Gaussian one in the coordinates D^-1 x, and `gaussian_dp_event` accounts for
+  it. Noise is fresh in every execution, drawn from the client's own entropy.
+
+  Takes any structure of floating point tensors, so it drops into every stock
+  `tff.learning.algorithms.build_*(model_aggregator=...)`.
+
+  State: `OrderedDict(inner, context)`, where context holds the normalised deviations; a server may
+  replace them between rounds by others that are as public. Measurements: `OrderedDict(inner,
+  noise_to_signal, cosine, clipped)`; means over clients, and the share of clients clipped. Weighted
+  if `inner` is.
+
+  Args:
+    deviations: Standard deviations, positive; a structure like the update.
+    clip_norm: Above 0.
+    noise_multiplier: Noise relative to `clip_norm`, not negative.
+    inner: Aggregates what the clients send; the weighted mean by default.
+
+  Raises:
+    ValueError: If a number is out of range, or a deviation is not positive and finite.
+  """
+  if not (math.isfinite(clip_norm) and clip_norm > 0):
+    raise ValueError(f'clip_norm must be finite and above 0, found {clip_norm}')
+  if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+    raise ValueError(f'noise_multiplier must be finite and not negative, found {noise_multiplier}')
+  normalised = normalised_deviations(deviations)
+
+  def build(value_type: tff.types.Type) -> ClientSide:
+    for leaf in tff.structure.flatten(value_type):
+      if not np.issubdtype(leaf.dtype, np.floating):
+        raise TypeError(f'noise is added to floating point updates only, found {leaf}')
+    expected = [tuple(leaf.shape) for leaf in tff.structure.flatten(value_type)]
+    found = [array.shape for array in normalised]
+    if found != expected:
+      raise TypeError(f'deviations have the shapes {found}, the update has {expected}')
+
+    @tff.tensorflow.computation
+    def context():
+      return [tf.constant(array) for array in normalised]
+
+    @tff.tensorflow.computation(value_type, context.type_signature.result)
+    @tf.function
+    def transform(value, deviations):
+      update = tf.nest.flatten(value)
+      # Each execution, so each client and round, has an entropy of its own; a stateful random op
+      # with a seed would give all clients the same noise.
+      key = tf.raw_ops.NonDeterministicInts(shape=tf.constant([2]), dtype=tf.int32)
+      norm = tf.sqrt(squared_norm([u / d for u, d in zip(update, deviations, strict=True)]))
+      finite = tf.math.is_finite(norm)
+      scale = tf.where(finite, tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30)), 0.0)
+      clipped = [tf.where(finite, scale * u, 0.0) for u in update]
+      normal = stateless_normal_like(clipped, key, draw=0)
+      noise = [
+        noise_multiplier * clip_norm * d * n for d, n in zip(deviations, normal, strict=True)
+      ]
+      noised = [u + n for u, n in zip(clipped, noise, strict=True)]
+      dot = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(noised, clipped, strict=True)])
+      clean, sent = tf.sqrt(squared_norm(clipped)), tf.sqrt(squared_norm(noised))
+      statistics = collections.OrderedDict(
+        noise_to_signal=tf.math.divide_no_nan(tf.sqrt(squared_norm(noise)), clean),
+        cosine=tf.math.divide_no_nan(dot, clean * sent),
+        clipped=tf.cast(norm > clip_norm, tf.float32),
+      )
+      return tf.nest.pack_sequence_as(value, noised), statistics
+
+    return ClientSide(transform, value_type, _measure, context)
+
+  return client_side_factory(build, inner)
+
+
+def _measure(statistics) -> collections.OrderedDict:
+  return collections.OrderedDict(
+    (name, tff.federated_mean(getattr(statistics, name)))
+    for name in ('noise_to_signal', 'cosine', 'clipped')
+  )
+
+
+def normalised_deviations(deviations: Any) -> list[np.ndarray]:
+  """Flattens `deviations` and scales them to a root mean square of 1 over all weights.
+
+  Raises:
+    ValueError: If one is not positive and finite: a weight without noise leaks what it holds.
+  """
+  arrays = [np.asarray(array, np.float32) for array in tf.nest.flatten(deviations)]
+  if not arrays or not all(np.isfinite(a).all() and (a > 0).all() for a in arrays):
+    raise ValueError('deviations must be positive and finite')
+  total = sum(float(np.square(a.astype(np.float64)).sum()) for a in arrays)
+  count = sum(a.size for a in arrays)
+  return [(a / math.sqrt(total / count)).astype(np.float32) for a in arrays]
+
+
+def gaussian_dp_event(noise_multiplier: float, rounds: int) -> dp_accounting.DpEvent:
+  """What a client spends in `rounds` rounds, for dp-accounting.
+
+  Local differential privacy of the client's whole update: its clipped update is replaced by any
+  other, which moves it by at most twice the clipping norm, so the multiplier counts half.
+
+  Args:
+    noise_multiplier: Of the factory, above 0.
+    rounds: Rounds in which the client takes part.
+  """
+  if not noise_multiplier > 0:
+    raise ValueError(f'noise_multiplier must be above 0 for a guarantee, found {noise_multiplier}')
+  return dp_accounting.SelfComposedDpEvent(
+    dp_accounting.GaussianDpEvent(noise_multiplier / 2.0), rounds
+  )

@@ -1,0 +1,208 @@
+"""Client-side noise of a private shape in front of any aggregation."""
+
+import collections
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_factory
+from tff_shadow.aggregators.noise_strength import NOISE_SHAPES, NoiseShape, NoiseStrength
+
+# Share of the noise's energy that is isotropic: a direction without noise leaks whatever it holds.
+DEFAULT_FLOOR = 0.01
+
+
+def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.types.StructType:
+  """The type that `shadow_noise_factory` takes from a client for updates of `update_type`.
+
+  `OrderedDict` of
+    update: the update itself.
+    noise_key: int32 [2], the client's own.
+    region_energy, region_fourth_moment: float32, sum of m^2 and of m^4 over the region maps.
+    sensitivity_energy: float32, sum_j S_j^2; only used for isotropic noise of a target bound.
+    shape: 'diagonal': S_j^2, a structure like the update, not negative. 'correlated': J(m v), a
+      structure like the update. 'isotropic': empty.
+  """
+  fields = collections.OrderedDict(
+    update=update_type,
+    noise_key=tff.types.TensorType(np.int32, (2,)),
+    region_energy=tff.types.TensorType(np.float32),
+    region_fourth_moment=tff.types.TensorType(np.float32),
+    sensitivity_energy=tff.types.TensorType(np.float32),
+    shape=() if shape == 'isotropic' else update_type,
+  )
+  return tff.types.to_type(fields)
+
+
+def shadow_noise_factory(
+  shape: NoiseShape,
+  strength: NoiseStrength,
+  inner: Factory | None = None,
+  *,
+  floor: float = DEFAULT_FLOOR,
+) -> Factory:
+  """Returns a factory that noises each client's update, on the client, and aggregates with `inner`.
+
+  The process takes `shaped_update_type(update_type, shape)` from each client and gives the inner
+  factory the noised update alone; its result is the inner one's. The noise is
+
+    (1 - floor) of its energy: unit noise of `shape` times the scale that `strength` asks for,
+    floor of it: isotropic Gaussian.
+
+  A client whose shape is all zero or not finite (no region, a map of NaN) gets isotropic noise of
+  the strength's ratio to its update (ratio 1 for absolute strengths); it is counted, never left
+  without noise. An update that is not finite, or zero because the client was dropped, is passed on
+  as zeros.
+
+  Freshness is the key's matter: the same key gives the same noise. Frozen keys are the default of
+  the learning processes here, for fresh noise averages out over rounds while frozen noise does not.
+
+  The shape depends on private data, so no (epsilon, delta) can be stated; see
+  `public_shadow_noise_factory`.
+
+  State: the inner one's. Measurements: `OrderedDict(inner, noise_to_signal, cosine, fell_back)`;
+  mean over clients of |noise| / |update| and of the cosine between noised and clean update, number
+  of clients whose shape fell back. Weighted if `inner` is.
+
+  Args:
+    shape: 'isotropic', 'diagonal' or 'correlated'.
+    strength: See `NoiseStrength`.
+    inner: Aggregates the noised updates; the weighted mean by default.
+    floor: Share of the noise's energy that is isotropic, in (0, 1); unused for 'isotropic'.
+
+  Raises:
+    ValueError: For an unknown shape or a floor out of range.
+    TypeError: If `inner` is no factory.
+  """
+  if shape not in NOISE_SHAPES:
+    raise ValueError(f'shape must be one of {NOISE_SHAPES}, found {shape!r}')
+  if not 0.0 < floor < 1.0:
+    raise ValueError(f'floor must be above 0 and below 1, found {floor}')
+
+  def build(value_type: tff.types.Type) -> ClientSide:
+    update_type = _check_value_type(value_type, shape)
+
+    @tff.tensorflow.computation(value_type)
+    @tf.function
+    def add_noise(value):
+      return noised_update(value, shape, strength, floor)
+
+    return ClientSide(add_noise, update_type, _measure)
+
+  return client_side_factory(build, inner)
+
+
+def _measure(statistics) -> collections.OrderedDict:
+  return collections.OrderedDict(
+    noise_to_signal=tff.federated_mean(statistics.noise_to_signal),
+    cosine=tff.federated_mean(statistics.cosine),
+    fell_back=tff.federated_sum(statistics.fell_back),
+  )
+
+
+def _check_value_type(value_type: tff.types.Type, shape: NoiseShape) -> tff.types.Type:
+  """Returns the type of the update; TypeError unless `value_type` is a shaped update."""
+  if not isinstance(value_type, tff.types.StructType) or 'update' not in dir(value_type):
+    raise TypeError(f'value_type must be a shaped_update_type, found {value_type}')
+  update_type = value_type.update
+  for leaf in tff.structure.flatten(update_type):
+    if not np.issubdtype(leaf.dtype, np.floating):
+      raise TypeError(f'noise is added to floating point updates only, found {leaf}')
+  expected = shaped_update_type(update_type, shape)
+  if not expected.is_equivalent_to(value_type):
+    raise TypeError(f'for {shape} noise value_type must be {expected}, found {value_type}')
+  return update_type
+
+
+def noised_update(
+  value: Any, shape: NoiseShape, strength: NoiseStrength, floor: float
+) -> tuple[Any, collections.OrderedDict]:
+  """What one client sends, and its statistics; the arithmetic of `shadow_noise_factory`.
+
+  Args:
+    value: A shaped update.
+    shape: See there.
+    strength: See there.
+    floor: See there.
+
+  Returns:
+    The noised update, and OrderedDict(noise_to_signal, cosine, fell_back).
+  """
+  update = tf.nest.flatten(value['update'])
+  normal = stateless_normal_like(update, value['noise_key'], draw=0)
+  num_weights = sum(int(np.prod(tensor.shape)) for tensor in update)
+  if shape == 'isotropic':
+    unit, shape_energy = normal, tf.constant(float(num_weights))
+  elif shape == 'diagonal':
+    # Variances in proportion to S_j (not S_j^2): the least sum of variances for a given error.
+    deviations = [tf.sqrt(tf.sqrt(squared)) for squared in tf.nest.flatten(value['shape'])]
+    unit = [d * n for d, n in zip(deviations, normal, strict=True)]
+    shape_energy = squared_norm(deviations)
+  else:
+    unit = tf.nest.flatten(value['shape'])
+    shape_energy = squared_norm(unit)
+  update_energy = squared_norm(update)
+  squared_scale = strength.squared_scale(
+    shape,
+    update_energy=update_energy,
+    shape_energy=shape_energy,
+    sensitivity_energy=value['sensitivity_energy'],
+    region_energy=value['region_energy'],
+    region_fourth_moment=value['region_fourth_moment'],
+    num_weights=num_weights,
+  )
+  noise_energy = squared_scale * shape_energy
+  usable = (
+    (shape_energy > 0)
+    & tf.math.is_finite(shape_energy)
+    & tf.math.is_finite(noise_energy)
+    & ((noise_energy > 0) | (strength.value == 0))
+  )
+  ratio = strength.value if strength.kind == 'ratio' else 1.0
+  fallback_energy = ratio**2 * update_energy
+  # 'ratio' divides one budget; an absolute strength or a bound holds for the shaped part alone.
+  shaped_share = 1.0 - floor if strength.kind == 'ratio' and shape != 'isotropic' else 1.0
+  floor_energy = noise_energy * (
+    0.0 if shape == 'isotropic' else floor if strength.kind == 'ratio' else floor / (1.0 - floor)
+  )
+  shaped_scale = tf.sqrt(tf.where(usable, shaped_share * squared_scale, 0.0))
+  normal_scale = tf.sqrt(tf.where(usable, floor_energy, fallback_energy) / num_weights)
+  # The floor needs draws of its own where the shaped noise has used the first.
+  floor_normal = stateless_normal_like(update, value['noise_key'], draw=1)
+  noise = [
+    tf.where(usable, shaped_scale * u, 0.0) + normal_scale * n
+    for u, n in zip(unit, floor_normal, strict=True)
+  ]
+  sends = tf.math.is_finite(update_energy) & (update_energy > 0)
+  noise = [tf.where(sends, tensor, 0.0) for tensor in noise]
+  update = [tf.where(sends, tensor, 0.0) for tensor in update]
+  noised = [u + n for u, n in zip(update, noise, strict=True)]
+  dot = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(noised, update, strict=True)])
+  statistics = collections.OrderedDict(
+    noise_to_signal=tf.math.divide_no_nan(
+      tf.sqrt(squared_norm(noise)), tf.sqrt(squared_norm(update))
+    ),
+    cosine=tf.math.divide_no_nan(
+      dot, tf.sqrt(squared_norm(noised)) * tf.sqrt(squared_norm(update))
+    ),
+    fell_back=tf.cast(sends & ~usable, tf.int32),
+  )
+  return tf.nest.pack_sequence_as(value['update'], noised), statistics
+
+
+def stateless_normal_like(tensors, key, *, draw: int) -> list[tf.Tensor]:
+  """Standard normal tensors of the same shapes, decided by `key` and `draw`."""
+  key = tf.random.experimental.stateless_fold_in(key, draw)
+  return [
+    tf.random.stateless_normal(
+      tensor.shape, tf.random.experimental.stateless_fold_in(key, index), dtype=tensor.dtype
+    )
+    for index, tensor in enumerate(tensors)
+  ]
+
+
+def squared_norm(tensors) -> tf.Tensor:
+  """Sum of squares over all entries of all tensors."""
+  return tf.add_n([tf.reduce_sum(tf.square(tensor)) for tensor in tensors])

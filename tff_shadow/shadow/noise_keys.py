@@ -1,0 +1,72 @@
+"""Keys of the noise: what makes it each client's own, and frozen or fresh.
+
+A key is two int32. Whoever has it can draw the noise again and subtract it, so by default keys come
+from a secret that the client draws from its operating system and never sends. Keys are given to the
+client's work with its data, one per image: the same key every round makes the noise frozen, another
+one every round makes it fresh.
+"""
+
+import collections
+import hashlib
+import secrets
+
+import numpy as np
+import tensorflow as tf
+
+NOISE_KEY = 'noise_key'
+_SECRET_BYTES = 32
+
+
+def draw_secret() -> bytes:
+  """A new secret of 32 bytes from the operating system's entropy."""
+  return secrets.token_bytes(_SECRET_BYTES)
+
+
+def experiment_secret(seed: int, client_id: str) -> bytes:
+  """A secret that anyone who knows the seed can compute: for reproducible experiments only.
+
+  A server that can compute it can subtract the noise, so nothing is protected.
+  """
+  return hashlib.sha256(f'experiment/{seed}/{client_id}'.encode()).digest()
+
+
+def image_keys(secret: bytes, image_indices: np.ndarray, round_num: int | None) -> np.ndarray:
+  """Keys of a client's images.
+
+  Args:
+    secret: The client's.
+    image_indices: int [N], which of the client's images; an image keeps its index for good.
+    round_num: None for frozen noise; the round for fresh noise.
+
+  Returns:
+    int32 [N, 2].
+  """
+  freshness = b'frozen' if round_num is None else b'round %d' % round_num
+  digests = (
+    hashlib.blake2b(b'%s/%d' % (freshness, index), key=secret, digest_size=8).digest()
+    for index in np.asarray(image_indices, np.int64)
+  )
+  return np.frombuffer(b''.join(digests), '<i4').reshape(-1, 2).astype(np.int32)
+
+
+def add_noise_keys(
+  dataset: tf.data.Dataset, secret: bytes, *, round_num: int | None = None
+) -> tf.data.Dataset:
+  """Adds 'noise_key' to every example of a data set of your own.
+
+  Args:
+    dataset: Single examples (not batched) as OrderedDict(x, y, ...), in an order that is the same
+      each time: shuffle and batch afterwards.
+    secret: The client's.
+    round_num: See `image_keys`.
+
+  Returns:
+    The data set with int32 [2] 'noise_key' in each element.
+  """
+  seed = tf.constant(image_keys(secret, np.array([0]), round_num)[0])
+
+  def add(index, example):
+    key = tf.random.experimental.stateless_fold_in(seed, tf.cast(index, tf.int32))
+    return collections.OrderedDict({**example, NOISE_KEY: key})
+
+  return dataset.enumerate().map(add)
