@@ -1,0 +1,29 @@
+"""The shadow: what of an image would leak, and where."""
+
+from tff_shadow.shadow.region_maps import (
+  RegionMap,
+  RegionMaps,
+  given_region_map,
+  maps_from_scores,
+  soft_top_fraction,
+  uniform_region_map,
+)
+from tff_shadow.shadow.saliency import (
+  KINDS,
+  SaliencyConfig,
+  build_region_map,
+  build_score_fn,
+)
+
+__all__ = [
+  'KINDS',
+  'RegionMap',
+  'RegionMaps',
+  'SaliencyConfig',
+  'build_region_map',
+  'build_score_fn',
+  'given_region_map',
+  'maps_from_scores',
+  'soft_top_fraction',
+  'uniform_region_map',
+]
