@@ -34,9 +34,9 @@ class AttackConfig:
     dtype: Floating point type of the attack.
   """
 
-  matching: Matching = dataclasses.field(default_factory=CosineMatching)
+  matching: Matching = dataclasses.field(default_factory=lambda: CosineMatching(balance=0.5))
   total_variation: TotalVariation = dataclasses.field(
-    default_factory=lambda: TotalVariation(weight=0.1, decay=0.1)
+    default_factory=lambda: TotalVariation(weight=0.15, decay=0.1)
   )
   box: Box = dataclasses.field(default_factory=Box)
   parametrization: Parametrization = dataclasses.field(default_factory=SpectralParametrization)

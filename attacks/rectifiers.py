@@ -32,7 +32,7 @@ class SurrogateRectifier:
   """
 
   start: float = 3.0
-  end: float = 15.0
+  end: float = 30.0
   name: str = dataclasses.field(default='surrogate', init=False)
 
   def sharpness(self, iteration: tf.Tensor, iterations: int, dtype: tf.DType) -> tf.Tensor:

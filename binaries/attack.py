@@ -14,7 +14,7 @@ from absl import flags
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.initialization import STARTS
-from attacks.matching import MATCHINGS
+from attacks.matching import MATCHINGS, CosineMatching, Matching
 from attacks.optimizers import SCHEDULES, Adam
 from attacks.parametrizations import PARAMETRIZATIONS
 from attacks.priors import TotalVariation
@@ -45,6 +45,13 @@ _ITERATIONS = flags.DEFINE_integer('iterations', _BEST.iterations, 'Optimiser st
 _RESTARTS = flags.DEFINE_integer('restarts', _BEST.restarts, 'Starts per target.')
 _MATCHING = flags.DEFINE_enum(
   'matching', _BEST.matching.name, sorted(MATCHINGS), 'How updates are compared.'
+)
+_BALANCE = flags.DEFINE_float(
+  'balance',
+  _BEST.matching.balance,
+  'With --matching=cosine: layers are divided by the norm of their gradient to this power.',
+  lower_bound=0,
+  upper_bound=1,
 )
 _TV_WEIGHT = flags.DEFINE_float(
   'tv_weight', _BEST.total_variation.weight, 'Weight of total variation at the first iteration.'
@@ -166,7 +173,7 @@ def _directories() -> tuple[pathlib.Path, pathlib.Path]:
 
 def _config() -> AttackConfig:
   return AttackConfig(
-    matching=MATCHINGS[_MATCHING.value](),
+    matching=_matching(),
     total_variation=TotalVariation(_TV_WEIGHT.value, _TV_DECAY.value),
     parametrization=PARAMETRIZATIONS[_PARAMETRIZATION.value](),
     rectifier=RECTIFIERS[_RECTIFIER.value](),
@@ -178,6 +185,12 @@ def _config() -> AttackConfig:
     seed=_SEED.value,
     xla=_XLA.value,
   )
+
+
+def _matching() -> Matching:
+  if _MATCHING.value == 'cosine':
+    return CosineMatching(_BALANCE.value)
+  return MATCHINGS[_MATCHING.value]()
 
 
 def _targets(observation: Observation) -> list[str]:

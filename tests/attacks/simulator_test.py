@@ -29,7 +29,7 @@ def _loss_and_gradient(solver, images, labels, observed):
   return float(loss), tape.gradient(loss, images).numpy()
 
 
-@pytest.mark.parametrize('matching', [CosineMatching(), SquaredMatching()])
+@pytest.mark.parametrize('matching', [CosineMatching(), CosineMatching(0.5), SquaredMatching()])
 @pytest.mark.parametrize(
   'model', [{}, {'activation': 'tanh'}, {'batch_norm': True}], ids=['relu', 'tanh', 'batch_norm']
 )
@@ -51,7 +51,7 @@ def test_gradient_of_the_matching_loss_equals_differences(matching, model):
     np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize('matching', [CosineMatching(), SquaredMatching()])
+@pytest.mark.parametrize('matching', [CosineMatching(), CosineMatching(0.5), SquaredMatching()])
 def test_loss_is_zero_at_the_truth_and_moves_with_the_image(matching):
   simulator, truth, labels, observation = _problem()
   solver = Solver(simulator, AttackConfig(matching=matching, dtype='float64'), matching=True)
