@@ -46,14 +46,14 @@ demo-%: $(STAMP)
 	$(BIN)/tff-shadow-train --run_dir=runs/demo/$* --dataset=$* $(ROUND_ONE) --rounds=100 \
 	  --evaluate_every_rounds=10 --save_every_rounds=20 $(call resume,runs/demo/$*)
 	$(BIN)/tff-shadow-attack --run_dir=runs/demo/$* --max_targets=8 \
-	  $(call resume,runs/demo/$*/attacks/$(DEMO_ATTACK))
+	  $(call resume,runs/demo/$*/attacks/inversion)
 
 # Does the attack see anything? On each embedded set, 16 images, batch 1, round 1 (method of proof:
 # nothing measured behind a defence means anything unless the undefended attack works).
 GATE_SETS := chest_phantom fundus_patches histology_patches
 
 gate: $(STAMP)
-	@failed=0; for set in $(GATE_SETS); do \
+	@mkdir -p runs/gate; failed=0; for set in $(GATE_SETS); do \
 	  rm -rf runs/gate/$$set && \
 	  $(BIN)/tff-shadow-train --run_dir=runs/gate/$$set --dataset=$$set $(ROUND_ONE) --rounds=1 \
 	    >runs/gate-$$set.log 2>&1 && \

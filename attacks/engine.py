@@ -23,7 +23,7 @@ _NOISY_GUESSES = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class AttackProgress:
   """Where an attack stands.
 
   Attributes:
@@ -33,8 +33,6 @@ class Progress:
     restart: From 0.
     iteration: Steps taken in this restart.
     loss: Matching loss of the last step.
-    iterations_per_second: Lately.
-    seconds_left: For all targets, at that rate.
   """
 
   target: str
@@ -43,8 +41,6 @@ class Progress:
   restart: int
   iteration: int
   loss: float
-  iterations_per_second: float
-  seconds_left: float
 
 
 class _Failed(Exception):
@@ -59,7 +55,7 @@ def attack_observation(
   labels: Mapping[str, Sequence[int]] | None = None,
   finished: Sequence[TargetResult] = (),
   on_result: Callable[[list[TargetResult]], None] | None = None,
-  progress: Callable[[Progress], None] | None = None,
+  progress: Callable[[AttackProgress], None] | None = None,
   checkpoint_path: pathlib.Path | None = None,
   checkpoint_every_secs: float = 60.0,
 ) -> list[TargetResult]:
@@ -93,7 +89,7 @@ def attack_observation(
   results = {result.target: result for result in finished if result.target in targets}
   todo = [target for target in targets if target not in results]
   for target in todo:
-    attack.position = (targets.index(target), len(targets), len(todo) - todo.index(target) - 1)
+    attack.position = (targets.index(target), len(targets))
     told = None if labels is None else labels[target]
     results[target] = attack.run(observation.client(target), known.index(target), told)
     if on_result:
@@ -115,7 +111,7 @@ class _Attack:
     self._simulator = ClientSimulator(observation, config.dtype)
     self._solver: Solver | None = None
     self._control = Solver(self._simulator, config, matching=False)
-    self.position = (0, 1, 0)
+    self.position = (0, 1)
 
   def run(self, client: ClientObservation, index: int, told: Sequence[int] | None) -> TargetResult:
     """Attacks one client; a failure becomes a result that says so."""
@@ -223,7 +219,7 @@ class _Attack:
             f'the matching loss became {loss} at iteration {int(state.iteration)} of restart'
             f' {len(saved.restart_losses)}'
           )
-        self._report(saved, loss, (stop - iteration) / duration)
+        self._report(saved, loss)
         # The first call traces, so its duration says nothing: grow by tens until it does.
         steps = int(np.clip(_CALL_SECS * (stop - iteration) / duration, 1, 10 * steps))
         if self._checkpoint_path and time.monotonic() - last_write > self._checkpoint_every_secs:
@@ -235,17 +231,12 @@ class _Attack:
       raise
     return saved
 
-  def _report(self, saved: Checkpoint, loss: float, rate: float) -> None:
+  def _report(self, saved: Checkpoint, loss: float) -> None:
     if not self._progress:
       return
-    index, num_targets, targets_after = self.position
-    iteration = int(saved.state.iteration)
-    restart = len(saved.restart_losses)
-    per_target = self._config.restarts * self._config.iterations
-    left = per_target * (targets_after + 1) - restart * self._config.iterations - iteration
-    self._progress(
-      Progress(saved.target, index, num_targets, restart, iteration, loss, rate, left / rate)
-    )
+    index, num_targets = self.position
+    restart, iteration = len(saved.restart_losses), int(saved.state.iteration)
+    self._progress(AttackProgress(saved.target, index, num_targets, restart, iteration, loss))
 
   def _controls(self, num_images: int, index: int) -> dict[str, np.ndarray]:
     """What the attacker has without the update: same starts, same steps, no matching term."""

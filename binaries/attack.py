@@ -12,17 +12,17 @@ from typing import Any
 from absl import flags
 
 from attacks.config import AttackConfig
-from attacks.engine import attack_observation
+from attacks.engine import AttackProgress, attack_observation
 from attacks.initialization import STARTS
 from attacks.matching import MATCHINGS, CosineMatching, Matching
 from attacks.optimizers import SCHEDULES, Adam
 from attacks.parametrizations import PARAMETRIZATIONS
 from attacks.priors import TotalVariation
-from attacks.progress import terminal_progress
 from attacks.rectifiers import RECTIFIERS
 from attacks.results import read_results, write_results
 from attacks.threat_model import threat_model, warnings
 from binaries import command
+from binaries.progress import Progress
 from tff_shadow.errors import UserError
 from tff_shadow.observations import (
   Observation,
@@ -38,7 +38,7 @@ _ROUND = flags.DEFINE_integer('round', 1, 'Round of --run_dir to attack.', lower
 _OBSERVATION = flags.DEFINE_string(
   'observation', None, 'Directory of an observation, RUN/observations/ROUND; instead of --run_dir.'
 )
-_NAME = flags.DEFINE_string('name', 'cosine_tv', 'The output goes to RUN/attacks/NAME.')
+_NAME = flags.DEFINE_string('name', 'inversion', 'The output goes to RUN/attacks/NAME.')
 _TARGETS = flags.DEFINE_list('targets', None, 'Client ids to attack; all by default.')
 _MAX_TARGETS = flags.DEFINE_integer('max_targets', None, 'At most so many targets.', lower_bound=1)
 _ITERATIONS = flags.DEFINE_integer('iterations', _BEST.iterations, 'Optimiser steps per restart.')
@@ -131,7 +131,19 @@ def main() -> None:
     print(sentence)
   for warning in warnings([observation.client(target) for target in targets]):
     print(f'warning: {warning}', file=sys.stderr)
-  with terminal_progress(config.iterations) as progress:
+  per_target = config.iterations * config.restarts
+  with Progress(
+    'attack', per_target * len(targets), 'it', done=per_target * len(finished)
+  ) as progress:
+
+    def show(at: AttackProgress) -> None:
+      done = per_target * at.target_index + config.iterations * at.restart + at.iteration
+      progress.update(
+        done,
+        f'{at.target} ({at.target_index + 1} of {at.num_targets}), restart {at.restart + 1},'
+        f' loss {at.loss:.2e}',
+      )
+
     results = attack_observation(
       observation,
       config,
@@ -139,7 +151,7 @@ def main() -> None:
       labels=labels,
       finished=finished,
       on_result=lambda done: write_results(output, done),
-      progress=progress,
+      progress=show,
       checkpoint_path=output / _CHECKPOINT,
       checkpoint_every_secs=_CHECKPOINT_EVERY_SECS.value,
     )

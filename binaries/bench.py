@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
+from attacks.benchmark import bench_lines
 from binaries import command
 from tff_shadow.data import Partition, load
 from tff_shadow.execution import LocalWorker, local_worker_context
@@ -77,11 +78,6 @@ def bench_round(worker: LocalWorker) -> None:
   print(f'BENCH worker_peak_memory_gib {peak:.2f}', flush=True)
 
 
-def bench_attack() -> None:
-  """An attack iteration against one pass forward and backward."""
-  raise NotImplementedError
-
-
 def _peak_memory_gib(pid: int) -> float:
   with open(f'/proc/{pid}/status') as file:
     for line in file:
@@ -94,7 +90,8 @@ def main() -> None:
   """Runs every benchmark."""
   with local_worker_context() as worker:
     bench_round(worker)
-  bench_attack()
+  for line in bench_lines():
+    print(line, flush=True)
   own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f'BENCH own_peak_memory_gib {own:.2f}')
 
