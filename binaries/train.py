@@ -5,6 +5,7 @@ at the end, model.keras with the trained global weights and test.json with the m
 split.
 """
 
+import dataclasses
 import hashlib
 import logging
 import pathlib
@@ -16,11 +17,22 @@ from absl import flags
 
 from binaries import command, data_flags, run_directory
 from binaries.progress import Progress
+from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
-from tff_shadow.learning import RoundReport, TrainingRun, TrainingSettings, evaluate
+from tff_shadow.learning import (
+  RoundReport,
+  ShadowDefense,
+  ShadowNoise,
+  TrainingRun,
+  TrainingSettings,
+  evaluate,
+)
+from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
 from tff_shadow.models import MODELS, NORMS, build_model, load_keras_file, model_to_config
 from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining
+from tff_shadow.shadow import KINDS, SaliencyConfig, build_region_map
+from tff_shadow.shadow.noise_keys import draw_secret, experiment_secret
 
 _RUN_DIR = flags.DEFINE_string('run_dir', None, 'Directory of this run; must be new or empty.')
 _RESUME = flags.DEFINE_bool('resume', False, 'Continue the run in --run_dir.')
@@ -80,6 +92,61 @@ _MAX_CONCURRENT_CLIENTS = flags.DEFINE_integer(
   lower_bound=1,
 )
 
+_DEFENSE = flags.DEFINE_enum(
+  'defense',
+  'none',
+  ['none', 'shadow'],
+  "none, or shadow: noise on each client's update, shaped by its shadow model.",
+)
+_NOISE_SHAPE = flags.DEFINE_enum(
+  'noise_shape',
+  'correlated',
+  NOISE_SHAPES,
+  'isotropic: the same for every weight. diagonal: more on weights that carry the region.'
+  ' correlated: as the update moves when the region does.',
+)
+_NOISE_STRENGTH_KIND = flags.DEFINE_enum(
+  'noise_strength_kind',
+  'ratio',
+  STRENGTH_KINDS,
+  "ratio: norm of the noise over the update's. scale: absolute. region_psnr: the PSNR in dB that no"
+  ' unbiased attacker exceeds over the region.',
+)
+_NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 0.3, 'See --noise_strength_kind.')
+_NOISE_FRESHNESS = flags.DEFINE_enum(
+  'noise_freshness',
+  'frozen',
+  ['frozen', 'fresh'],
+  'frozen: an image keeps its noise. fresh: new in every round, which averages out over rounds.',
+)
+_REPRODUCIBLE_NOISE = flags.DEFINE_bool(
+  'reproducible_noise',
+  False,
+  'FOR EXPERIMENTS ONLY: noise keys follow from --seed, so a server that knows it can subtract the'
+  ' noise. Otherwise they come from secrets that each client draws.',
+)
+_PROPAGATION = flags.DEFINE_enum(
+  'propagation',
+  'per_step',
+  ['per_step', 'local_training'],
+  'How far the shadow follows the region: into each local step, or through the whole local training'
+  ' (trains two more copies).',
+)
+_PROBES = flags.DEFINE_integer('probes', 8, 'Draws for the diagonal shape.', lower_bound=1)
+_SALIENCY = flags.DEFINE_enum(
+  'saliency',
+  'gradcam_pp',
+  KINDS,
+  "Where the sensitive region is: a map of the shadow model, the data set's own (given), or the"
+  ' whole image (uniform).',
+)
+_SALIENCY_LAYER = flags.DEFINE_string(
+  'saliency_layer', None, 'Convolutional layer of the map; the last one by default.'
+)
+_SALIENCY_TOP_FRACTION = flags.DEFINE_float(
+  'saliency_top_fraction', None, 'Keep this fraction of the pixels; by default the whole map.'
+)
+
 _MAY_CHANGE = frozenset(
   {
     'resume',
@@ -94,6 +161,9 @@ _MAY_CHANGE = frozenset(
 )
 
 
+_SECRETS = 'client_state/secrets.json'
+
+
 def main() -> None:
   """Trains as the flags say."""
   if not _RUN_DIR.value:
@@ -105,6 +175,9 @@ def main() -> None:
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
   data = data_flags.load_data(seed=_SEED.value)
   model = _build_model(data)
+  noise = _noise()
+  if noise and noise.saliency.kind not in ('given', 'uniform'):
+    build_region_map(noise.saliency, model)  # A layer that does not exist is told before all else.
   settings = TrainingSettings(
     rounds=_ROUNDS.value,
     client_training=ClientTraining(
@@ -122,6 +195,11 @@ def main() -> None:
     observed_rounds=observed_rounds,
     seed=_SEED.value,
   )
+  if noise:
+    secrets = _client_secrets(run_dir / _SECRETS, list(data.clients))
+    defense = ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets)
+    settings = dataclasses.replace(settings, defense=defense)
+  # Before the directory is claimed, for it tells what does not go together.
   training = TrainingRun(
     data,
     model,
@@ -141,6 +219,8 @@ def main() -> None:
     'model_sha256': _model_digest(model),
   }
   run_directory.claim(run_dir, config, resume=_RESUME.value, may_change=_MAY_CHANGE)
+  if noise and not _RESUME.value:
+    write_client_secrets(run_dir / _SECRETS, secrets)
   with (
     local_worker_context(
       log_path=run_dir / 'worker.log', max_concurrent_calls=_MAX_CONCURRENT_CLIENTS.value
@@ -160,6 +240,35 @@ def main() -> None:
     print(
       f'observations of rounds {", ".join(map(str, observed_rounds))} in {run_dir}/observations'
     )
+
+
+def _noise() -> ShadowNoise | None:
+  if _DEFENSE.value == 'none':
+    return None
+  try:
+    strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)
+  except ValueError as error:
+    raise UserError(f'--noise_strength={_NOISE_STRENGTH.value}: {error}') from error
+  return ShadowNoise(
+    shape=_NOISE_SHAPE.value,
+    strength=strength,
+    saliency=SaliencyConfig(
+      kind=_SALIENCY.value,
+      layer=_SALIENCY_LAYER.value,
+      top_fraction=_SALIENCY_TOP_FRACTION.value,
+    ),
+    propagation=_PROPAGATION.value,
+    probes=_PROBES.value,
+    local_epochs=_LOCAL_EPOCHS.value,
+  )
+
+
+def _client_secrets(path: pathlib.Path, client_ids: list[str]) -> dict[str, bytes]:
+  if _REPRODUCIBLE_NOISE.value:
+    return {name: experiment_secret(_SEED.value, name) for name in client_ids}
+  if _RESUME.value:
+    return read_client_secrets(path, client_ids)
+  return {name: draw_secret() for name in client_ids}
 
 
 def _build_model(data):

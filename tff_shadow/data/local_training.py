@@ -34,7 +34,12 @@ def local_training_order(
 
 
 def client_dataset(
-  examples: Examples, order: np.ndarray, batch_size: int, *, with_regions: bool = False
+  examples: Examples,
+  order: np.ndarray,
+  batch_size: int,
+  *,
+  with_regions: bool = False,
+  noise_keys: np.ndarray | None = None,
 ) -> tf.data.Dataset:
   """Returns the batches of `examples` in `order`.
 
@@ -43,10 +48,11 @@ def client_dataset(
     order: int [M], indices into `examples`; repeats allowed.
     batch_size: examples in a batch; the last batch may be short.
     with_regions: adds the sensitive regions.
+    noise_keys: int32 [N, 2], adds each example's key (`tff_shadow.shadow.noise_keys`).
 
   Returns:
     A dataset of OrderedDict(x=float32 [B, H, W, C] in [0, 1], y=int32 [B]) and, with regions,
-    region=float32 [B, H, W, 1] in [0, 1].
+    region=float32 [B, H, W, 1] in [0, 1]; with keys, noise_key=int32 [B, 2] before it.
 
   Raises:
     ValueError: `order` points outside the examples.
@@ -59,11 +65,14 @@ def client_dataset(
   images = tf.constant(examples.images)
   labels = tf.constant(examples.labels)
   regions = tf.constant(examples.regions) if with_regions else None
+  keys = None if noise_keys is None else tf.constant(noise_keys, tf.int32)
 
   def batch(indices):
     element = collections.OrderedDict(
       x=tf.cast(tf.gather(images, indices), tf.float32) / 255.0, y=tf.gather(labels, indices)
     )
+    if keys is not None:
+      element['noise_key'] = tf.gather(keys, indices)
     if regions is not None:
       element['region'] = tf.cast(tf.gather(regions, indices), tf.float32) / 255.0
     return element

@@ -4,9 +4,15 @@ from tff_shadow.learning.client_work import build_client_work
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import input_spec, keras_model_fn, model_weights
+from tff_shadow.learning.shadow_fed_avg import (
+  ShadowNoise,
+  build_shadow_fed_avg,
+  shadow_input_spec,
+)
 from tff_shadow.learning.training import (
   RoundReport,
   RoundSampler,
+  ShadowDefense,
   TrainingRun,
   TrainingSettings,
 )
@@ -14,13 +20,17 @@ from tff_shadow.learning.training import (
 __all__ = [
   'RoundReport',
   'RoundSampler',
+  'ShadowDefense',
+  'ShadowNoise',
   'TrainingRun',
   'TrainingSettings',
   'build_client_work',
+  'build_shadow_fed_avg',
   'build_weighted_fed_avg',
   'estimate_batch_norm_statistics',
   'evaluate',
   'input_spec',
   'keras_model_fn',
   'model_weights',
+  'shadow_input_spec',
 ]

@@ -20,7 +20,8 @@ from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evalu
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import keras_model_fn, model_weights, restore_eager_keras
 from tff_shadow.learning.run_state import RunState
-from tff_shadow.models import freeze_batch_norm, model_to_config
+from tff_shadow.learning.shadow_fed_avg import ShadowNoise, build_shadow_fed_avg
+from tff_shadow.models import freeze_batch_norm, model_from_config, model_to_config
 from tff_shadow.observations import (
   BatchNormSharing,
   ClientObservation,
@@ -32,9 +33,31 @@ from tff_shadow.observations import (
   write_observation,
   write_truth,
 )
+from tff_shadow.shadow.noise_keys import image_keys
 
 # Tags that keep the streams of random numbers of a run apart.
 _CLIENT_SAMPLING, _LOCAL_ORDER = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ShadowDefense:
+  """Shadow noise in a run.
+
+  Attributes:
+    noise: What noise.
+    frozen: Whether an image keeps its noise for the whole run. Fresh noise averages out over the
+      rounds that a server observes; frozen noise does not.
+    secrets: Each client's secret, from which its keys come. A server that knows it can subtract the
+      noise.
+  """
+
+  noise: ShadowNoise
+  frozen: bool
+  secrets: dict[str, bytes]
+
+  def public_settings(self) -> dict[str, Any]:
+    """What an attacker may know: everything but the secrets."""
+    return {'name': 'shadow', 'frozen': self.frozen, **dataclasses.asdict(self.noise)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +73,7 @@ class TrainingSettings:
     batch_norm_sharing: See `build_weighted_fed_avg`.
     observed_rounds: Rounds whose observation is written.
     seed: Decides client sampling and the order of the local training.
+    defense: Shadow noise, or None.
   """
 
   rounds: int
@@ -60,6 +84,7 @@ class TrainingSettings:
   batch_norm_sharing: BatchNormSharing = 'aggregate'
   observed_rounds: tuple[int, ...] = (1,)
   seed: int = 0
+  defense: ShadowDefense | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +138,20 @@ class RoundSampler:
     used = examples.take(distinct)
     position = np.empty(len(examples), np.int64)
     position[distinct] = np.arange(len(distinct))
+    defense = self._settings.defense
+    keys = None
+    if defense is not None:
+      keys = image_keys(defense.secrets[client_id], distinct, None if defense.frozen else round_num)
     return LocalTask(
       client_id,
       # Only what is used travels to the worker.
-      client_dataset(used, position[order], local.batch_size),
+      client_dataset(
+        used,
+        position[order],
+        local.batch_size,
+        with_regions=defense is not None and defense.noise.saliency.kind == 'given',
+        noise_keys=keys,
+      ),
       Truth(used.float_images(), used.labels, used.float_regions()),
       -(-len(order) // local.batch_size),
     )
@@ -221,15 +256,28 @@ class TrainingRun:
 
   def _build(self, aggregator: tff.aggregators.WeightedAggregationFactory):
     settings = self._settings
-    return build_weighted_fed_avg(
-      keras_model_fn(self._model, self._data.image_shape, settings.batch_norm_sharing),
-      tff.learning.optimizers.build_sgdm(
-        settings.client_training.learning_rate, settings.client_training.momentum
+    local = settings.client_training
+    sgdm = tff.learning.optimizers.build_sgdm
+    arguments = {
+      'model_fn': keras_model_fn(self._model, self._data.image_shape, settings.batch_norm_sharing),
+      'client_optimizer_fn': tff.learning.optimizers.build_sgdm(
+        local.learning_rate, local.momentum
       ),
-      tff.learning.optimizers.build_sgdm(settings.server_learning_rate, settings.server_momentum),
-      model_aggregator=aggregator,
-      batch_norm_sharing=settings.batch_norm_sharing,
-    )
+      'server_optimizer_fn': sgdm(settings.server_learning_rate, settings.server_momentum),
+      'model_aggregator': aggregator,
+      'batch_norm_sharing': settings.batch_norm_sharing,
+    }
+    if settings.defense is None:
+      return build_weighted_fed_avg(**arguments)
+    config = model_to_config(self._model)
+    try:
+      return build_shadow_fed_avg(
+        **arguments,
+        noise=settings.defense.noise,
+        shadow_model_fn=lambda: model_from_config(config),
+      )
+    except ValueError as error:
+      raise UserError(f'--defense=shadow: {error}') from error
 
   def _start(self, run_state: RunState, resume: bool) -> tuple[Any, int]:
     state = self._process.initialize()
@@ -263,12 +311,22 @@ class TrainingRun:
     for client_id in dropped:
       logging.warning('round %d: the update of %s was not finite; dropped it', round_num, client_id)
     if observed:
-      self._log(round_num, state, tasks, flags, output.metrics['aggregator']['observation'])
+      self._log(round_num, state, tasks, flags, self._observed(output.metrics['aggregator']))
     metrics = collections.OrderedDict(
       (f'train/{name}', float(value)) for name, value in sorted(work['train'].items())
     )
     metrics['train/dropped_clients'] = float(len(dropped))
+    if self._settings.defense is not None:
+      metrics['noise/maps_fell_back'] = float(work['maps_fell_back'])
+      for name in ('noise_to_signal', 'cosine', 'fell_back'):
+        metrics[f'noise/{name}'] = float(output.metrics['aggregator'][name])
     return output.state, metrics, dropped
+
+  def _observed(self, measurements: Any) -> Any:
+    """The tap's part of the aggregator's measurements; the tap is inside the noise."""
+    if self._settings.defense is not None:
+      measurements = measurements['inner']
+    return measurements['observation']
 
   def _validate(self, state: Any) -> dict[str, float]:
     self._load_into_model(state)
@@ -295,7 +353,9 @@ class TrainingRun:
       model_config=model_to_config(self._model),
       batch_norm_sharing=self._settings.batch_norm_sharing,
       client_training=self._settings.client_training,
-      defense={'name': 'none'},
+      defense=(
+        self._settings.defense.public_settings() if self._settings.defense else {'name': 'none'}
+      ),
       global_weights=WeightArrays(
         tuple(np.asarray(w) for w in weights.trainable),
         tuple(np.asarray(w) for w in weights.non_trainable),
