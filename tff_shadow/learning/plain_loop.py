@@ -58,4 +58,5 @@ def train_centrally(
   order = local_training_order(
     len(pooled), local.batch_size, epochs, steps, np.random.default_rng(seed)
   )
-  PlainLoop(model, local).train(client_dataset(pooled, order, local.batch_size))
+  loop = PlainLoop(model, local)  # A tf.function holds its object weakly.
+  loop.train(client_dataset(pooled, order, local.batch_size))
