@@ -30,7 +30,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The first look: train two hospitals' worth of clients, log round 1, attack it, show the page.
 # A second `make demo` continues what Ctrl-C stopped.
@@ -43,7 +43,7 @@ demo: $(STAMP) $(DEMO_SETS:%=demo-%)
 	@echo "open runs/demo/report.html"
 
 demo-%: $(STAMP)
-	$(BIN)/tff-shadow-train --run_dir=runs/demo/$* --dataset=$* $(ROUND_ONE) --rounds=100 \
+	$(BIN)/tff-shadow-train --run_dir=runs/demo/$* --dataset=$* $(ROUND_ONE) --rounds=60 \
 	  --evaluate_every_rounds=10 --save_every_rounds=20 $(call resume,runs/demo/$*)
 	$(BIN)/tff-shadow-attack --run_dir=runs/demo/$* --max_targets=8 \
 	  $(call resume,runs/demo/$*/attacks/inversion)
