@@ -20,13 +20,14 @@ from tff_shadow.data import EMBEDDED, Partition, load
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import TrainingRun, TrainingSettings, evaluate
 from tff_shadow.learning.plain_loop import train_centrally
-from tff_shadow.models import build_model
+from tff_shadow.models import NORMS, build_model
 from tff_shadow.observations import ClientTraining
 
 _OUTPUT = flags.DEFINE_string('output', 'results/training.csv', 'CSV file to write.')
 _ROUNDS = flags.DEFINE_integer('rounds', 60, 'Rounds of federated training.', lower_bound=1)
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs with different seeds to average.', lower_bound=1)
 _MODEL = flags.DEFINE_string('model', 'conv_small', 'A built-in model.')
+_NORM = flags.DEFINE_enum('norm', 'group', NORMS, 'Its normalisation.')
 _CLIENTS = 9
 _LOCAL = ClientTraining('sgd', 0.1, 0.0, 8, 1, None)
 
@@ -45,7 +46,7 @@ def main() -> None:
         shown = ', '.join(f'{score:.4f}' for score in scores[-1])
         progress.update(len(rows) * _SEEDS.value + seed + 1, f'{dataset} F1 {shown}')
       means = [f'{mean:.4f}' for mean in np.mean(scores, axis=0)]
-      rows.append((dataset, _MODEL.value, *means, _ROUNDS.value, _SEEDS.value))
+      rows.append((dataset, f'{_MODEL.value}/{_NORM.value}', *means, _ROUNDS.value, _SEEDS.value))
   path = pathlib.Path(_OUTPUT.value)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w', newline='') as file:
@@ -73,7 +74,11 @@ def _f1_scores(dataset: str, seed: int) -> tuple[float, float, float]:
 
   def fresh_model():
     return build_model(
-      _MODEL.value, image_shape=tuple(data.image_shape), num_classes=data.num_classes, seed=seed
+      _MODEL.value,
+      image_shape=tuple(data.image_shape),
+      num_classes=data.num_classes,
+      norm=_NORM.value,
+      seed=seed,
     )
 
   settings = TrainingSettings(_ROUNDS.value, _LOCAL, observed_rounds=(), seed=seed)

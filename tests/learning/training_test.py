@@ -7,10 +7,21 @@ import pytest
 import tensorflow as tf
 
 from tests.conftest import make_examples
+from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.errors import UserError
-from tff_shadow.learning import RoundSampler, TrainingRun, TrainingSettings, evaluate
+from tff_shadow.learning import (
+  RoundSampler,
+  ShadowDefense,
+  ShadowNoise,
+  TrainingRun,
+  TrainingSettings,
+  evaluate,
+)
+from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
 from tff_shadow.models import build_model, classification_loss, model_from_config
 from tff_shadow.observations import ClientTraining, read_observation, read_truth
+from tff_shadow.shadow import SaliencyConfig
+from tff_shadow.shadow.noise_keys import draw_secret
 
 pytestmark = pytest.mark.usefixtures('tff_worker')
 _SHAPE = (8, 8, 1)
@@ -223,3 +234,51 @@ def test_validation_of_local_batch_norm_uses_estimated_statistics(tiny_data, tmp
   settings = _settings(10, batch_norm_sharing='local')
   _train(data, tmp_path, settings, model=_model('batch'))
   assert float(_rows(tmp_path)[-1]['validation/f1']) > 0.8
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_frozen_noise_is_the_same_in_every_round_and_after_a_resume(tiny_data, tmp_path, frozen):
+  noise = ShadowNoise('correlated', NoiseStrength('ratio', 1.0), SaliencyConfig(kind='given'))
+  path = tmp_path / 'secrets.json'
+  write_client_secrets(path, {client_id: draw_secret() for client_id in tiny_data.clients})
+
+  def train(rounds, *, resume):
+    settings = _settings(
+      rounds,
+      _local(batch_size=16),  # One step on all images, whatever their order.
+      server_learning_rate=1e-9,  # The global weights stay, so only the noise can differ.
+      observed_rounds=(1, 2, 3),
+      defense=ShadowDefense(noise, frozen, read_client_secrets(path, tiny_data.clients)),
+    )
+    _train(tiny_data, tmp_path / 'run', settings, resume=resume)
+
+  train(2, resume=False)
+  train(3, resume=True)
+  observations = [
+    read_observation(tmp_path / 'run' / 'observations' / f'round_0000{r}') for r in (1, 2, 3)
+  ]
+  for client_id in tiny_data.clients:
+    sent = [
+      np.concatenate([t.ravel() for t in o.client(client_id).update.trainable])
+      for o in observations
+    ]
+    for other in sent[1:]:
+      difference = np.linalg.norm(other - sent[0]) / np.linalg.norm(sent[0])
+      assert difference < 1e-4 if frozen else difference > 0.3
+  assert observations[0].defense['name'] == 'shadow'
+  assert 'secret' not in str(observations[0].defense)
+  row = _rows(tmp_path / 'run')[-1]
+  assert float(row['noise/noise_to_signal']) == pytest.approx(1.0, abs=0.05)
+
+
+def test_unreadable_secrets_are_one_clear_line(tmp_path):
+  path = tmp_path / 'secrets.json'
+  with pytest.raises(UserError, match='secrets cannot be read'):
+    read_client_secrets(path, ['a'])
+  write_client_secrets(path, {'a': b'x' * 32})
+  assert path.stat().st_mode & 0o077 == 0
+  assert read_client_secrets(path, ['a']) == {'a': b'x' * 32}
+  with pytest.raises(UserError, match='KeyError'):
+    read_client_secrets(path, ['b'])
+  with pytest.raises(FileExistsError):
+    write_client_secrets(path, {'a': b'y' * 32})
