@@ -7,13 +7,16 @@ STAMP := $(VENV)/.installed
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 UV_VERSION := 0.13.9
 
-.PHONY: setup lock lint test demo gate training bench clean
+.PHONY: setup lock lint test demo gate training frontier bench clean
 
 setup: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml
+$(VENV)/.locked: requirements.lock
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	touch $@
+
+$(STAMP): $(VENV)/.locked pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -64,6 +67,10 @@ gate: $(STAMP)
 # Federated against central training; rewrites results/training.csv.
 training: $(STAMP)
 	$(BIN)/python -m binaries.training_table
+
+# Protection against utility of shadow noise; continues results/frontier.csv where it stopped.
+frontier: $(STAMP)
+	$(BIN)/python -m binaries.frontier
 
 bench: $(STAMP)
 	$(BIN)/python -m binaries.bench
