@@ -1,10 +1,10 @@
 """Protection against utility of shadow noise: rows of results/frontier.csv.
 
 Every cell is a data set, a noise shape, its freshness, a strength (noise over update norm) and a
-seed. Utility: 9 clients of 64 images, full local epochs; F1 on test, and the rounds until validation
-F1 reaches 90 % of the undefended test F1. Protection: 16 clients that send one step on one image in
-round 1, attacked with the default inversion; a single round, so freshness does not enter. Rows that
-the file has already are kept, so that an interrupted run continues.
+seed. Utility: 9 clients of 64 images, full local epochs; F1 on test, and the rounds until the F1 of
+validation reaches 90 % of the undefended test F1. Protection: 16 clients that send one step on one
+image in round 1, attacked with the default inversion; a single round, so freshness does not enter.
+Rows that the file has already are kept, so that an interrupted run continues.
 """
 
 import csv
