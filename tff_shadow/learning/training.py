@@ -14,147 +14,24 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import observation_tap_factory
-from tff_shadow.data import FederatedData, client_dataset, local_training_order
+from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import keras_model_fn, model_weights, restore_eager_keras
+from tff_shadow.learning.round_sampler import RoundSampler
 from tff_shadow.learning.run_state import RunState
-from tff_shadow.learning.shadow_fed_avg import ShadowNoise, build_shadow_fed_avg
+from tff_shadow.learning.settings import TrainingSettings
+from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
 from tff_shadow.models import freeze_batch_norm, model_from_config, model_to_config
 from tff_shadow.observations import (
-  BatchNormSharing,
   ClientObservation,
-  ClientTraining,
   Observation,
-  Truth,
   WeightArrays,
   round_directory_name,
   write_observation,
   write_truth,
 )
-from tff_shadow.shadow.noise_keys import image_keys
-
-# Tags that keep the streams of random numbers of a run apart.
-_CLIENT_SAMPLING, _LOCAL_ORDER = 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class ShadowDefense:
-  """Shadow noise in a run.
-
-  Attributes:
-    noise: What noise.
-    frozen: Whether an image keeps its noise for the whole run. Fresh noise averages out over the
-      rounds that a server observes; frozen noise does not.
-    secrets: Each client's secret, from which its keys come. A server that knows it can subtract the
-      noise.
-  """
-
-  noise: ShadowNoise
-  frozen: bool
-  secrets: dict[str, bytes]
-
-  def public_settings(self) -> dict[str, Any]:
-    """What an attacker may know: everything but the secrets."""
-    return {'name': 'shadow', 'frozen': self.frozen, **dataclasses.asdict(self.noise)}
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingSettings:
-  """Everything that decides the numbers of a run besides its data and its initial model.
-
-  Attributes:
-    rounds: Rounds to train.
-    clients_per_round: Clients drawn without replacement in each round; None for all.
-    client_training: The local training.
-    server_learning_rate: Of the server's SGD on the mean update; 1 is plain FedAvg.
-    server_momentum: Its momentum, 0 for none.
-    batch_norm_sharing: See `build_weighted_fed_avg`.
-    observed_rounds: Rounds whose observation is written.
-    seed: Decides client sampling and the order of the local training.
-    defense: Shadow noise, or None.
-  """
-
-  rounds: int
-  client_training: ClientTraining
-  clients_per_round: int | None = None
-  server_learning_rate: float = 1.0
-  server_momentum: float = 0.0
-  batch_norm_sharing: BatchNormSharing = 'aggregate'
-  observed_rounds: tuple[int, ...] = (1,)
-  seed: int = 0
-  defense: ShadowDefense | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalTask:
-  """What one client trains on in one round.
-
-  Attributes:
-    client_id: The client.
-    dataset: Batches of OrderedDict(x, y).
-    truth: Its distinct images, in order of first use.
-    num_steps: Local steps.
-  """
-
-  client_id: str
-  dataset: tf.data.Dataset
-  truth: Truth
-  num_steps: int
-
-
-class RoundSampler:
-  """Draws the clients of a round and their batches; a function of the seed and the round only."""
-
-  def __init__(self, data: FederatedData, settings: TrainingSettings):
-    """Checks that there are enough clients."""
-    self._data = data
-    self._settings = settings
-    wanted = settings.clients_per_round
-    if wanted is not None and not 1 <= wanted <= len(data.clients):
-      raise UserError(
-        f'--clients_per_round={wanted}: the partition has {len(data.clients)} clients'
-      )
-
-  def sample(self, round_num: int) -> list[LocalTask]:
-    """The local tasks of `round_num`, in the order of the data's clients."""
-    ids = list(self._data.clients)
-    chosen = np.arange(len(ids))
-    if self._settings.clients_per_round is not None:
-      rng = np.random.default_rng([self._settings.seed, _CLIENT_SAMPLING, round_num])
-      chosen = np.sort(rng.choice(len(ids), self._settings.clients_per_round, replace=False))
-    return [self._task(ids[index], int(index), round_num) for index in chosen]
-
-  def _task(self, client_id: str, client_index: int, round_num: int) -> LocalTask:
-    local = self._settings.client_training
-    examples = self._data.clients[client_id]
-    rng = np.random.default_rng([self._settings.seed, _LOCAL_ORDER, round_num, client_index])
-    order = local_training_order(
-      len(examples), local.batch_size, local.local_epochs, local.max_local_steps, rng
-    )
-    distinct, first_use = np.unique(order, return_index=True)
-    distinct = distinct[np.argsort(first_use)]
-    used = examples.take(distinct)
-    position = np.empty(len(examples), np.int64)
-    position[distinct] = np.arange(len(distinct))
-    defense = self._settings.defense
-    keys = None
-    if defense is not None:
-      keys = image_keys(defense.secrets[client_id], distinct, None if defense.frozen else round_num)
-    return LocalTask(
-      client_id,
-      # Only what is used travels to the worker.
-      client_dataset(
-        used,
-        position[order],
-        local.batch_size,
-        with_regions=defense is not None and defense.noise.saliency.kind == 'given',
-        noise_keys=keys,
-      ),
-      Truth(used.float_images(), used.labels, used.float_regions()),
-      -(-len(order) // local.batch_size),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""The settings of a run that decide its numbers."""
+
+import dataclasses
+from typing import Any
+
+from tff_shadow.learning.shadow_fed_avg import ShadowNoise
+from tff_shadow.observations import BatchNormSharing, ClientTraining
+
+
+@dataclasses.dataclass(frozen=True)
+class ShadowDefense:
+  """Shadow noise in a run.
+
+  Attributes:
+    noise: What noise.
+    frozen: Whether an image keeps its noise for the whole run. Fresh noise averages out over the
+      rounds that a server observes; frozen noise does not.
+    secrets: Each client's secret, from which its keys come. A server that knows it can subtract the
+      noise.
+  """
+
+  noise: ShadowNoise
+  frozen: bool
+  secrets: dict[str, bytes]
+
+  def public_settings(self) -> dict[str, Any]:
+    """What an attacker may know: everything but the secrets."""
+    return {'name': 'shadow', 'frozen': self.frozen, **dataclasses.asdict(self.noise)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+  """Everything that decides the numbers of a run besides its data and its initial model.
+
+  Attributes:
+    rounds: Rounds to train.
+    clients_per_round: Clients drawn without replacement in each round; None for all.
+    client_training: The local training.
+    server_learning_rate: Of the server's SGD on the mean update; 1 is plain FedAvg.
+    server_momentum: Its momentum, 0 for none.
+    batch_norm_sharing: See `build_weighted_fed_avg`.
+    observed_rounds: Rounds whose observation is written.
+    seed: Decides client sampling and the order of the local training.
+    defense: Shadow noise, or None.
+  """
+
+  rounds: int
+  client_training: ClientTraining
+  clients_per_round: int | None = None
+  server_learning_rate: float = 1.0
+  server_momentum: float = 0.0
+  batch_norm_sharing: BatchNormSharing = 'aggregate'
+  observed_rounds: tuple[int, ...] = (1,)
+  seed: int = 0
+  defense: ShadowDefense | None = None
