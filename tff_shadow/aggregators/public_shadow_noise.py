@@ -30,10 +30,10 @@ def public_shadow_noise_factory(
 
     clip(update) + noise_multiplier clip_norm D z,  z ~ N(0, I),
 
-  where clip scales the update so that |D^-1 update| <= clip_norm. The shape is public: computed by a
-  shadow on public data, kept in the state, broadcast to the clients. So it carries nothing private,
-  the mechanism is the Gaussian one in the coordinates D^-1 x, and `gaussian_dp_event` accounts for
-  it. Noise is fresh in every execution, drawn from the client's own entropy.
+  where clip scales the update so that |D^-1 update| <= clip_norm. The shape is public: computed by
+  a shadow on public data, kept in the state, broadcast to the clients. So it carries nothing
+  private, the mechanism is the Gaussian one in the coordinates D^-1 x, and `gaussian_dp_event`
+  accounts for it. Noise is fresh in every execution, drawn from the client's own entropy.
 
   Takes any structure of floating point tensors, so it drops into every stock
   `tff.learning.algorithms.build_*(model_aggregator=...)`.

@@ -137,7 +137,8 @@ def _with_statistics(
   """Extends a finalizer of trainable weights: statistics move by their mean change.
 
   The server's optimiser has no say in them; a momentum or Adam step could make a variance negative.
-  Noise in the update could as well, so variances (by their `names`) are clipped at 0. An update that is not finite leaves them as they are, as it leaves the trainable weights.
+  Noise in the update could as well, so variances (by their `names`) are clipped at 0. An
+  update that is not finite leaves them as they are, as it leaves the trainable weights.
   """
 
   @tff.tensorflow.computation(weights_type.non_trainable, update_type)

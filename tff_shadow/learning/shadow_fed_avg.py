@@ -113,9 +113,9 @@ def build_shadow_fed_avg(
 ) -> tff.learning.templates.LearningProcess:
   """Builds FedAvg with shadow noise: `build_weighted_fed_avg` plus `noise` and `shadow_model_fn`.
 
-  A client's data are batches of `shadow_input_spec`: as for FedAvg, with 'noise_key' for every image
-  (`tff_shadow.shadow.noise_keys`), and 'region' where the saliency is 'given'. Keys that stay the
-  same make the noise frozen, which is what to use: fresh noise averages out over rounds.
+  A client's data are batches of `shadow_input_spec`: as for FedAvg, with 'noise_key' for every
+  image (`tff_shadow.shadow.noise_keys`), and 'region' where the saliency is 'given'. Keys that stay
+  the same make the noise frozen, which is what to use: fresh noise averages out over rounds.
 
   For unweighted averaging set `client_weighting=tff.learning.ClientWeighting.UNIFORM`.
 
