@@ -93,7 +93,7 @@ class TestTypes:
     ids=['missing', 'shape', 'integer', 'float64'],
   )
   def test_update_must_fit(self, value_type):
-    with pytest.raises(TypeError, match='shapes|float32'):
+    with pytest.raises(TypeError, match=r'shapes|float32'):
       _factory().create(tff.types.to_type(value_type), _FLOAT)
 
   def test_what_leaves_a_client(self):
@@ -102,7 +102,7 @@ class TestTypes:
       tff.templates.IterativeProcess(process.initialize, _with_one_argument(process)).next
     )
     shapes = [leaf.shape for leaf in tff.structure.flatten(form.work.type_signature.result)]
-    # Update, its weight, and for sent_norm a value and the weight of the mean.
+    # Update, its weight, and for sent_norm a value and a count.
     assert sorted(tuple(shape) for shape in shapes) == [(), (), (), (2, 3), (4,)]
 
 
@@ -113,7 +113,7 @@ def _with_one_argument(process):
   @tff.federated_computation(parameter[0], data_type)
   def next_fn(state, data):
     output = process.next(state, data[0], data[1])
-    return output.state, output.measurements
+    return output.state, (output.result, output.measurements)
 
   return next_fn
 

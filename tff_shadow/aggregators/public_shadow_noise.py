@@ -62,12 +62,6 @@ def public_shadow_noise_factory(
 
   def build(value_type: tff.types.Type) -> ClientSide:
     check_float32(value_type)
-    # tf.nest sorts the keys of dictionaries, a type does not.
-    specs = tf.nest.flatten(tff.types.type_to_tf_structure(value_type))
-    expected = [tuple(spec.shape) for spec in specs]
-    found = [array.shape for array in normalised]
-    if found != expected:
-      raise TypeError(f'deviations have the shapes {found}, the update has {expected}')
 
     @tff.tensorflow.computation
     def context():
@@ -77,6 +71,10 @@ def public_shadow_noise_factory(
     @tf.function
     def transform(value, deviations):
       update = tf.nest.flatten(value)
+      # Here, where both are in the order of tf.nest: a type keeps dictionaries in their own.
+      found, expected = ([tuple(t.shape) for t in tensors] for tensors in (deviations, update))
+      if found != expected:
+        raise TypeError(f'deviations have the shapes {found}, the update has {expected}')
       # Each execution, so each client and round, has an entropy of its own; a stateful random op
       # with a seed would give all clients the same noise.
       key = tf.raw_ops.NonDeterministicInts(shape=tf.constant([2]), dtype=tf.int32)
