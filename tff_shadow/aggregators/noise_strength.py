@@ -37,6 +37,11 @@ class NoiseStrength:
     if not math.isfinite(self.value) or (self.kind != 'region_psnr' and self.value < 0):
       raise ValueError(f'strength must be finite and not negative, found {self.value}')
 
+  @property
+  def is_none(self) -> bool:
+    """Whether no noise at all is asked for; 0 dB is a strength like others."""
+    return self.kind != 'region_psnr' and self.value == 0
+
   def squared_scale(
     self,
     shape: NoiseShape,

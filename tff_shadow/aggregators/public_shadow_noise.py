@@ -10,7 +10,11 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_factory
-from tff_shadow.aggregators.shadow_noise import squared_norm, stateless_normal_like
+from tff_shadow.aggregators.shadow_noise import (
+  check_float32,
+  squared_norm,
+  stateless_normal_like,
+)
 
 
 def public_shadow_noise_factory(
@@ -27,17 +31,19 @@ def public_shadow_noise_factory(
     clip(update) + noise_multiplier clip_norm D z,  z ~ N(0, I),
 
   where clip scales the update so that |D^-1 update| <= clip_norm. The shape is public: computed by
-  shadow on public data, kept in the state, broadcast to the clients. So it carries nothing private,
-  the mechanism is the Gaussian one in the coordinates D^-1 x, and `gaussian_dp_event` accounts for
-  it. Noise is fresh in every execution, drawn from the client's own entropy.
+  a shadow on public data, kept in the state, broadcast to the clients. So it carries nothing
+  private, the mechanism is the Gaussian one in the coordinates D^-1 x, and `gaussian_dp_event`
+  accounts for it. Noise is fresh in every execution, drawn from the client's own entropy.
 
   Takes any structure of floating point tensors, so it drops into every stock
   `tff.learning.algorithms.build_*(model_aggregator=...)`.
 
   State: `OrderedDict(inner, context)`, where context holds the normalised deviations; a server may
   replace them between rounds by others that are as public. Measurements: `OrderedDict(inner,
-  noise_to_signal, cosine, clipped)`; means over clients, and the share of clients clipped. Weighted
-  if `inner` is.
+  sent_norm)`; the mean over clients of |D^-1 y| of what y they send. Weighted if `inner` is.
+
+  The guarantee covers what this factory is given. A weight (number of examples) and training
+  metrics that a learning process sends beside the update are outside of it.
 
   Args:
     deviations: Standard deviations, positive; a structure like the update.
@@ -55,13 +61,7 @@ def public_shadow_noise_factory(
   normalised = normalised_deviations(deviations)
 
   def build(value_type: tff.types.Type) -> ClientSide:
-    for leaf in tff.structure.flatten(value_type):
-      if not np.issubdtype(leaf.dtype, np.floating):
-        raise TypeError(f'noise is added to floating point updates only, found {leaf}')
-    expected = [tuple(leaf.shape) for leaf in tff.structure.flatten(value_type)]
-    found = [array.shape for array in normalised]
-    if found != expected:
-      raise TypeError(f'deviations have the shapes {found}, the update has {expected}')
+    check_float32(value_type)
 
     @tff.tensorflow.computation
     def context():
@@ -71,10 +71,14 @@ def public_shadow_noise_factory(
     @tf.function
     def transform(value, deviations):
       update = tf.nest.flatten(value)
+      # Here, where both are in the order of tf.nest: a type keeps dictionaries in their own.
+      found, expected = ([tuple(t.shape) for t in tensors] for tensors in (deviations, update))
+      if found != expected:
+        raise TypeError(f'deviations have the shapes {found}, the update has {expected}')
       # Each execution, so each client and round, has an entropy of its own; a stateful random op
       # with a seed would give all clients the same noise.
       key = tf.raw_ops.NonDeterministicInts(shape=tf.constant([2]), dtype=tf.int32)
-      norm = tf.sqrt(squared_norm([u / d for u, d in zip(update, deviations, strict=True)]))
+      norm = tf.sqrt(squared_norm(_whitened(update, deviations)))
       finite = tf.math.is_finite(norm)
       scale = tf.where(finite, tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30)), 0.0)
       clipped = [tf.where(finite, scale * u, 0.0) for u in update]
@@ -83,13 +87,9 @@ def public_shadow_noise_factory(
         noise_multiplier * clip_norm * d * n for d, n in zip(deviations, normal, strict=True)
       ]
       noised = [u + n for u, n in zip(clipped, noise, strict=True)]
-      dot = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(noised, clipped, strict=True)])
-      clean, sent = tf.sqrt(squared_norm(clipped)), tf.sqrt(squared_norm(noised))
-      statistics = collections.OrderedDict(
-        noise_to_signal=tf.math.divide_no_nan(tf.sqrt(squared_norm(noise)), clean),
-        cosine=tf.math.divide_no_nan(dot, clean * sent),
-        clipped=tf.cast(norm > clip_norm, tf.float32),
-      )
+      # Of what is sent, not of the clean update: a statistic of that would void the guarantee.
+      sent_norm = tf.sqrt(squared_norm(_whitened(noised, deviations)))
+      statistics = collections.OrderedDict(sent_norm=sent_norm)
       return tf.nest.pack_sequence_as(value, noised), statistics
 
     return ClientSide(transform, value_type, _measure, context)
@@ -97,11 +97,12 @@ def public_shadow_noise_factory(
   return client_side_factory(build, inner)
 
 
+def _whitened(update, deviations) -> list[tf.Tensor]:
+  return [u / d for u, d in zip(update, deviations, strict=True)]
+
+
 def _measure(statistics) -> collections.OrderedDict:
-  return collections.OrderedDict(
-    (name, tff.federated_mean(getattr(statistics, name)))
-    for name in ('noise_to_signal', 'cosine', 'clipped')
-  )
+  return collections.OrderedDict(sent_norm=tff.federated_mean(statistics.sent_norm))
 
 
 def normalised_deviations(deviations: Any) -> list[np.ndarray]:
@@ -128,8 +129,10 @@ def gaussian_dp_event(noise_multiplier: float, rounds: int) -> dp_accounting.DpE
     noise_multiplier: Of the factory, above 0.
     rounds: Rounds in which the client takes part.
   """
-  if not noise_multiplier > 0:
+  if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
     raise ValueError(f'noise_multiplier must be above 0 for a guarantee, found {noise_multiplier}')
+  if rounds < 1:
+    raise ValueError(f'rounds must be at least 1, found {rounds}')
   return dp_accounting.SelfComposedDpEvent(
     dp_accounting.GaussianDpEvent(noise_multiplier / 2.0), rounds
   )

@@ -107,13 +107,21 @@ def _check_value_type(value_type: tff.types.Type, shape: NoiseShape) -> tff.type
   if not isinstance(value_type, tff.types.StructType) or 'update' not in dir(value_type):
     raise TypeError(f'value_type must be a shaped_update_type, found {value_type}')
   update_type = value_type.update
-  for leaf in tff.structure.flatten(update_type):
-    if not np.issubdtype(leaf.dtype, np.floating):
-      raise TypeError(f'noise is added to floating point updates only, found {leaf}')
+  check_float32(update_type)
   expected = shaped_update_type(update_type, shape)
   if not expected.is_equivalent_to(value_type):
     raise TypeError(f'for {shape} noise value_type must be {expected}, found {value_type}')
   return update_type
+
+
+def check_float32(update_type: tff.types.Type) -> None:
+  """Raises TypeError unless every tensor of the update is float32."""
+  leaves = tff.structure.flatten(update_type)
+  for leaf in leaves:
+    if not isinstance(leaf, tff.types.TensorType) or leaf.dtype != np.float32:
+      raise TypeError(f'noise is added to float32 updates only, found {leaf}')
+  if not leaves:
+    raise TypeError('noise is added to float32 updates only, found an empty one')
 
 
 def noised_update(
@@ -158,9 +166,9 @@ def noised_update(
     (shape_energy > 0)
     & tf.math.is_finite(shape_energy)
     & tf.math.is_finite(noise_energy)
-    & ((noise_energy > 0) | (strength.value == 0))
+    & ((noise_energy > 0) | strength.is_none)
   )
-  ratio = strength.value if strength.kind == 'ratio' else 1.0
+  ratio = strength.value if strength.kind == 'ratio' or strength.is_none else 1.0
   fallback_energy = ratio**2 * update_energy
   # 'ratio' divides one budget; an absolute strength or a bound holds for the shaped part alone.
   shaped_share = 1.0 - floor if strength.kind == 'ratio' and shape != 'isotropic' else 1.0
@@ -187,20 +195,18 @@ def noised_update(
     cosine=tf.math.divide_no_nan(
       dot, tf.sqrt(squared_norm(noised)) * tf.sqrt(squared_norm(update))
     ),
-    fell_back=tf.cast(sends & ~usable, tf.int32),
+    fell_back=tf.cast(sends & tf.logical_not(usable), tf.int32),
   )
   return tf.nest.pack_sequence_as(value['update'], noised), statistics
 
 
 def stateless_normal_like(tensors, key, *, draw: int) -> list[tf.Tensor]:
-  """Standard normal tensors of the same shapes, decided by `key` and `draw`."""
-  key = tf.random.experimental.stateless_fold_in(key, draw)
-  return [
-    tf.random.stateless_normal(
-      tensor.shape, tf.random.experimental.stateless_fold_in(key, index), dtype=tensor.dtype
-    )
-    for index, tensor in enumerate(tensors)
-  ]
+  """Standard normal float32 tensors of the same shapes, decided by `key` and `draw`."""
+  # stateless_fold_in would keep 32 of the key's 64 bits, few enough to try them all.
+  key = tf.random.experimental.stateless_split(key, draw + 1)[draw]
+  sizes = [int(np.prod(tensor.shape)) for tensor in tensors]
+  parts = tf.split(tf.random.stateless_normal([sum(sizes)], key), sizes)
+  return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def squared_norm(tensors) -> tf.Tensor:

@@ -51,10 +51,7 @@ def build_weighted_fed_avg(
     ValueError: For an unknown `batch_norm_sharing`.
     TypeError: If the aggregator changes the structure of the update, or is not weighted.
   """
-  if batch_norm_sharing not in BATCH_NORM_SHARING:
-    raise ValueError(
-      f'batch_norm_sharing must be one of {BATCH_NORM_SHARING}, found {batch_norm_sharing!r}'
-    )
+  check_batch_norm_sharing(batch_norm_sharing)
   server_optimizer_fn = server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0)
   model_aggregator = model_aggregator or tff.aggregators.MeanFactory()
 
@@ -75,6 +72,7 @@ def build_weighted_fed_avg(
   )
   update_type = client_work.next.type_signature.result.result.member.update
   return compose(
+    model_fn,
     initial_model_weights,
     model_distributor,
     client_work,
@@ -85,7 +83,14 @@ def build_weighted_fed_avg(
   )
 
 
+def check_batch_norm_sharing(sharing: str) -> None:
+  """Raises ValueError for an unknown `batch_norm_sharing`."""
+  if sharing not in BATCH_NORM_SHARING:
+    raise ValueError(f'batch_norm_sharing must be one of {BATCH_NORM_SHARING}, found {sharing!r}')
+
+
 def compose(
+  model_fn: ModelFn,
   initial_model_weights: tff.Computation,
   model_distributor: tff.learning.templates.DistributionProcess | None,
   client_work: tff.learning.templates.ClientWorkProcess,
@@ -111,7 +116,9 @@ def compose(
     server_optimizer_fn, weights_type
   )
   if share_statistics:
-    finalizer = _with_statistics(finalizer, weights_type, update_type)
+    with tf.Graph().as_default():
+      names = [variable.name for variable in model_fn().non_trainable_variables]
+    finalizer = _with_statistics(finalizer, weights_type, update_type, names)
   return tff.learning.templates.compose_learning_process(
     initial_model_weights,
     model_distributor or tff.learning.templates.build_broadcast_process(weights_type),
@@ -125,11 +132,13 @@ def _with_statistics(
   finalizer: tff.learning.templates.FinalizerProcess,
   weights_type: tff.types.StructType,
   update_type: tff.types.StructType,
+  names: list[str],
 ) -> tff.learning.templates.FinalizerProcess:
   """Extends a finalizer of trainable weights: statistics move by their mean change.
 
   The server's optimiser has no say in them; a momentum or Adam step could make a variance negative.
-  An update that is not finite leaves them as they are, as it leaves the trainable weights.
+  Noise in the update could as well, so variances (by their `names`) are clipped at 0. An
+  update that is not finite leaves them as they are, as it leaves the trainable weights.
   """
 
   @tff.tensorflow.computation(weights_type.non_trainable, update_type)
@@ -138,12 +147,16 @@ def _with_statistics(
       [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(update)]
     )
     changes = iter(update['non_trainable'])
-    return [
-      tf.where(finite, statistic - next(changes), statistic)
-      if is_shared_statistic(statistic)
-      else statistic
-      for statistic in statistics
-    ]
+
+    def moved(name, statistic):
+      if not is_shared_statistic(statistic):
+        return statistic
+      new = statistic - next(changes)
+      if 'moving_variance' in name:
+        new = tf.maximum(new, 0.0)
+      return tf.where(finite, new, statistic)
+
+    return [moved(name, statistic) for name, statistic in zip(names, statistics, strict=True)]
 
   @tff.federated_computation(
     finalizer.initialize.type_signature.result,

@@ -23,7 +23,7 @@ from tff_shadow.learning.client_work import (
   is_shared_statistic,
   train_locally,
 )
-from tff_shadow.learning.fed_avg import compose
+from tff_shadow.learning.fed_avg import check_batch_norm_sharing, compose
 from tff_shadow.observations import BatchNormSharing
 from tff_shadow.shadow import RegionMap, SaliencyConfig, build_region_map
 from tff_shadow.shadow.noise_keys import NOISE_KEY
@@ -113,9 +113,9 @@ def build_shadow_fed_avg(
 ) -> tff.learning.templates.LearningProcess:
   """Builds FedAvg with shadow noise: `build_weighted_fed_avg` plus `noise` and `shadow_model_fn`.
 
-  A client's data are batches of `shadow_input_spec`: as for FedAvg, with 'noise_key' for every image
-  (`tff_shadow.shadow.noise_keys`), and 'region' where the saliency is 'given'. Keys that stay the
-  same make the noise frozen, which is what to use: fresh noise averages out over rounds.
+  A client's data are batches of `shadow_input_spec`: as for FedAvg, with 'noise_key' for every
+  image (`tff_shadow.shadow.noise_keys`), and 'region' where the saliency is 'given'. Keys that stay
+  the same make the noise frozen, which is what to use: fresh noise averages out over rounds.
 
   For unweighted averaging set `client_weighting=tff.learning.ClientWeighting.UNIFORM`.
 
@@ -137,8 +137,10 @@ def build_shadow_fed_avg(
     region map could not be computed and was taken as the whole image.
 
   Raises:
-    ValueError: If 'per_step' cannot be used with the optimiser or the shared statistics.
+    ValueError: For an unknown `batch_norm_sharing`, or if 'per_step' cannot be used with the
+      optimiser or the shared statistics.
   """
+  check_batch_norm_sharing(batch_norm_sharing)
 
   @tff.tensorflow.computation
   def initial_model_weights():
@@ -161,6 +163,7 @@ def build_shadow_fed_avg(
     metrics_aggregator or tff.learning.metrics.sum_then_finalize,
   )
   return compose(
+    model_fn,
     initial_model_weights,
     model_distributor,
     client_work,
@@ -276,6 +279,12 @@ class _ShadowWork:
       for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
     trainable = initial_weights.trainable
+    if self._probe_model is not None:
+      # Statistics of frozen BatchNorm; its trainable weights follow those of the first copy.
+      for variable, value in zip(
+        self._probe_model.non_trainable_variables, initial_weights.non_trainable, strict=True
+      ):
+        variable.assign(value)
     per_step_draws = self._noise.num_draws if self._noise.propagation == 'per_step' else 0
     # Key, energies of the region, fall-backs, and for 'per_step' one sum per draw and variable.
     sums = (

@@ -41,12 +41,16 @@ def image_keys(secret: bytes, image_indices: np.ndarray, round_num: int | None) 
   Returns:
     int32 [N, 2].
   """
-  freshness = b'frozen' if round_num is None else b'round %d' % round_num
+  freshness = _freshness(round_num)
   digests = (
     hashlib.blake2b(b'%s/%d' % (freshness, index), key=secret, digest_size=8).digest()
     for index in np.asarray(image_indices, np.int64)
   )
   return np.frombuffer(b''.join(digests), '<i4').reshape(-1, 2).astype(np.int32)
+
+
+def _freshness(round_num: int | None) -> bytes:
+  return b'frozen' if round_num is None else b'round %d' % round_num
 
 
 def add_noise_keys(
@@ -63,10 +67,16 @@ def add_noise_keys(
   Returns:
     The data set with int32 [2] 'noise_key' in each element.
   """
-  seed = tf.constant(image_keys(secret, np.array([0]), round_num)[0])
+  digest = hashlib.blake2b(_freshness(round_num), key=secret, digest_size=16).digest()
+  hash_key = [int(half) for half in np.frombuffer(digest, '<i8')]
 
   def add(index, example):
-    key = tf.random.experimental.stateless_fold_in(seed, tf.cast(index, tf.int32))
+    # SipHash, keyed: one example's key tells nothing of the others'.
+    text = tf.strings.as_string(index)
+    halves = [
+      tf.strings.to_hash_bucket_strong(text + suffix, 2**32, hash_key) for suffix in ('/0', '/1')
+    ]
+    key = tf.cast(tf.stack(halves) - 2**31, tf.int32)
     return collections.OrderedDict({**example, NOISE_KEY: key})
 
   return dataset.enumerate().map(add)

@@ -31,7 +31,8 @@ def region_noise(
   shape = tf.concat([tf.shape(maps)[1:3], [channels]], axis=0)
 
   def one(key):
-    key = tf.random.experimental.stateless_fold_in(key, draw)
+    # stateless_fold_in would keep 32 of the key's 64 bits, few enough to try them all.
+    key = tf.random.experimental.stateless_split(key, draw + 1)[draw]
     if distribution == 'normal':
       return tf.random.stateless_normal(shape, key)
     bits = tf.random.stateless_uniform(shape, key, 0, 2, tf.int32)

@@ -1,0 +1,401 @@
+import collections
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_shadow.aggregators import NoiseStrength, observation_tap_factory
+from tff_shadow.aggregators.shadow_noise import stateless_normal_like
+from tff_shadow.learning import build_weighted_fed_avg, keras_model_fn, model_weights
+from tff_shadow.learning.keras_task import restore_eager_keras
+from tff_shadow.learning.shadow_fed_avg import (
+  ShadowNoise,
+  build_shadow_fed_avg,
+  shadow_input_spec,
+)
+from tff_shadow.models import (
+  classification_loss,
+  freeze_batch_norm,
+  model_from_config,
+  model_to_config,
+)
+from tff_shadow.shadow import SaliencyConfig
+from tff_shadow.shadow.noise_keys import experiment_secret, image_keys
+from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
+
+_SHAPE = (8, 8, 1)
+_RATE = 0.1
+_SGD = tff.learning.optimizers.build_sgdm(_RATE)
+_UNIFORM = SaliencyConfig('uniform')
+_GIVEN = SaliencyConfig('given')
+_ALL = [
+  ('isotropic', 'per_step'),
+  ('diagonal', 'per_step'),
+  ('diagonal', 'local_training'),
+  ('correlated', 'per_step'),
+  ('correlated', 'local_training'),
+]
+
+
+def _model(norm='none'):
+  """Smooth, so that derivatives are what differences say."""
+  tf.keras.backend.clear_session()
+  tf.keras.utils.set_random_seed(3)
+  inputs = tf.keras.Input(_SHAPE)
+  x = tf.keras.layers.Conv2D(3, 3, strides=2, activation='tanh', name='conv')(inputs)
+  if norm == 'batch':
+    x = tf.keras.layers.BatchNormalization(momentum=0.9, name='bn')(x)
+  x = tf.keras.layers.Flatten()(x)
+  return tf.keras.Model(inputs, tf.keras.layers.Dense(2, name='logits')(x))
+
+
+def _examples(num_examples=8, client='client_00', round_num=None, seed=1):
+  rng = np.random.default_rng(seed)
+  regions = np.zeros((num_examples, 8, 8, 1), np.float32)
+  regions[:, 2:6, 3:8] = 1.0
+  keys = image_keys(experiment_secret(0, client), np.arange(num_examples), round_num)
+  return collections.OrderedDict(
+    x=rng.random((num_examples, *_SHAPE)).astype(np.float32),
+    y=rng.integers(0, 2, num_examples).astype(np.int32),
+    noise_key=keys,
+    region=regions,
+  )
+
+
+def _dataset(examples, fields=('x', 'y', 'noise_key'), batch_size=4):
+  return tf.data.Dataset.from_tensor_slices(
+    collections.OrderedDict((name, examples[name]) for name in fields)
+  ).batch(batch_size)
+
+
+def _noise(shape, propagation='per_step', kind='ratio', value=0.3, saliency=_UNIFORM, **kwargs):
+  return ShadowNoise(shape, NoiseStrength(kind, value), saliency, propagation, **kwargs)
+
+
+def _process(model, noise, sharing='local', optimizer=_SGD, tap=False, **kwargs):
+  config = model_to_config(model)
+
+  def shadow_model_fn():
+    shadow = model_from_config(config)
+    if sharing == 'frozen':
+      freeze_batch_norm(shadow)
+    return shadow
+
+  if tap:
+    kwargs['model_aggregator'] = observation_tap_factory(tff.aggregators.MeanFactory())
+  return build_shadow_fed_avg(
+    keras_model_fn(model, _SHAPE, sharing),
+    optimizer,
+    noise=noise,
+    shadow_model_fn=shadow_model_fn,
+    batch_norm_sharing=sharing,
+    **kwargs,
+  )
+
+
+def _sent(output, client=0):
+  """What one client sent, flat; and all that was logged."""
+  observation = output.metrics['aggregator']['inner']['observation']
+  return _flat([t[client] for t in tf.nest.flatten(observation['updates'])]), observation
+
+
+def _flat(tensors):
+  return np.concatenate([np.ravel(np.asarray(tensor)) for tensor in tf.nest.flatten(tensors)])
+
+
+def _update_in_plain_tf(model, weights, examples, shift=0.0, batch_size=4):
+  """Initial minus trained, of the same local SGD by hand."""
+  restore_eager_keras(model)
+  model.set_weights(_in_keras_order(model, weights))
+  loss_fn = classification_loss(model)
+  images = examples['x'] + shift
+  for start in range(0, len(images), batch_size):
+    batch = slice(start, start + batch_size)
+    with tf.GradientTape() as tape:
+      loss = loss_fn(examples['y'][batch], model(images[batch], training=True))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+      variable.assign_sub(_RATE * gradient)
+  trained = [variable.numpy() for variable in model.trainable_variables]
+  return _flat([a - b for a, b in zip(weights.trainable, trained, strict=True)])
+
+
+def _in_keras_order(model, weights):
+  """Values for `set_weights`, which mixes trainable weights and statistics."""
+  values = {
+    v.ref(): value
+    for kind in ('trainable', 'non_trainable')
+    for v, value in zip(getattr(model, f'{kind}_variables'), getattr(weights, kind), strict=True)
+  }
+  return [values[variable.ref()] for variable in model.weights]
+
+
+def _one_round(process, weights, datasets):
+  return process.next(process.set_model_weights(process.initialize(), weights), datasets)
+
+
+class TestTypes:
+  @pytest.mark.parametrize(('shape', 'propagation'), _ALL)
+  def test_only_the_noised_update_and_scalars_leave_a_client(self, shape, propagation):
+    model = _model()
+    plain = build_weighted_fed_avg(keras_model_fn(model, _SHAPE), _SGD)
+    process = _process(model, _noise(shape, propagation, saliency=_GIVEN, probes=2))
+
+    def leaves(computation):
+      form = tff.backends.mapreduce.get_map_reduce_form_for_computation(computation)
+      return [
+        (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for leaf in tff.structure.flatten(form.work.type_signature.result)
+      ]
+
+    sent = leaves(process.next)
+    update = [(tuple(variable.shape), 'float32') for variable in model.trainable_variables]
+    assert [leaf for leaf in sent if leaf[0]] == update
+    # Beyond FedAvg: value and count of the means noise_to_signal and cosine; the numbers of
+    # fall-backs of maps and of the shape.
+    extra = collections.Counter(sent) - collections.Counter(leaves(plain.next))
+    assert extra == {((), 'float32'): 4, ((), 'int32'): 2}
+    assert not collections.Counter(leaves(plain.next)) - collections.Counter(sent)
+
+  def test_data_are_those_of_the_input_spec(self):
+    for saliency in (_GIVEN, _UNIFORM):
+      process = _process(_model(), _noise('correlated', saliency=saliency))
+      spec = shadow_input_spec(_SHAPE, with_regions=saliency is _GIVEN)
+      assert process.next.type_signature.parameter[1] == tff.types.FederatedType(
+        tff.types.SequenceType(tff.types.tensorflow_to_type(spec)), tff.CLIENTS
+      )
+    assert list(spec) == ['x', 'y', 'noise_key']
+
+
+class TestArguments:
+  def test_per_step_needs_plain_sgd(self):
+    for optimizer in (
+      tff.learning.optimizers.build_sgdm(_RATE, momentum=0.9),
+      tff.learning.optimizers.build_adam(_RATE),
+    ):
+      with pytest.raises(ValueError, match='without momentum'):
+        _process(_model(), _noise('diagonal'), optimizer=optimizer)
+      _process(_model(), _noise('isotropic'), optimizer=optimizer)
+
+  def test_per_step_does_not_see_shared_statistics(self):
+    with pytest.raises(ValueError, match='BatchNorm statistics'):
+      _process(_model('batch'), _noise('correlated'), 'aggregate')
+    # Nothing is shared where there are none.
+    _process(_model(), _noise('correlated'), 'aggregate')
+
+  def test_unknown_sharing(self):
+    with pytest.raises(ValueError, match='batch_norm_sharing'):
+      build_shadow_fed_avg(
+        keras_model_fn(_model(), _SHAPE),
+        _SGD,
+        noise=_noise('isotropic'),
+        shadow_model_fn=_model,
+        batch_norm_sharing='sometimes',
+      )
+
+  @pytest.mark.parametrize(
+    'changes',
+    [
+      {'propagation': 'never'},
+      {'probes': 0},
+      {'local_epochs': 0},
+      {'epsilon': 0.0},
+      {'epsilon': float('inf')},
+      {'epsilon': float('nan')},
+    ],
+  )
+  def test_settings(self, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+      _noise('diagonal', **changes)
+
+
+@pytest.mark.usefixtures('tff_worker')
+class TestExecution:
+  @pytest.mark.parametrize(('shape', 'propagation'), _ALL)
+  def test_without_noise_it_is_fed_avg(self, shape, propagation):
+    model = _model()
+    weights = model_weights(model)
+    clients = [_examples(4, seed=1), _examples(12, seed=2)]
+    stock = tff.learning.algorithms.build_weighted_fed_avg(keras_model_fn(model, _SHAPE), _SGD)
+    expected = _one_round(stock, weights, [_dataset(c, ('x', 'y')) for c in clients])
+    process = _process(model, _noise(shape, propagation, value=0.0, probes=3))
+    output = _one_round(process, weights, [_dataset(c) for c in clients])
+    for actual, wanted in zip(
+      output.state.global_model_weights.trainable,
+      expected.state.global_model_weights.trainable,
+      strict=True,
+    ):
+      np.testing.assert_allclose(actual, wanted, atol=1e-6)
+    # Neither probes nor copies count twice.
+    metrics = output.metrics['client_work']
+    wanted = expected.metrics['client_work']['train']
+    assert metrics['train']['num_examples'] == wanted['num_examples'] == 16
+    assert metrics['train']['num_batches'] == wanted['num_batches'] == 4
+    assert metrics['train']['loss'] == pytest.approx(wanted['loss'], rel=1e-5)
+    assert metrics['maps_fell_back'] == 0
+    np.testing.assert_array_equal(metrics['non_finite'], [0, 0])
+    assert output.metrics['aggregator']['noise_to_signal'] == 0.0
+
+  def test_correlated_noise_is_the_difference_of_two_trainings(self):
+    model, examples, epsilon = _model(), _examples(), 0.2
+    weights = model_weights(model)
+    noise = _noise(
+      'correlated', 'local_training', 'scale', 0.5, _UNIFORM, epsilon=epsilon, floor=1e-9
+    )
+    output = _one_round(_process(model, noise, tap=True), weights, [_dataset(examples)])
+    sent, observation = _sent(output)
+    direction = region_noise(
+      tf.ones((8, 8, 8, 1)), tf.constant(examples['noise_key']), 1, 'normal'
+    ).numpy()
+    clean, plus, minus = (
+      _update_in_plain_tf(model, weights, examples, shift * epsilon * direction)
+      for shift in (0, 1, -1)
+    )
+    expected = 0.5 * (plus - minus) / (2 * epsilon)
+    assert np.linalg.norm(expected) > 0.02 * np.linalg.norm(clean)
+    atol = 1e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(sent - clean, expected, atol=atol)
+    np.testing.assert_array_equal(observation['weights'], [8.0])
+
+  @pytest.mark.parametrize('saliency', [_UNIFORM, _GIVEN])
+  def test_one_step_equals_the_derivative_of_the_update(self, saliency):
+    model, examples = _model(), _examples(4)
+    weights = model_weights(model)
+    noise = _noise('correlated', 'per_step', 'scale', 0.5, saliency, floor=1e-9)
+    fields = ('x', 'y', 'noise_key', 'region') if saliency is _GIVEN else ('x', 'y', 'noise_key')
+    output = _one_round(_process(model, noise, tap=True), weights, [_dataset(examples, fields)])
+    sent, _ = _sent(output)
+    maps = examples['region'] if saliency is _GIVEN else np.ones_like(examples['region'])
+    direction = region_noise(maps, tf.constant(examples['noise_key']), 1, 'normal').numpy()
+    step = 0.02
+    clean, plus, minus = (
+      _update_in_plain_tf(model, weights, examples, shift * step * direction)
+      for shift in (0, 1, -1)
+    )
+    expected = 0.5 * (plus - minus) / (2 * step)
+    np.testing.assert_allclose(sent - clean, expected, atol=5e-3 * np.abs(expected).max())
+
+  @pytest.mark.parametrize('norm', ['none', 'batch'])
+  def test_diagonal_noise_follows_the_probes(self, norm):
+    # With 'batch' frozen at statistics that are not the initial ones, which all copies must get.
+    model, examples, probes = _model(norm), _examples(4), 3
+    sharing = 'frozen' if norm == 'batch' else 'local'
+    if norm == 'batch':
+      freeze_batch_norm(model)
+      layer = model.get_layer('bn')
+      layer.moving_mean.assign([0.3, -0.2, 0.1])
+      layer.moving_variance.assign([0.02, 0.3, 4.0])
+    weights = model_weights(model)
+    noise = _noise('diagonal', 'per_step', 'scale', 0.01, probes=probes, floor=1e-9)
+    process = _process(model, noise, sharing, tap=True)
+    sent, _ = _sent(_one_round(process, weights, [_dataset(examples)]))
+    clean = _update_in_plain_tf(model, weights, examples)
+    model.set_weights(_in_keras_order(model, weights))
+    keys = tf.constant(examples['noise_key'])
+    loss_fn = classification_loss(model)
+    _, derivatives = gradient_and_derivatives(
+      lambda x: loss_fn(examples['y'], model(x, training=True)),
+      model.trainable_variables,
+      tf.constant(examples['x']),
+      [region_noise(tf.ones((4, 8, 8, 1)), keys, 1, 'rademacher', draw) for draw in range(probes)],
+    )
+    sensitivity = np.sqrt(np.mean([_flat(d) ** 2 for d in derivatives], axis=0))
+    normal = _flat(stateless_normal_like(weights.trainable, tf.reduce_sum(keys, axis=0), draw=0))
+    expected = 0.01 * np.sqrt(sensitivity / sensitivity.mean()) * normal
+    np.testing.assert_allclose(sent - clean, expected, atol=1e-3 * np.abs(expected).max())
+
+  @pytest.mark.parametrize('shape', ['isotropic', 'diagonal', 'correlated'])
+  def test_frozen_and_fresh_keys(self, shape):
+    model = _model()
+    process = _process(model, _noise(shape, probes=2), tap=True)
+    state = process.set_model_weights(process.initialize(), model_weights(model))
+
+    def sent(*args):
+      return _sent(process.next(state, [_dataset(_examples(8, *args))]))[0]
+
+    frozen = sent()
+    np.testing.assert_array_equal(frozen, sent())
+    clean = _update_in_plain_tf(model, model_weights(model), _examples())
+    first, second, other = (
+      sent('client_00', 1) - clean,
+      sent('client_00', 2) - clean,
+      sent('client_01', 1) - clean,
+    )
+    for noise in (second, other, frozen - clean):
+      assert np.abs(noise - first).max() > 0.1 * np.abs(first).max()
+
+  @pytest.mark.parametrize('sharing', ['aggregate', 'local'])
+  def test_batch_norm(self, sharing):
+    model = _model('batch')
+    weights = model_weights(model)
+    noise = _noise('correlated', 'local_training', value=30.0)
+    output = _one_round(
+      _process(model, noise, sharing), weights, [_dataset(_examples(seed=k)) for k in (1, 2)]
+    )
+    mean, variance = output.state.global_model_weights.non_trainable
+    assert output.metrics['aggregator']['noise_to_signal'] == pytest.approx(30.0, rel=0.05)
+    if sharing == 'local':
+      np.testing.assert_array_equal(mean, weights.non_trainable[0])
+      np.testing.assert_array_equal(variance, weights.non_trainable[1])
+    else:
+      assert np.abs(mean - weights.non_trainable[0]).min() > 0
+      assert np.abs(variance - weights.non_trainable[1]).max() > 0.01
+      assert variance.min() >= 0
+
+  def test_uniform_weighting(self):
+    model = _model()
+    process = _process(
+      model,
+      _noise('correlated'),
+      tap=True,
+      client_weighting=tff.learning.ClientWeighting.UNIFORM,
+    )
+    clients = [_dataset(_examples(4)), _dataset(_examples(12, 'client_01'))]
+    output = _one_round(process, model_weights(model), clients)
+    _, observation = _sent(output)
+    np.testing.assert_array_equal(observation['weights'], [1.0, 1.0])
+    mean = np.mean([_sent(output, k)[0] for k in (0, 1)], axis=0)
+    np.testing.assert_allclose(_flat(observation['aggregate']), mean, atol=1e-6)
+
+  def test_dropped_client_and_missing_regions_are_counted(self):
+    model = _model()
+    bad, blank, good = _examples(), _examples(), _examples()
+    bad['x'][3, 2, 2] = np.nan
+    blank['region'][5:] = 0.0
+    process = _process(model, _noise('correlated', saliency=_GIVEN), tap=True)
+    datasets = [_dataset(e, ('x', 'y', 'noise_key', 'region')) for e in (bad, blank, good)]
+    output = _one_round(process, model_weights(model), datasets)
+    metrics = output.metrics['client_work']
+    np.testing.assert_array_equal(metrics['non_finite'], [1, 0, 0])
+    assert metrics['maps_fell_back'] == 3
+    assert metrics['train']['num_examples'] == 16
+    sent, observation = _sent(output)
+    np.testing.assert_array_equal(sent, 0.0)
+    np.testing.assert_array_equal(observation['weights'], [0.0, 8.0, 8.0])
+    assert np.isfinite(_flat(output.state.global_model_weights.trainable)).all()
+
+  def test_region_psnr_does_not_depend_on_local_epochs(self):
+    # At a tiny learning rate two epochs send twice the update: the noise must double too.
+    model = _model()
+    noises = []
+    for epochs in (1, 2):
+      noise = _noise('diagonal', kind='region_psnr', value=20.0, probes=2, local_epochs=epochs)
+      process = _process(
+        model, noise, optimizer=tff.learning.optimizers.build_sgdm(1e-6), tap=False
+      )
+      data = _dataset(_examples(4)).repeat(epochs)
+      output = _one_round(process, model_weights(model), [data])
+      noises.append(output.metrics['aggregator']['noise_to_signal'])
+    # Another key, the sum over batches, so equal but for chance: about 380 weights.
+    assert noises[1] == pytest.approx(noises[0], rel=0.35)
+
+  def test_map_of_the_shadow(self):
+    # Grad-CAM++ needs a net whose scores are not lost: the class's logit, at the last convolution.
+    model = _model()
+    process = _process(model, _noise('correlated', saliency=SaliencyConfig()), tap=True)
+    output = _one_round(process, model_weights(model), [_dataset(_examples())])
+    sent, _ = _sent(output)
+    clean = _update_in_plain_tf(model, model_weights(model), _examples())
+    assert np.linalg.norm(sent - clean) == pytest.approx(0.3 * np.linalg.norm(clean), rel=0.1)
+    assert output.metrics['client_work']['maps_fell_back'] < 8
