@@ -113,6 +113,39 @@ class TestGradientAndDerivatives:
     np.testing.assert_allclose(_flat(alone), _flat(eager[0]), atol=1e-6)
     assert derivatives == []
 
+  @pytest.mark.parametrize('frozen', [False, True])
+  def test_batch_norm_in_a_nested_function(self, frozen):
+    tf.keras.utils.set_random_seed(1)
+    layer = tf.keras.layers.BatchNormalization(trainable=not frozen)
+    model = tf.keras.Sequential(
+      [
+        tf.keras.layers.Conv2D(2, 3, strides=2, activation='tanh'),
+        layer,
+        tf.keras.layers.Flatten(),
+        tf.keras.layers.Dense(3),
+      ]
+    )
+    images = tf.constant(_images())
+    model(images)
+    direction = tf.constant(np.random.default_rng(6).normal(size=(2, 4, 4, 1)), tf.float32)
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    @tf.function
+    def loss_fn(x):
+      return loss(tf.constant([0, 2]), model(x, training=True))
+
+    variables = model.trainable_variables
+    derivatives = tf.function(
+      lambda x, d: gradient_and_derivatives(loss_fn, variables, x, [d])[1][0]
+    )(images, direction)
+    plus, minus = (
+      _flat(gradient_and_derivatives(loss_fn, variables, images + s * direction, [])[0])
+      for s in (0.01, -0.01)
+    )
+    expected = (plus - minus) / 0.02
+    np.testing.assert_allclose(_flat(derivatives), expected, atol=0.03 * np.abs(expected).max())
+    assert not tf.config.functions_run_eagerly()
+
   def test_a_variable_that_the_images_do_not_move_has_zeros(self):
     loss_fn, variables = _loss_fn()
     unused = tf.Variable([1.0, 2.0])

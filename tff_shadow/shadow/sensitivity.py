@@ -4,7 +4,8 @@ J is the derivative of a client's update with respect to its images, m the regio
 unit variance with a key per image. J(m v) is a sample of how the update moves when the region does.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import tensorflow as tf
@@ -65,7 +66,8 @@ def gradient_and_derivatives(
   def gradient():
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(variables)
-      loss = loss_fn(images)
+      with _functions_inlined() if directions else contextlib.nullcontext():
+        loss = loss_fn(images)
     return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
   if not directions:
@@ -76,3 +78,18 @@ def gradient_and_derivatives(
       value = gradient()
       derivatives.append(accumulator.jvp(value, unconnected_gradients=tf.UnconnectedGradients.ZERO))
   return value, derivatives
+
+
+@contextlib.contextmanager
+def _functions_inlined() -> Iterator[None]:
+  """Calls of a tf.function run its Python instead.
+
+  A ForwardAccumulator loses, without an error, what passes through a fused BatchNorm inside of a
+  nested tf.function (TF 2.14), and the forward pass of a TFF model is one.
+  """
+  before = tf.config.functions_run_eagerly()
+  tf.config.run_functions_eagerly(True)
+  try:
+    yield
+  finally:
+    tf.config.run_functions_eagerly(before)
