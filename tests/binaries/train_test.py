@@ -77,7 +77,7 @@ def test_own_keras_model(tmp_path):
     ({'train_manifest': 'x.csv'}, '--train_manifest needs --dataset=manifests'),
     ({'dataset': 'manifests'}, '--train_manifest is required'),
     ({'resume': True}, 'config.json is missing'),
-    ({'defense': 'shadow', 'noise_strength': -1.0}, '--noise_strength=-1.0'),
+    ({'defense': 'shadow', 'noise_strength_kind': 'ratio', 'noise_strength': -1.0}, '=-1.0'),
     ({'defense': 'shadow', 'noise_strength': float('nan')}, '--noise_strength=nan'),
     ({'defense': 'shadow', 'saliency_layer': 'nowhere'}, 'nowhere'),
     ({'defense': 'shadow', 'saliency_top_fraction': 1.5}, '1.5'),

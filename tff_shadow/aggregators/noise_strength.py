@@ -16,6 +16,11 @@ STRENGTH_KINDS: tuple[StrengthKind, ...] = ('ratio', 'scale', 'region_psnr')
 class NoiseStrength:
   """Strength of a client's noise.
 
+  Frozen correlated noise of a constant tau ('scale', 'region_psnr') makes every update, to first
+  order, a function of one image x + tau m v, however many rounds are observed. With 'ratio' tau
+  follows the update's norm, and two rounds with the same v give x + tau_1 m v and x + tau_2 m v,
+  from which x follows: use it to compare shapes at one round, not to protect over many.
+
   Attributes:
     kind: How `value` is meant:
       'ratio': root-mean-square norm of the noise over the norm of the client's update.
