@@ -10,23 +10,35 @@ from absl import flags
 
 from attacks.benchmark import bench_lines
 from binaries import command
+from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.data import Partition, load
 from tff_shadow.execution import LocalWorker, local_worker_context
 from tff_shadow.learning import (
   RoundSampler,
+  ShadowDefense,
+  ShadowNoise,
   TrainingSettings,
+  build_shadow_fed_avg,
   build_weighted_fed_avg,
   keras_model_fn,
   model_weights,
 )
 from tff_shadow.learning.keras_task import restore_eager_keras
 from tff_shadow.learning.plain_loop import PlainLoop
-from tff_shadow.models import build_model
+from tff_shadow.models import build_model, model_from_config, model_to_config
 from tff_shadow.observations import ClientTraining
+from tff_shadow.shadow.noise_keys import draw_secret
 
 _REPEATS = flags.DEFINE_integer(
   'repeats', 9, 'Pairs of timed runs; the median ratio counts.', lower_bound=1
 )
+_RATIO = NoiseStrength('ratio', 0.3)
+_DEFENDED = {
+  'isotropic': ShadowNoise('isotropic', _RATIO),
+  'diagonal': ShadowNoise('diagonal', _RATIO),
+  'correlated': ShadowNoise('correlated', _RATIO),
+  'correlated_local_training': ShadowNoise('correlated', _RATIO, propagation='local_training'),
+}
 _LOCAL = ClientTraining('sgd', 0.05, 0.0, 8, 1, None)
 
 
@@ -49,7 +61,10 @@ def paired_ratio(first: Callable[[], None], second: Callable[[], None], repeats:
 
 
 def bench_round(worker: LocalWorker) -> None:
-  """A TFF round against the same steps in a plain loop: 9 clients, 576 images of 32 px."""
+  """A TFF round against the same steps in a plain loop, and defended rounds against it.
+
+  9 clients, 576 images of 32 px in batches of 8.
+  """
   data = load(
     'chest_phantom',
     image_size=32,
@@ -60,22 +75,41 @@ def bench_round(worker: LocalWorker) -> None:
   model = build_model('conv_small', image_shape=shape, num_classes=data.num_classes, seed=0)
   tasks = RoundSampler(data, TrainingSettings(1, _LOCAL)).sample(1)
   datasets = [task.dataset for task in tasks]
-  process = build_weighted_fed_avg(
-    keras_model_fn(model, shape),
-    tff.learning.optimizers.build_sgdm(_LOCAL.learning_rate, _LOCAL.momentum),
-  )
+  initial = model_weights(model)
+  arguments = {
+    'model_fn': keras_model_fn(model, shape),
+    'client_optimizer_fn': tff.learning.optimizers.build_sgdm(_LOCAL.learning_rate),
+  }
+  config = model_to_config(model)
+  undefended = _round_fn(build_weighted_fed_avg(**arguments), initial, datasets)
+  defended = {}
+  for name, noise in _DEFENDED.items():
+    process = build_shadow_fed_avg(
+      **arguments, noise=noise, shadow_model_fn=lambda: model_from_config(config)
+    )
+    secrets = {client_id: draw_secret() for client_id in data.clients}
+    settings = TrainingSettings(1, _LOCAL, defense=ShadowDefense(noise, True, secrets))
+    noised = [task.dataset for task in RoundSampler(data, settings).sample(1)]
+    defended[name] = _round_fn(process, initial, noised)
   restore_eager_keras(model)
-  state = process.set_model_weights(process.initialize(), model_weights(model))
   loop = PlainLoop(model, _LOCAL)
   weights = [float(len(task.truth.labels)) for task in tasks]
   ratio = paired_ratio(
-    lambda: process.next(state, datasets),
+    undefended,
     lambda: loop.train_round(datasets, weights),
     _REPEATS.value,
   )
   print(f'BENCH tff_round_over_plain {ratio:.2f}', flush=True)
+  for name, defended_round in defended.items():
+    ratio = paired_ratio(defended_round, undefended, _REPEATS.value)
+    print(f'BENCH defended_over_undefended_{name} {ratio:.2f}', flush=True)
   peak = _peak_memory_gib(worker.pid)
   print(f'BENCH worker_peak_memory_gib {peak:.2f}', flush=True)
+
+
+def _round_fn(process, weights, datasets) -> Callable[[], None]:
+  state = process.set_model_weights(process.initialize(), weights)
+  return lambda: process.next(state, datasets)
 
 
 def _peak_memory_gib(pid: int) -> float:

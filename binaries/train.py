@@ -110,8 +110,8 @@ _NOISE_STRENGTH_KIND = flags.DEFINE_enum(
   'region_psnr',
   STRENGTH_KINDS,
   "ratio: norm of the noise over the update's. scale: absolute. region_psnr: the PSNR in dB that no"
-  ' unbiased attacker exceeds over the region. With ratio the scale follows the update from round to'
-  ' round, so that frozen noise can be told apart from the image by comparing rounds.',
+  ' unbiased attacker exceeds over the region. With ratio the scale follows the update from round'
+  ' to round, so that frozen noise can be told apart from the image by comparing rounds.',
 )
 _NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 10.0, 'See --noise_strength_kind.')
 _NOISE_FRESHNESS = flags.DEFINE_enum(

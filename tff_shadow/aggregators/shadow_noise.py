@@ -57,9 +57,9 @@ def shadow_noise_factory(
   as zeros.
 
   Freshness is the key's matter: the same key gives the same noise. Frozen keys are the default of
-  the learning processes here, for fresh noise averages out over rounds while frozen correlated noise
-  of a constant scale does not (see `NoiseStrength`). Frozen isotropic or diagonal noise repeats one
-  draw of unit noise, which differences between rounds can reveal.
+  the learning processes here, for fresh noise averages out over rounds while frozen correlated
+  noise of a constant scale does not (see `NoiseStrength`). Frozen isotropic or diagonal noise
+  repeats one draw of unit noise, which differences between rounds can reveal.
 
   The shape depends on private data, so no (epsilon, delta) can be stated; see
   `public_shadow_noise_factory`.
