@@ -1,5 +1,7 @@
+import contextlib
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,25 +57,24 @@ def test_any_image_size(data_dir):
 
 
 @pytest.fixture
-def mocked(monkeypatch):
+def mocked():
   """Gives every set of the catalogue random images, 100 in each of the named splits."""
+  # Undone in reverse order: both patch download_and_prepare.
+  with contextlib.ExitStack() as stack:
 
-  def mock(splits):
-    def prepare(builder, **_):
-      infos = [
-        tfds.core.SplitInfo(name=split, shard_lengths=[100], num_bytes=0) for split in splits
-      ]
-      builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+    def mock_catalogue(splits):
+      def prepare(builder, **_):
+        infos = [
+          tfds.core.SplitInfo(name=split, shard_lengths=[100], num_bytes=0) for split in splits
+        ]
+        builder.info.set_splits(tfds.core.splits.SplitDict(infos))
 
-    context = tfds.testing.mock_data(num_examples=100)
-    context.__enter__()
-    undo.append(context)
-    monkeypatch.setattr(tfds.core.DatasetBuilder, 'download_and_prepare', prepare)
+      stack.enter_context(tfds.testing.mock_data(num_examples=100))
+      stack.enter_context(
+        mock.patch.object(tfds.core.DatasetBuilder, 'download_and_prepare', prepare)
+      )
 
-  undo = []
-  yield mock
-  for context in undo:
-    context.__exit__(None, None, None)
+    yield mock_catalogue
 
 
 @pytest.mark.parametrize(
