@@ -8,6 +8,7 @@ Rows that the file has already are kept, so that an interrupted run continues.
 """
 
 import csv
+import dataclasses
 import itertools
 import pathlib
 import tempfile
@@ -152,7 +153,7 @@ def _run(data, model, settings, noise, frozen, run_dir, report) -> None:
   if noise is not None:
     secrets = {client_id: experiment_secret(settings.seed, client_id) for client_id in data.clients}
     defense = ShadowDefense(noise, frozen, secrets)
-    settings = TrainingSettings(**{**settings.__dict__, 'defense': defense})
+    settings = dataclasses.replace(settings, defense=defense)
   TrainingRun(data, model, settings, run_dir, save_every_rounds=settings.rounds).train(
     resume=False, report=report
   )

@@ -22,6 +22,12 @@ def read_config(run_dir: pathlib.Path) -> dict[str, Any]:
     raise UserError(f'{path}: damaged ({error})') from error
 
 
+def check_unclaimed(run_dir: pathlib.Path) -> None:
+  """Raises `UserError` unless `run_dir` is new or an empty directory."""
+  if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    raise UserError(f'--run_dir={run_dir}: exists already; add --resume or name another')
+
+
 def claim(
   run_dir: pathlib.Path,
   config: dict[str, Any],
@@ -42,8 +48,7 @@ def claim(
   """
   path = run_dir / _CONFIG
   if not resume:
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-      raise UserError(f'--run_dir={run_dir}: exists already; add --resume or name another')
+    check_unclaimed(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     _write(path, config)
     return

@@ -170,8 +170,8 @@ def main() -> None:
   if not _RUN_DIR.value:
     raise UserError('--run_dir is required: a new directory for this run')
   run_dir = pathlib.Path(_RUN_DIR.value)
-  if not _RESUME.value and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-    raise UserError(f'--run_dir={run_dir}: exists already; add --resume or name another')
+  if not _RESUME.value:
+    run_directory.check_unclaimed(run_dir)  # Before minutes of loading data.
   observed_rounds = _parse_observed_rounds()
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
   data = data_flags.load_data(seed=_SEED.value)

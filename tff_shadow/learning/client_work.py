@@ -83,6 +83,23 @@ def build_client_work(
 
     return train(initial_weights, dataset)
 
+  return wire_client_work(client_update, metrics_aggregation)
+
+
+def wire_client_work(
+  client_update: tff.Computation, metrics_aggregation: Any, counts: tuple[str, ...] = ()
+) -> tff.learning.templates.ClientWorkProcess:
+  """Makes a stateless client work of what one client does.
+
+  Args:
+    client_update: <weights, data> -> (ClientResult, unfinalized metrics, non-finite flag, *counts).
+    metrics_aggregation: Of the metrics.
+    counts: Names of what else each client counts; measured as sums over the clients.
+
+  Returns:
+    A work whose measurements are `OrderedDict(train, non_finite, **counts)`.
+  """
+  weights_type, data_type = client_update.type_signature.parameter
   collect_flags = build_collect_from_clients(tff.types.TensorType(np.int32))
 
   @tff.federated_computation
@@ -95,13 +112,13 @@ def build_client_work(
     tff.types.FederatedType(data_type, tff.CLIENTS),
   )
   def next_fn(state, weights, client_data):
-    result, metrics, non_finite = tff.federated_map(client_update, (weights, client_data))
-    measurements = tff.federated_zip(
-      collections.OrderedDict(
-        train=metrics_aggregation(metrics), non_finite=collect_flags(non_finite)
-      )
+    result, metrics, non_finite, *counted = tff.federated_map(client_update, (weights, client_data))
+    measurements = collections.OrderedDict(
+      train=metrics_aggregation(metrics), non_finite=collect_flags(non_finite)
     )
-    return tff.templates.MeasuredProcessOutput(state, result, measurements)
+    for name, count in zip(counts, counted, strict=True):
+      measurements[name] = tff.federated_sum(count)
+    return tff.templates.MeasuredProcessOutput(state, result, tff.federated_zip(measurements))
 
   return tff.learning.templates.ClientWorkProcess(init_fn, next_fn)
 

@@ -5,14 +5,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import (
   NoiseShape,
   NoiseStrength,
-  build_collect_from_clients,
   shadow_noise_factory,
   shaped_update_type,
 )
@@ -22,6 +20,7 @@ from tff_shadow.learning.client_work import (
   client_result,
   is_shared_statistic,
   train_locally,
+  wire_client_work,
 )
 from tff_shadow.learning.fed_avg import check_batch_norm_sharing, compose
 from tff_shadow.observations import BatchNormSharing
@@ -224,31 +223,7 @@ def _build_client_work(
   expected = shaped_update_type(update_type, noise.shape)
   if not expected.is_equivalent_to(result_type.update):
     raise AssertionError(f'{result_type.update} is not {expected}')
-  collect_flags = build_collect_from_clients(tff.types.TensorType(np.int32))
-
-  @tff.federated_computation
-  def init_fn():
-    return tff.federated_value((), tff.SERVER)
-
-  @tff.federated_computation(
-    init_fn.type_signature.result,
-    tff.types.FederatedType(weights_type, tff.CLIENTS),
-    tff.types.FederatedType(data_type, tff.CLIENTS),
-  )
-  def next_fn(state, weights, client_data):
-    result, metrics, non_finite, fell_back = tff.federated_map(
-      client_update, (weights, client_data)
-    )
-    measurements = tff.federated_zip(
-      collections.OrderedDict(
-        train=metrics_aggregation(metrics),
-        non_finite=collect_flags(non_finite),
-        maps_fell_back=tff.federated_sum(fell_back),
-      )
-    )
-    return tff.templates.MeasuredProcessOutput(state, result, measurements)
-
-  return tff.learning.templates.ClientWorkProcess(init_fn, next_fn), update_type
+  return wire_client_work(client_update, metrics_aggregation, ('maps_fell_back',)), update_type
 
 
 class _ShadowWork:
