@@ -298,11 +298,46 @@ class TestExecution:
       lambda x: loss_fn(examples['y'], model(x, training=True)),
       model.trainable_variables,
       tf.constant(examples['x']),
-      [region_noise(tf.ones((4, 8, 8, 1)), keys, 1, 'rademacher', draw) for draw in range(probes)],
+      [
+        region_noise(tf.ones((4, 8, 8, 1)), keys, 1, 'rademacher', draw, probes)
+        for draw in range(probes)
+      ],
     )
     sensitivity = np.sqrt(np.mean([_flat(d) ** 2 for d in derivatives], axis=0))
     normal = _flat(stateless_normal_like(weights.trainable, tf.reduce_sum(keys, axis=0), draw=0))
     expected = 0.01 * np.sqrt(sensitivity / sensitivity.mean()) * normal
+    np.testing.assert_allclose(sent - clean, expected, atol=1e-3 * np.abs(expected).max())
+
+  def test_each_probe_takes_another_batch_at_the_initial_weights(self):
+    model, examples, probes = _model(), _examples(6), 4
+    weights = model_weights(model)
+    noise = _noise('diagonal', 'per_step', 'region_psnr', 10.0, probes=probes, floor=1e-9)
+    dataset = _dataset(examples, batch_size=2)
+    sent, _ = _sent(_one_round(_process(model, noise, tap=True), weights, [dataset]))
+    clean, _ = _sent(
+      _one_round(
+        _process(model, _noise('diagonal', 'per_step', 'ratio', 0.0), tap=True), weights, [dataset]
+      )
+    )
+    restore_eager_keras(model)
+    keys = tf.constant(examples['noise_key'])
+    loss_fn = classification_loss(model)
+    squared = 0.0
+    for probe in range(probes):
+      batch = slice(2 * (probe % 3), 2 * (probe % 3) + 2)
+      direction = region_noise(tf.ones((2, 8, 8, 1)), keys[batch], 1, 'rademacher', probe, probes)
+      _, (derivative,) = gradient_and_derivatives(
+        lambda x, batch=batch: loss_fn(examples['y'][batch], model(x, training=True)),
+        model.trainable_variables,
+        tf.constant(examples['x'][batch]),
+        [direction],
+      )
+      squared += 3 / probes * (_RATE * _flat(derivative)) ** 2
+    sensitivity = np.sqrt(squared)
+    # sigma_j^2 ~ S_j such that the error times sum_j S_j^2 / sigma_j^2 is the region's energy.
+    scale = np.sqrt(0.1 * sensitivity.sum() / (6 * 64))
+    normal = _flat(stateless_normal_like(weights.trainable, tf.reduce_sum(keys, axis=0), draw=0))
+    expected = scale * np.sqrt(sensitivity) * normal
     np.testing.assert_allclose(sent - clean, expected, atol=1e-3 * np.abs(expected).max())
 
   @pytest.mark.parametrize('shape', ['diagonal', 'correlated'])

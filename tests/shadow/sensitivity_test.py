@@ -56,7 +56,7 @@ class TestRegionNoise:
   @pytest.mark.parametrize('distribution', ['normal', 'rademacher'])
   def test_images_channels_and_draws_are_independent(self, distribution):
     maps = tf.ones([4, 32, 32, 1])
-    draws = [region_noise(maps, _keys(4), 2, distribution, draw).numpy() for draw in range(3)]
+    draws = [region_noise(maps, _keys(4), 2, distribution, draw, 3).numpy() for draw in range(3)]
     columns = np.stack(draws).transpose(0, 1, 4, 2, 3).reshape(3 * 4 * 2, -1)
     correlations = np.corrcoef(columns) - np.eye(len(columns))
     # Standard error 1 / 32; 276 pairs.
@@ -72,7 +72,9 @@ class TestRegionNoise:
 
   def test_both_halves_of_a_key_count(self):
     keys = tf.constant([[1, 2], [1, 3], [2, 2]])
-    first, *others = region_noise(tf.ones([3, 16, 16, 1]), keys, 1, 'normal', draw=1).numpy()
+    first, *others = region_noise(
+      tf.ones([3, 16, 16, 1]), keys, 1, 'normal', draw=1, draws=2
+    ).numpy()
     for other in others:
       assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.3
 

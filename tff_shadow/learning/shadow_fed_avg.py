@@ -47,6 +47,8 @@ class ShadowNoise:
       by the central difference (U(x + eps m v) - U(x - eps m v)) / (2 eps), zero-mean by
       construction, which trains two more copies for every draw.
     probes: Rademacher draws for the diagonal; 8 recover about 90 % of what exact ones would gain.
+      With 'per_step' each is one batch's, at the initial weights, one batch after another and round
+      again if there are fewer, so that their cost does not grow with the client's data.
     epsilon: Of the central difference, in image units.
     floor: Share of the noise's energy that is isotropic.
     local_epochs: How often a client's data repeats each image; only 'region_psnr' needs it.
@@ -76,9 +78,14 @@ class ShadowNoise:
     return self.shape != 'isotropic' or self.strength.kind == 'region_psnr'
 
   @property
-  def num_draws(self) -> int:
-    """Draws of v per image."""
-    if not self.needs_shadow:
+  def probes_batches(self) -> bool:
+    """Whether the diagonal is probed on some batches before the training."""
+    return self.needs_shadow and self.propagation == 'per_step' and self.shape != 'correlated'
+
+  @property
+  def training_draws(self) -> int:
+    """Draws of v per image along which the local training is differentiated."""
+    if not self.needs_shadow or self.probes_batches:
       return 0
     return 1 if self.shape == 'correlated' else self.probes
 
@@ -233,12 +240,10 @@ class _ShadowWork:
     self._optimizer = optimizer
     self._noise = noise
     self._share_statistics = share_statistics
-    pairs = noise.num_draws if noise.propagation == 'local_training' else 0
+    pairs = noise.training_draws if noise.propagation == 'local_training' else 0
     self._models = [model_fn() for _ in range(1 + 2 * pairs)]
-    # Takes the draws after the first, so that no batch counts twice in the metrics.
-    self._probe_model = (
-      model_fn() if noise.propagation == 'per_step' and noise.num_draws > 1 else None
-    )
+    # Apart from the others, so that no batch counts twice in the metrics.
+    self._probe_model = model_fn() if noise.probes_batches else None
     self._shadow = None
     self._region_map: RegionMap | None = None
     if noise.needs_shadow:
@@ -253,21 +258,15 @@ class _ShadowWork:
       values = [*initial_weights.trainable, *initial_weights.non_trainable]
       for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
-    trainable = initial_weights.trainable
-    if self._probe_model is not None:
-      # Statistics of frozen BatchNorm; its trainable weights follow those of the first copy.
-      for variable, value in zip(
-        self._probe_model.non_trainable_variables, initial_weights.non_trainable, strict=True
-      ):
-        variable.assign(value)
-    per_step_draws = self._noise.num_draws if self._noise.propagation == 'per_step' else 0
-    # Key, energies of the region, fall-backs, and for 'per_step' one sum per draw and variable.
+    follows_steps = self._noise.propagation == 'per_step' and self._noise.training_draws
+    # Key, steps, energies of the region, fall-backs, and for 'per_step' the sum of J(m v).
     sums = (
       tf.zeros((2,), tf.int32),
       tf.zeros(()),
       tf.zeros(()),
+      tf.zeros(()),
       tf.zeros((), tf.int32),
-      *(tf.zeros_like(tensor) for _ in range(per_step_draws) for tensor in trainable),
+      *(tf.zeros_like(tensor) for tensor in initial_weights.trainable if follows_steps),
     )
     updates, num_examples, sums = train_locally(
       self._models,
@@ -278,19 +277,8 @@ class _ShadowWork:
       self._share_statistics,
       sums,
     )
-    key, energy, fourth_moment, fell_back, *flat = sums
+    key, num_steps, energy, fourth_moment, fell_back, *direction = sums
     update = updates[0]
-    if per_step_draws:
-      size = len(trainable)
-      directions = [flat[k * size : (k + 1) * size] for k in range(per_step_draws)]
-    else:
-      directions = [
-        [
-          (a - b) / (2.0 * self._noise.epsilon)
-          for a, b in zip(tf.nest.flatten(plus), tf.nest.flatten(minus), strict=True)
-        ]
-        for plus, minus in zip(updates[1::2], updates[2::2], strict=True)
-      ]
     epochs = float(self._noise.local_epochs)
     result, metrics, non_finite = client_result(
       self._models[0], update, num_examples, client_weighting
@@ -304,12 +292,14 @@ class _ShadowWork:
       shape=(),
     )
     if self._noise.shape == 'correlated':
-      shaped['shape'] = tf.nest.pack_sequence_as(update, directions[0])
-    elif directions:
-      squared = [
-        tf.add_n([tf.square(tensor) for tensor in column]) / len(directions)
-        for column in zip(*directions, strict=True)
-      ]
+      direction = direction or self._differences(updates)[0]
+      shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
+    elif self._noise.needs_shadow:
+      if self._noise.probes_batches:
+        squared, probed_fell_back = self._probe(initial_weights, dataset, num_steps)
+        fell_back = tf.maximum(fell_back, probed_fell_back)
+      else:
+        squared = _mean_squares(self._differences(updates))
       shaped['sensitivity_energy'] = tf.add_n([tf.reduce_sum(tensor) for tensor in squared])
       if self._noise.shape == 'diagonal':
         shaped['shape'] = tf.nest.pack_sequence_as(update, squared)
@@ -320,52 +310,106 @@ class _ShadowWork:
       fell_back,
     )
 
+  def _differences(self, updates):
+    """Central differences J(m v), one per draw, from the updates of the shifted copies."""
+    return [
+      [
+        (a - b) / (2.0 * self._noise.epsilon)
+        for a, b in zip(tf.nest.flatten(plus), tf.nest.flatten(minus), strict=True)
+      ]
+      for plus, minus in zip(updates[1::2], updates[2::2], strict=True)
+    ]
+
+  def _probe(self, initial_weights, dataset, num_steps):
+    """Returns S_j^2 of the local training from probes at the initial weights, and fall-backs.
+
+    A probe of one batch gives the sum of S_j^2 over its images; all steps together give
+    `num_steps` times the mean of them, and an image that is seen again moves the update again by
+    the same, hence another factor of the epochs.
+    """
+    for variables, values in (
+      (self._probe_model.trainable_variables, initial_weights.trainable),
+      (self._probe_model.non_trainable_variables, initial_weights.non_trainable),
+    ):
+      tf.nest.map_structure(lambda a, b: a.assign(b), list(variables), list(values))
+    probes = self._noise.probes
+
+    def reduce_fn(state, batch):
+      probe, squared, fell_back = state
+      maps, map_fell_back = self._maps(batch)
+      direction = region_noise(
+        maps, batch[NOISE_KEY], batch['x'].shape[-1], 'rademacher', probe, probes
+      )
+      _, (derivative,) = self._derivatives(self._probe_model, batch, batch['x'], [direction])
+      squared = tuple(
+        total + tf.square(self._rate * tensor)
+        for total, tensor in zip(squared, derivative, strict=True)
+      )
+      # A batch that comes round again has been counted.
+      is_new = tf.cast(tf.cast(probe, tf.float32) < num_steps, tf.int32)
+      return probe + 1, squared, fell_back + is_new * map_fell_back
+
+    zeros = tuple(tf.zeros_like(tensor) for tensor in initial_weights.trainable)
+    start = (tf.constant(0), zeros, tf.constant(0))
+    _, squared, fell_back = dataset.repeat().take(probes).reduce(start, reduce_fn)
+    factor = num_steps * float(self._noise.local_epochs) / probes
+    return [factor * tensor for tensor in squared], fell_back
+
+  def _maps(self, batch):
+    """Region maps of a batch, and how many of them fell back."""
+    maps, fell_back = self._region_map(batch['x'], batch['y'], batch.get(REGION))
+    return maps, tf.reduce_sum(tf.cast(fell_back, tf.int32))
+
+  def _derivatives(self, model, batch, images, along=()):
+    """The gradient of a batch's loss at `images`, and its derivatives."""
+
+    def loss_fn(x):
+      return model.forward_pass(collections.OrderedDict(x=x, y=batch['y']), training=True).loss
+
+    return gradient_and_derivatives(loss_fn, list(model.trainable_variables), images, along)
+
+  @property
+  def _rate(self):
+    return self._optimizer.initialize(tf.TensorSpec((), tf.float32))['learning_rate']
+
   def _gradients(self, batch):
     """Gradients of all copies on a batch, and what is added to the sums of `run`."""
-    images, labels = batch['x'], batch['y']
+    images = batch['x']
     key = tf.reduce_sum(batch[NOISE_KEY], axis=0)
     energy = fourth_moment = tf.zeros(())
     fell_back = tf.zeros((), tf.int32)
     directions = []
-    if self._region_map is not None:
-      maps, map_fell_back = self._region_map(images, labels, batch.get(REGION))
+    if self._noise.training_draws or self._noise.strength.kind == 'region_psnr':
+      maps, fell_back = self._maps(batch)
       channels = images.shape[-1]
       energy = channels * squared_norm([maps])
       fourth_moment = channels * squared_norm([tf.square(maps)])
-      fell_back = tf.reduce_sum(tf.cast(map_fell_back, tf.int32))
       distribution = 'normal' if self._noise.shape == 'correlated' else 'rademacher'
+      draws = self._noise.training_draws
       directions = [
-        region_noise(maps, batch[NOISE_KEY], channels, distribution, draw)
-        for draw in range(self._noise.num_draws)
+        region_noise(maps, batch[NOISE_KEY], channels, distribution, draw, draws)
+        for draw in range(draws)
       ]
-    head = (key, energy, fourth_moment, fell_back)
-    batch_size = tf.shape(labels)[0]
-
-    def gradient(model, perturbed, along=()):
-      return gradient_and_derivatives(
-        lambda x: model.forward_pass(collections.OrderedDict(x=x, y=labels), training=True).loss,
-        list(model.trainable_variables),
-        perturbed,
-        along,
-      )
-
+    head = (key, tf.ones(()), energy, fourth_moment, fell_back)
+    batch_size = tf.shape(images)[0]
     if self._noise.propagation == 'per_step':
-      own, derivatives = gradient(self._models[0], images, directions[:1])
-      if directions[1:]:
-        tf.nest.map_structure(
-          lambda a, b: a.assign(b),
-          list(self._probe_model.trainable_variables),
-          list(self._models[0].trainable_variables),
-        )
-        derivatives += gradient(self._probe_model, images, directions[1:])[1]
-      rate = self._optimizer.initialize(tf.TensorSpec((), tf.float32)).get('learning_rate', 1.0)
-      moved = (rate * tensor for derivative in derivatives for tensor in derivative)
+      own, derivatives = self._derivatives(self._models[0], batch, images, directions)
+      moved = (self._rate * tensor for derivative in derivatives for tensor in derivative)
       return batch_size, [own], (*head, *moved)
     epsilon = self._noise.epsilon
     shifted = [images]
     for direction in directions:
       shifted += [images + epsilon * direction, images - epsilon * direction]
     gradients = [
-      gradient(model, perturbed)[0] for model, perturbed in zip(self._models, shifted, strict=True)
+      self._derivatives(model, batch, perturbed)[0]
+      for model, perturbed in zip(self._models, shifted, strict=True)
     ]
     return batch_size, gradients, head
+
+
+def _mean_squares(draws):
+  """Mean over draws of the squares, per variable."""
+  return [
+    tf.add_n([tf.square(tensor) for tensor in column]) / len(draws)
+    for column in zip(*draws, strict=True)
+  ]

@@ -14,7 +14,12 @@ Distribution = Literal['normal', 'rademacher']
 
 
 def region_noise(
-  maps: tf.Tensor, keys: tf.Tensor, channels: int, distribution: Distribution, draw: int = 0
+  maps: tf.Tensor,
+  keys: tf.Tensor,
+  channels: int,
+  distribution: Distribution,
+  draw: int | tf.Tensor = 0,
+  draws: int = 1,
 ) -> tf.Tensor:
   """Draws m v: noise of unit variance in the region, zero outside.
 
@@ -25,6 +30,7 @@ def region_noise(
     distribution: Of v: standard normal, or Rademacher (+1 or -1, which gives the diagonal with the
       least variance; Hutchinson 1990).
     draw: Number of the draw, for several independent ones with the same keys.
+    draws: How many there are.
 
   Returns:
     float32 [B, H, W, C].
@@ -33,7 +39,7 @@ def region_noise(
 
   def one(key):
     # stateless_fold_in would keep 32 of the key's 64 bits, few enough to try them all.
-    key = tf.random.experimental.stateless_split(key, draw + 1)[draw]
+    key = tf.random.experimental.stateless_split(key, draws)[draw]
     if distribution == 'normal':
       return tf.random.stateless_normal(shape, key)
     bits = tf.random.stateless_uniform(shape, key, 0, 2, tf.int32)
