@@ -1,14 +1,18 @@
-"""Protection against utility of shadow noise: rows of results/frontier.csv.
+"""Protection against utility of shadow noise: results/frontier.csv and docs/frontier.png.
 
-Every cell is a data set, a noise shape, its freshness, a strength (noise over update norm) and a
-seed. Utility: 9 clients of 64 images, full local epochs; F1 on test, and the rounds until the F1 of
-validation reaches 90 % of the undefended test F1. Protection: 16 clients that send one step on one
-image in round 1, attacked with the default inversion; a single round, so freshness does not enter.
-Rows that the file has already are kept, so that an interrupted run continues.
+Every row is a data set, a noise shape, its freshness, a strength (noise over update norm) and a
+seed. Utility: 9 clients, full local epochs of batches of 8; F1 on test as the mean over the last
+rounds, and the rounds until the F1 of validation reaches 90 % of the undefended test F1.
+Protection: 16 clients that send one step on one image in round 1, attacked with the default
+inversion; a single round, so freshness does not enter.
+
+Both parts are kept in --cache_dir as they come, so that an interrupted run continues; the table
+holds the rows of which both are there.
 """
 
 import csv
 import dataclasses
+import functools
 import itertools
 import pathlib
 import tempfile
@@ -20,7 +24,7 @@ from absl import flags
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.scoring.metrics import measure
-from binaries import command
+from binaries import command, frontier_plot
 from binaries.progress import Progress
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.data import EMBEDDED, FederatedData, Partition, load
@@ -36,6 +40,9 @@ from tff_shadow.learning import (
 from tff_shadow.models import build_model
 from tff_shadow.observations import (
   ClientTraining,
+  Observation,
+  Truth,
+  WeightArrays,
   read_observation,
   read_truth,
   round_directory_name,
@@ -43,17 +50,32 @@ from tff_shadow.observations import (
 from tff_shadow.shadow import SaliencyConfig
 from tff_shadow.shadow.noise_keys import experiment_secret
 
-_OUTPUT = flags.DEFINE_string('output', 'results/frontier.csv', 'CSV file to write or continue.')
+_OUTPUT = flags.DEFINE_string('output', 'results/frontier.csv', 'Table to write.')
+_PLOT = flags.DEFINE_string('plot', 'docs/frontier.png', 'Plot to write.')
+_CACHE_DIR = flags.DEFINE_string('cache_dir', 'runs/frontier', 'Finished parts, to go on from.')
+_PARTS = flags.DEFINE_list(
+  'parts', ['utility', 'protection'], 'What to compute of what is missing: utility, protection.'
+)
 _DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
 _SHAPES = flags.DEFINE_list('shapes', list(NOISE_SHAPES), 'Noise shapes.')
 _FRESHNESS = flags.DEFINE_list('freshness', ['frozen', 'fresh'], 'frozen, fresh.')
 _STRENGTHS = flags.DEFINE_list('strengths', ['0.1', '0.3', '1.0', '3.0'], 'Noise over update norm.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
-_ROUNDS = flags.DEFINE_integer('rounds', 40, 'Rounds of the utility runs.', lower_bound=1)
+
 _NORM = 'group'
 _UTILITY = ClientTraining('sgd', 0.1, 0.0, 8, 1, None)
 _ATTACKED = ClientTraining('sgd', 0.05, 0.0, 1, 1, 1)
 _IMAGES = 16
+# The federation of a utility run: images of each client, and rounds, about twice as many as the
+# undefended F1 needs to level off. The phantoms are learned late.
+_CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 32, 'histology_patches': 32}
+_ROUNDS = {'chest_phantom': 50, 'fundus_patches': 16, 'histology_patches': 8}
+_LAST_ROUNDS = 4
+_NONE = 'none'
+
+_KEY = ('dataset', 'seed', 'shape', 'strength')
+_UTILITY_COLUMNS = (*_KEY, 'freshness', 'f1', 'validation_f1')
+_PROTECTION_COLUMNS = (*_KEY, 'image', 'psnr', 'region_psnr')
 _COLUMNS = (
   'dataset',
   'shape',
@@ -72,81 +94,159 @@ _COLUMNS = (
 
 
 def main() -> None:
-  """Fills the table cell by cell."""
+  """Computes what is missing and writes the table and the plot."""
   _check_flags()
-  path = pathlib.Path(_OUTPUT.value)
-  rows = _read_rows(path)
-  cells = list(
-    itertools.product(
-      _DATASETS.value, range(_SEEDS.value), _SHAPES.value, _STRENGTHS.value, _FRESHNESS.value
-    )
-  )
-  done = {(r['dataset'], int(r['seed']), r['shape'], r['strength'], r['freshness']) for r in rows}
-  undefended: dict = {}
-  protection: dict = {}
-  with local_worker_context(), Progress('cell', len(cells), 'cells') as progress:
+  cache = pathlib.Path(_CACHE_DIR.value)
+  utility = _Table(cache / 'utility.csv', _UTILITY_COLUMNS)
+  protection = _Table(cache / 'protection.csv', _PROTECTION_COLUMNS)
+  with local_worker_context():
+    if 'utility' in _PARTS.value:
+      _compute_utility(utility)
+    if 'protection' in _PARTS.value:
+      _compute_protection(protection)
+  rows = _join(utility.rows, protection.rows)
+  if not rows:
+    print('no row has both its parts yet')
+    return
+  _write_table(pathlib.Path(_OUTPUT.value), rows)
+  frontier_plot.write(pathlib.Path(_PLOT.value), rows)
+  print(f'{len(rows)} rows in {_OUTPUT.value}, plot in {_PLOT.value}')
+
+
+class _Table:
+  """A CSV file to which rows are added."""
+
+  def __init__(self, path: pathlib.Path, columns: tuple[str, ...]):
+    self._path, self._columns = path, columns
+    self.rows = []
+    if path.exists():
+      with path.open() as file:
+        self.rows = list(csv.DictReader(file))
+
+  def add(self, rows: list[dict]) -> None:
+    self.rows += [{name: str(row[name]) for name in self._columns} for row in rows]
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = self._path.with_suffix('.tmp')
+    with temporary.open('w', newline='') as file:
+      writer = csv.DictWriter(file, self._columns, lineterminator='\n')
+      writer.writeheader()
+      writer.writerows(self.rows)
+    temporary.replace(self._path)
+
+  def done(self, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
+    return {tuple(row[name] for name in columns) for row in self.rows}
+
+
+def _compute_utility(table: _Table) -> None:
+  cells = []
+  for seed, dataset in itertools.product(range(_SEEDS.value), _DATASETS.value):
+    cells.append((dataset, str(seed), _NONE, '0', 'frozen'))
+    cells += [
+      (dataset, str(seed), shape, strength, freshness)
+      for shape, strength, freshness in itertools.product(
+        _SHAPES.value, _STRENGTHS.value, _FRESHNESS.value
+      )
+    ]
+  done = table.done((*_KEY, 'freshness'))
+  with Progress('utility', len(cells), 'cells') as progress:
     for count, cell in enumerate(cells):
       if cell not in done:
-        rows.append(_row(cell, undefended, protection))
-        _write_rows(path, rows)
-      progress.update(count + 1, ' '.join(map(str, cell)))
+        dataset, seed, shape, strength, freshness = cell
+        f1, curve = _utility(dataset, int(seed), _noise(shape, strength), freshness == 'frozen')
+        row = dict(zip((*_KEY, 'freshness'), cell, strict=True))
+        curve = ' '.join(f'{value:.4f}' for value in curve)
+        table.add([row | {'f1': f'{f1:.4f}', 'validation_f1': curve}])
+      progress.update(count + 1, ' '.join(cell))
 
 
-def _row(cell, undefended: dict, protection: dict) -> dict:
-  dataset, seed, shape, strength, freshness = cell
-  if (dataset, seed) not in undefended:
-    f1, curve = _utility(dataset, seed, None, frozen=True)
-    undefended[dataset, seed] = (f1, curve, *_protection(dataset, seed, None))
-  clean_f1, _, clean_psnr, clean_region_psnr = undefended[dataset, seed]
-  noise = ShadowNoise(shape, NoiseStrength('ratio', float(strength)), SaliencyConfig(kind='given'))
-  if (dataset, seed, shape, strength) not in protection:
-    protection[dataset, seed, shape, strength] = _protection(dataset, seed, noise)
-  psnr, region_psnr = protection[dataset, seed, shape, strength]
-  f1, curve = _utility(dataset, seed, noise, frozen=freshness == 'frozen')
-  reached = [index + 1 for index, value in enumerate(curve) if value >= 0.9 * clean_f1]
-  values = (dataset, shape, freshness, strength, seed, f'{f1:.4f}', f'{clean_f1:.4f}')
-  values += (reached[0] if reached else '',)
-  values += tuple(f'{v:.2f}' for v in (psnr, region_psnr, clean_psnr, clean_region_psnr))
-  return dict(zip(_COLUMNS, (*values, _IMAGES), strict=True))
+def _compute_protection(table: _Table) -> None:
+  cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value)))
+  done = table.done(_KEY)
+  with Progress('protection', len(cells), 'cells') as progress:
+    for count, (dataset, seed) in enumerate(cells):
+      wanted = [(_NONE, '0'), *itertools.product(_SHAPES.value, _STRENGTHS.value)]
+      missing = [key for key in wanted if (dataset, str(seed), *key) not in done]
+      if missing:
+        for key, values in _protection(dataset, seed, missing):
+          base = dict(zip(_KEY, (dataset, seed, *key), strict=True))
+          table.add(
+            [
+              base | {'image': i, 'psnr': f'{psnr:.4f}', 'region_psnr': f'{region_psnr:.4f}'}
+              for i, (psnr, region_psnr) in enumerate(values)
+            ]
+          )
+      progress.update(count + 1, f'{dataset} {seed}')
 
 
-def _utility(dataset, seed, noise, *, frozen) -> tuple[float, list[float]]:
-  """Test F1 of the trained model, and validation F1 after each round."""
-  data = _load(dataset, 'sizes:' + '/'.join(['64'] * 9), seed)
+def _noise(shape: str, strength: str) -> ShadowNoise | None:
+  if shape == _NONE:
+    return None
+  return ShadowNoise(shape, NoiseStrength('ratio', float(strength)), SaliencyConfig(kind='given'))
+
+
+def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
+  """Test F1, mean over the last rounds, and validation F1 after each round."""
+  sizes = '/'.join([str(_CLIENT_IMAGES[dataset])] * 9)
+  data = _load(dataset, f'sizes:{sizes}', seed)
   model = _model(data, seed, _NORM)
+  rounds = _ROUNDS[dataset]
+  settings = TrainingSettings(rounds, _UTILITY, observed_rounds=(), seed=seed)
+  validation, test = [], []
+
+  def report(round_report):
+    validation.append(round_report.metrics['validation/f1'])
+    if round_report.round_num > rounds - _LAST_ROUNDS:
+      # Validation has put the round's weights into the model.
+      test.append(evaluate(model, data.test.float_images(), data.test.labels)['f1'])
+
   with tempfile.TemporaryDirectory() as name:
-    run_dir = pathlib.Path(name)
-    settings = TrainingSettings(_ROUNDS.value, _UTILITY, observed_rounds=(), seed=seed)
-    curve = []
-    _run(
-      data,
-      model,
-      settings,
-      noise,
-      frozen,
-      run_dir,
-      lambda r: curve.append(r.metrics['validation/f1']),
-    )
-  return evaluate(model, data.test.float_images(), data.test.labels)['f1'], curve
+    _run(data, model, settings, noise, frozen, pathlib.Path(name), report)
+  return float(np.mean(test)), validation
 
 
-def _protection(dataset, seed, noise) -> tuple[float, float]:
-  """Mean PSNR and region PSNR in dB of the attack on round 1."""
+def _protection(dataset, seed, keys):
+  """Yields each (shape, strength) with PSNR and region PSNR in dB of the attack on every image.
+
+  Noise of a ratio is proportional to it, so one run with ratio 1 stands for all strengths.
+  """
   data = _load(dataset, f'iid:{_IMAGES}', seed)
+  clean, truth = _observe(data, seed, None)
+  observe = functools.cache(lambda shape: _observe(data, seed, _noise(shape, '1.0'))[0])
+  for shape, strength in keys:
+    observation = clean
+    if shape != _NONE:
+      observation = with_noise_scaled(clean, observe(shape), float(strength))
+    values = []
+    for result in attack_observation(observation, AttackConfig(seed=seed)):
+      if result.status != 'ok':
+        raise RuntimeError(f'{dataset}, {shape}: attack on {result.target}: {result.reason}')
+      own = truth[result.target]
+      quality = measure(result.reconstructions['attack'][0], own.images[0], own.regions[0])
+      values.append((quality.psnr, quality.region_psnr))
+    yield (shape, strength), values
+
+
+def with_noise_scaled(clean: Observation, noised: Observation, factor: float) -> Observation:
+  """`noised` with the difference of every client's update from `clean` times `factor`."""
+  clients = []
+  for own in noised.clients:
+    arrays = [
+      before + np.float32(factor) * (after - before)
+      for before, after in zip(
+        clean.client(own.client_id).update.trainable, own.update.trainable, strict=True
+      )
+    ]
+    clients.append(dataclasses.replace(own, update=WeightArrays(tuple(arrays))))
+  return dataclasses.replace(noised, clients=tuple(clients))
+
+
+def _observe(data, seed, noise) -> tuple[Observation, dict[str, Truth]]:
   with tempfile.TemporaryDirectory() as name:
     run_dir = pathlib.Path(name)
     settings = TrainingSettings(1, _ATTACKED, observed_rounds=(1,), seed=seed)
     _run(data, _model(data, seed, 'none'), settings, noise, True, run_dir, lambda report: None)
     observation = read_observation(run_dir / 'observations' / round_directory_name(1))
-    truth = read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
-  values = []
-  for result in attack_observation(observation, AttackConfig(seed=seed)):
-    own = truth[result.target]
-    if result.status != 'ok':
-      raise RuntimeError(f'{dataset}, {noise}: attack on {result.target} failed: {result.reason}')
-    quality = measure(result.reconstructions['attack'][0], own.images[0], own.regions[0])
-    values.append((quality.psnr, quality.region_psnr))
-  return tuple(float(value) for value in np.mean(values, axis=0))
+    return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
 
 
 def _run(data, model, settings, noise, frozen, run_dir, report) -> None:
@@ -173,11 +273,46 @@ def _model(data: FederatedData, seed: int, norm):
   )
 
 
+def _join(utility: list[dict], protection: list[dict]) -> list[dict]:
+  """The rows of the table, of everything that is in the caches."""
+  measured = {}
+  for row in protection:
+    values = (float(row['psnr']), float(row['region_psnr']))
+    measured.setdefault(tuple(row[name] for name in _KEY), []).append(values)
+  clean_f1 = {
+    (row['dataset'], row['seed']): float(row['f1']) for row in utility if row['shape'] == _NONE
+  }
+  rows = []
+  for row in utility:
+    dataset, seed, shape, strength = (row[name] for name in _KEY)
+    own, clean = measured.get((dataset, seed, shape, strength)), (dataset, seed, _NONE, '0')
+    if own is None or clean not in measured or (dataset, seed) not in clean_f1:
+      continue
+    f1 = clean_f1[dataset, seed]
+    curve = [float(value) for value in row['validation_f1'].split()]
+    reached = [index + 1 for index, value in enumerate(curve) if value >= 0.9 * f1]
+    psnr = [f'{v:.2f}' for v in (*np.mean(own, axis=0), *np.mean(measured[clean], axis=0))]
+    values = (dataset, shape, row['freshness'], strength, seed, row['f1'], f'{f1:.4f}')
+    values += (reached[0] if reached else '', *psnr, len(own))
+    rows.append(dict(zip(_COLUMNS, values, strict=True)))
+  return rows
+
+
+def _write_table(path: pathlib.Path, rows: list[dict]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('w', newline='') as file:
+    file.write(f'# command: {command.command_line()}\n')
+    writer = csv.DictWriter(file, _COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+
+
 def _check_flags() -> None:
   for name, given, allowed in (
     ('datasets', _DATASETS.value, EMBEDDED),
     ('shapes', _SHAPES.value, NOISE_SHAPES),
     ('freshness', _FRESHNESS.value, ('frozen', 'fresh')),
+    ('parts', _PARTS.value, ('utility', 'protection')),
   ):
     for value in given:
       if value not in allowed:
@@ -187,22 +322,6 @@ def _check_flags() -> None:
       NoiseStrength('ratio', float(value))
     except ValueError as error:
       raise UserError(f'--strengths={value}: {error}') from error
-
-
-def _read_rows(path: pathlib.Path) -> list[dict]:
-  if not path.exists():
-    return []
-  with path.open() as file:
-    return list(csv.DictReader(line for line in file if not line.startswith('#')))
-
-
-def _write_rows(path: pathlib.Path, rows: list[dict]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w', newline='') as file:
-    file.write(f'# command: {command.command_line()}\n')
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
 
 
 def run() -> None:

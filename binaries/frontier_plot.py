@@ -1,0 +1,76 @@
+"""The plot of results/frontier.csv: what the attack sees against what the model still learns."""
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+
+_COLORS = {'isotropic': '#c44e52', 'diagonal': '#dd8452', 'correlated': '#4c72b0'}
+_LINES = {'frozen': '-', 'fresh': '--'}
+
+
+def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
+  """Draws region PSNR over F1, one panel a data set, one line a shape and freshness.
+
+  Points are means over seeds with 95 % intervals (t); the strength is written beside each.
+  """
+  datasets = list(dict.fromkeys(row['dataset'] for row in rows))
+  figure, axes = plt.subplots(1, len(datasets), figsize=(4.6 * len(datasets), 4.2), squeeze=False)
+  for axis, dataset in zip(axes[0], datasets, strict=True):
+    own = [row for row in rows if row['dataset'] == dataset]
+    _panel(axis, own)
+    axis.set_title(dataset)
+  axes[0][0].set_ylabel('region PSNR of the attack (dB): lower protects more')
+  axes[0][-1].legend(fontsize=7, loc='best')
+  figure.tight_layout()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def _panel(axis, rows) -> None:
+  clean = [row for row in rows if row['shape'] == 'none']
+  axis.errorbar(*_point(clean), fmt='k*', markersize=11, label='no defence')
+  for shape, color in _COLORS.items():
+    for freshness, line in _LINES.items():
+      own = [row for row in rows if (row['shape'], row['freshness']) == (shape, freshness)]
+      strengths = sorted({row['strength'] for row in own}, key=float)
+      if not strengths:
+        continue
+      points = [_point([row for row in own if row['strength'] == s]) for s in strengths]
+      x, y, y_error, x_error = (np.array(column) for column in zip(*points, strict=True))
+      axis.errorbar(
+        x,
+        y,
+        y_error,
+        x_error,
+        linestyle=line,
+        color=color,
+        marker='o',
+        markersize=4,
+        linewidth=1,
+        elinewidth=0.6,
+        label=f'{shape}, {freshness}',
+      )
+      for strength, at_x, at_y in zip(strengths, x, y, strict=True):
+        axis.annotate(strength, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
+  axis.set_xlabel('test F1')
+  axis.grid(alpha=0.3)
+
+
+def _point(rows) -> tuple[float, float, float, float]:
+  """Mean F1 and region PSNR, and the half widths of the intervals: (x, y, y error, x error)."""
+  x = [float(row['f1']) for row in rows]
+  y = [float(row['region_psnr']) for row in rows]
+  return float(np.mean(x)), float(np.mean(y)), _half_width(y), _half_width(x)
+
+
+def _half_width(values: Sequence[float]) -> float:
+  if len(values) < 2:
+    return 0.0
+  return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
