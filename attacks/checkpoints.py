@@ -1,8 +1,9 @@
-"""An unfinished target on disk: one safetensors file, its numbers as JSON in the header."""
+"""Unfinished lanes on disk: one safetensors file, its numbers as JSON in the header."""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -13,42 +14,89 @@ from tff_shadow.errors import UserError
 from tff_shadow.observations import load_tensors, save_tensors
 
 _FORMAT = 'tff-shadow-attack-checkpoint'
-_VERSION = '1'
-_KEY = 'restart_images'
-_SCALARS = ('iteration', 'loss', 'best_loss')
+_STATE, _FINISHED = 'state', 'finished'
+_VERSION = '2'
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedLane:
+  """What came of one restart on one target.
+
+  Attributes:
+    loss: The least matching loss.
+    images: [B, H, W, C], float32, where it was found.
+    seconds: Its share of the time.
+    diverged_at: The first iteration whose loss was not finite, or -1.
+  """
+
+  loss: float
+  images: np.ndarray
+  seconds: float
+  diverged_at: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """Where an attack on one target stands.
+  """Where lanes stand.
 
   Attributes:
-    target: Its client id.
-    state: Of the restart at work.
-    restart_losses: Best matching loss of each finished restart.
-    restart_images: The images these were found at, [B, H, W, C] each.
-    seconds: Time spent on the target so far.
+    lanes: Their names.
+    tensors: Of the solver's state, in the order of `tf.nest.flatten`.
+    seconds: Time spent on them so far.
     use_xla: What the attack resolved to; the same bits need the same choice.
+    finished: Other lanes of the same targets, that ran before them.
   """
 
-  target: str
-  state: SolverState
-  restart_losses: tuple[float, ...]
-  restart_images: tuple[np.ndarray, ...]
+  lanes: tuple[str, ...]
+  tensors: tuple[np.ndarray, ...]
   seconds: float
   use_xla: bool
+  finished: dict[str, FinishedLane]
+
+  @classmethod
+  def of(
+    cls,
+    lanes: Sequence[str],
+    state: SolverState,
+    seconds: float,
+    use_xla: bool,
+    finished: dict[str, FinishedLane],
+  ) -> 'Checkpoint':
+    """The checkpoint of a state."""
+    tensors = tuple(tensor.numpy() for tensor in tf.nest.flatten(state))
+    return cls(tuple(lanes), tensors, seconds, use_xla, finished)
+
+  def restore(self, like: SolverState) -> SolverState:
+    """The state, in the structure of another of the same lanes.
+
+    Raises:
+      UserError: If it has another structure: the settings have changed.
+    """
+    flat = tf.nest.flatten(like)
+    if len(flat) != len(self.tensors) or any(
+      tensor.size != array.size for tensor, array in zip(flat, self.tensors, strict=False)
+    ):
+      raise UserError('the checkpoint is of an attack with other settings; delete it to start over')
+    # The file holds scalars as vectors of one.
+    restored = [
+      tf.constant(array.reshape(tensor.shape), tensor.dtype)
+      for tensor, array in zip(flat, self.tensors, strict=True)
+    ]
+    return tf.nest.pack_sequence_as(like, restored)
 
 
 def write_checkpoint(path: pathlib.Path, checkpoint: Checkpoint) -> None:
   """Writes the file as a whole or not at all."""
-  tensors = {f'state/{name}': value.numpy() for name, value in checkpoint.state._asdict().items()}
-  for index, images in enumerate(checkpoint.restart_images):
-    tensors[f'{_KEY}/{index:04d}'] = images
+  tensors = {f'{_STATE}/{index:05d}': array for index, array in enumerate(checkpoint.tensors)}
+  finished = []
+  for index, (name, lane) in enumerate(checkpoint.finished.items()):
+    tensors[f'{_FINISHED}/{index:05d}'] = lane.images
+    finished.append([name, lane.loss, lane.seconds, lane.diverged_at])
   numbers = {
-    'target': checkpoint.target,
-    'restart_losses': list(checkpoint.restart_losses),
+    'lanes': list(checkpoint.lanes),
     'seconds': checkpoint.seconds,
     'use_xla': checkpoint.use_xla,
+    'finished': finished,
   }
   save_tensors(
     path, tensors, {'format': _FORMAT, 'version': _VERSION, 'checkpoint': json.dumps(numbers)}
@@ -71,24 +119,16 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint | None:
   try:
     numbers = json.loads(metadata['checkpoint'])
     return Checkpoint(
-      target=numbers['target'],
-      state=_state(tensors),
-      restart_losses=tuple(numbers['restart_losses']),
-      restart_images=tuple(
-        tensors[name] for name in sorted(tensors) if name.startswith(_KEY + '/')
-      ),
+      lanes=tuple(numbers['lanes']),
+      tensors=tuple(tensors[name] for name in sorted(tensors) if name.startswith(_STATE)),
       seconds=numbers['seconds'],
       use_xla=numbers['use_xla'],
+      finished={
+        name: FinishedLane(loss, tensors[f'{_FINISHED}/{index:05d}'], seconds, diverged_at)
+        for index, (name, loss, seconds, diverged_at) in enumerate(numbers['finished'])
+      },
     )
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(
       f'{path}: damaged ({type(error).__name__}: {error}); delete it to start over'
     ) from error
-
-
-def _state(tensors: dict[str, np.ndarray]) -> SolverState:
-  fields = {name: tensors[f'state/{name}'] for name in SolverState._fields}
-  for name in _SCALARS:
-    # The file holds scalars as vectors of one.
-    fields[name] = fields[name].reshape(())
-  return SolverState(**{name: tf.constant(value) for name, value in fields.items()})

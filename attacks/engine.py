@@ -1,4 +1,4 @@
-"""Gradient inversion of one round: every client's update, one after another."""
+"""Gradient inversion of logged rounds: every target's restarts, side by side."""
 
 import dataclasses
 import pathlib
@@ -8,18 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from attacks.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from attacks.checkpoints import Checkpoint, FinishedLane, read_checkpoint, write_checkpoint
 from attacks.config import AttackConfig
-from attacks.labels import Labels, infer_labels, known_labels
+from attacks.labels import Labels
 from attacks.results import TargetResult
-from attacks.simulator import ClientSimulator
-from attacks.solver import Solver, SolverState, choose_xla
-from tff_shadow.errors import UserError
-from tff_shadow.observations import ClientObservation, Observation
+from attacks.solver import Evidence, Solver, SolverState, choose_xla
+from attacks.targets import Target, TargetFailed, Targets
+from tff_shadow.observations import Observation
 
 # A call of the solver lasts about this long, so that Ctrl-C and progress do not wait.
 _CALL_SECS = 0.5
-_NOISY_GUESSES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,28 +25,22 @@ class AttackProgress:
   """Where an attack stands.
 
   Attributes:
-    target: Client id.
-    target_index: From 0.
-    num_targets: Of this attack.
-    restart: From 0.
-    iteration: Steps taken in this restart.
-    loss: Matching loss of the last step.
+    targets: Client ids at work.
+    lanes: How many restarts of them run side by side.
+    done: Steps taken by all lanes of all targets so far, finished ones included.
+    iteration: Steps taken by each of the lanes at work.
+    loss: Mean matching loss of their last step.
   """
 
-  target: str
-  target_index: int
-  num_targets: int
-  restart: int
+  targets: tuple[str, ...]
+  lanes: int
+  done: int
   iteration: int
   loss: float
 
 
-class _Failed(Exception):
-  """Why a target has no result."""
-
-
 def attack_observation(
-  observation: Observation,
+  observation: Observation | Sequence[Observation],
   config: AttackConfig,
   targets: Sequence[str] | None = None,
   *,
@@ -59,18 +51,22 @@ def attack_observation(
   checkpoint_path: pathlib.Path | None = None,
   checkpoint_every_secs: float = 60.0,
 ) -> list[TargetResult]:
-  """Attacks single clients of one round.
+  """Attacks clients of one round, or of several rounds jointly.
+
+  Targets and their restarts run side by side, `config.lanes` at a time; what comes out for one
+  does not depend on which others run beside it.
 
   Args:
-    observation: What the server saw; nothing else is used but `labels`.
+    observation: What the server saw; nothing else is used but `labels`. Several rounds are attacked
+      jointly: every target must have trained on the same images in each.
     config: Settings.
-    targets: Client ids; all by default.
+    targets: Client ids, or `targets.AGGREGATE` for the mean of all clients; all clients by default.
     labels: The labels of each target if the attacker was told them; inferred by default.
     finished: Results of an earlier, interrupted call; kept as they are.
-    on_result: Called with all results so far whenever a target is done.
+    on_result: Called with all results so far whenever targets are done.
     progress: Called about twice a second.
-    checkpoint_path: Where to keep the state of an unfinished target; it is read first, written
-      every `checkpoint_every_secs` and on Ctrl-C, and deleted when the target is done.
+    checkpoint_path: Where to keep the state of unfinished targets; it is read first, written every
+      `checkpoint_every_secs` and on Ctrl-C, and deleted when they are done.
     checkpoint_every_secs: See above.
 
   Returns:
@@ -80,176 +76,257 @@ def attack_observation(
     UserError: If a target is unknown, labels do not fit, or the observation cannot be attacked.
     KeyboardInterrupt: On Ctrl-C, after the checkpoint is written.
   """
-  attack = _Attack(observation, config, progress, checkpoint_path, checkpoint_every_secs)
-  targets = list(targets) if targets else [client.client_id for client in observation.clients]
-  known = [client.client_id for client in observation.clients]
-  for target in targets:
-    if target not in known:
-      raise UserError(f'--targets: no client {target!r} in this round; it has {", ".join(known)}')
-  results = {result.target: result for result in finished if result.target in targets}
-  todo = [target for target in targets if target not in results]
-  for target in todo:
-    attack.position = (targets.index(target), len(targets))
-    told = None if labels is None else labels[target]
-    results[target] = attack.run(observation.client(target), known.index(target), told)
+  observations = [observation] if isinstance(observation, Observation) else list(observation)
+  known = Targets(observations, config)
+  names = list(targets) if targets else known.default_names
+  chosen = [known.find(name, None if labels is None else labels[name]) for name in names]
+  attack = _Attack(known, config, progress, checkpoint_path, checkpoint_every_secs)
+  results = {result.target: result for result in finished if result.target in names}
+  for group in attack.groups([target for target in chosen if target.name not in results]):
+    attack.done = len(results) * config.restarts * config.iterations
+    results.update((result.target, result) for result in attack.run(group))
     if on_result:
-      on_result([results[name] for name in targets if name in results])
+      on_result([results[name] for name in names if name in results])
     if checkpoint_path:
       checkpoint_path.unlink(missing_ok=True)
-  return [results[target] for target in targets]
+  return [results[name] for name in names]
 
 
 class _Attack:
-  """The models and traced functions that the targets of one round share."""
+  """The solvers that the targets share."""
 
-  def __init__(self, observation, config, progress, checkpoint_path, checkpoint_every_secs):
-    self._observation = observation
+  def __init__(self, known, config, progress, checkpoint_path, checkpoint_every_secs):
+    self._known = known
     self._config = config
     self._progress = progress
     self._checkpoint_path = checkpoint_path
     self._checkpoint_every_secs = checkpoint_every_secs
-    self._simulator = ClientSimulator(observation, config.dtype)
-    self._solver: Solver | None = None
-    self._control = Solver(self._simulator, config, matching=False)
-    self.position = (0, 1)
+    self._solvers: dict = {}
+    self.done = 0
 
-  def run(self, client: ClientObservation, index: int, told: Sequence[int] | None) -> TargetResult:
-    """Attacks one client; a failure becomes a result that says so."""
-    labels = None
-    reconstructions = self._controls(client.num_images, index)
-    try:
-      observed = self._observed(client)
-      labels = self._labels(client, observed, told)
-      done = self._restarts(client, index, labels.values, observed)
-    except _Failed as failure:
-      return TargetResult(
-        target=client.client_id,
-        images=client.num_images,
-        labels=tuple(int(value) for value in labels.values) if labels else (),
-        labels_source=labels.source if labels else None,
-        status='failed',
-        reason=str(failure),
-        loss=None,
-        restart_losses=(),
-        chosen_restart=None,
-        iterations=0,
-        seconds=0.0,
-        reconstructions=reconstructions,
+  def groups(self, targets: Sequence[Target]) -> list[list[Target]]:
+    """Targets that are attacked together: of one kind, and no more lanes than allowed."""
+    size = max(1, self._config.lanes // self._config.restarts)
+    kinds: dict = {}
+    for target in targets:
+      kinds.setdefault((target.num_images, target.steps), []).append(target)
+    return [
+      group[start : start + size]
+      for group in kinds.values()
+      for start in range(0, len(group), size)
+    ]
+
+  def run(self, group: list[Target]) -> list[TargetResult]:
+    """Attacks targets of one kind; a failure becomes a result that says so."""
+    controls = self._controls(group)
+    labels: dict[str, Labels] = {}
+    failures: dict[str, str] = {}
+    for target in group:
+      try:
+        self._known.check(target)
+        labels[target.name] = self._known.labels(target)
+      except TargetFailed as failure:
+        failures[target.name] = str(failure)
+    healthy = [target for target in group if target.name not in failures]
+    found = self._restarts(healthy, [labels[target.name] for target in healthy]) if healthy else {}
+    return [
+      self._result(
+        target,
+        labels.get(target.name),
+        found.get(target.name, ()),
+        failures.get(target.name),
+        controls[target.name],
       )
-    chosen = int(np.argmin(done.restart_losses))
+      for target in group
+    ]
+
+  def _result(self, target, labels, restarts, reason, controls) -> TargetResult:
+    """From the finished restarts of a target: (loss, images, seconds, iteration of divergence)."""
+    sound = [k for k, restart in enumerate(restarts) if restart.diverged_at < 0]
+    if not reason and not sound:
+      reason = (
+        f'the matching loss stopped being finite in all restarts, first at iteration'
+        f' {min(restart.diverged_at for restart in restarts)}'
+      )
+    chosen = None if reason else min(sound, key=lambda k: restarts[k].loss)
+    values = () if labels is None else labels.values
+    attacked = {} if reason else {'attack': restarts[chosen].images}
     return TargetResult(
-      target=client.client_id,
-      images=client.num_images,
-      labels=tuple(int(value) for value in labels.values),
-      labels_source=labels.source,
-      status='ok',
-      reason=None,
-      loss=done.restart_losses[chosen],
-      restart_losses=done.restart_losses,
+      target=target.name,
+      images=target.num_images,
+      labels=tuple(int(value) for value in values),
+      labels_source=labels.source if labels else None,
+      status='failed' if reason else 'ok',
+      reason=reason,
+      loss=None if reason else restarts[chosen].loss,
+      restart_losses=()
+      if reason
+      else tuple(restart.loss if restart.diverged_at < 0 else None for restart in restarts),
       chosen_restart=chosen,
-      iterations=self._config.iterations * self._config.restarts,
-      seconds=round(done.seconds, 3),
-      reconstructions={'attack': done.restart_images[chosen], **reconstructions},
+      iterations=0 if reason else self._config.iterations * len(restarts),
+      seconds=round(sum(restart.seconds for restart in restarts), 3),
+      reconstructions={**attacked, **controls},
     )
 
-  def _observed(self, client: ClientObservation) -> list[tf.Tensor]:
-    arrays = client.update.trainable
-    if client.dropped:
-      raise _Failed('the client dropped its update because it was not finite')
-    if client.num_images < 1 or client.num_steps < 1:
-      raise _Failed('the client did not train')
-    if not all(np.isfinite(array).all() for array in arrays):
-      raise _Failed('the update is not finite')
-    if not any(array.any() for array in arrays):
-      raise _Failed('the update is all zeros')
-    return self._simulator.observed_gradient(client)
-
-  def _labels(self, client, observed, told) -> Labels:
-    if told is not None:
-      return known_labels(
-        told, client.num_images, len(self._observation.class_names), f'labels of {client.client_id}'
-      )
-    mean = self._observation.public_mean_image
-    noise = tf.random.stateless_normal((_NOISY_GUESSES, *mean.shape), (0, 0), alg='philox').numpy()
-    return infer_labels(
-      self._simulator, observed, client.num_images, np.clip(mean + 0.1 * noise, 0, 1)
-    )
-
-  def _start(self, client_index: int, num_images: int, restart: int) -> np.ndarray:
-    seed = (self._config.seed, client_index * self._config.restarts + restart)
-    return self._config.start(self._observation.public_mean_image, num_images, seed)
-
-  def _restarts(self, client, index, labels, observed) -> Checkpoint:
-    """All restarts on one client, from its checkpoint if there is one."""
+  def _restarts(self, targets: list[Target], labels: list[Labels]) -> dict[str, list[FinishedLane]]:
+    """All restarts of targets of one kind, from the checkpoint if there is one."""
+    config = self._config
     saved = read_checkpoint(self._checkpoint_path) if self._checkpoint_path else None
-    start = self._start(index, client.num_images, 0)
-    if saved is None or saved.target != client.client_id:
-      if self._solver is None:
-        use_xla = choose_xla(self._simulator, self._config, start, labels, observed)
-        self._solver = Solver(self._simulator, self._config, matching=True, use_xla=use_xla)
-      saved = Checkpoint(
-        client.client_id, self._solver.start(start), (), (), 0.0, self._solver.use_xla
-      )
-    elif self._solver is None or self._solver.use_xla != saved.use_xla:
-      self._solver = Solver(self._simulator, self._config, matching=True, use_xla=saved.use_xla)
-    while True:
-      saved = self._one_restart(saved, labels, observed)
-      losses = (*saved.restart_losses, float(saved.state.best_loss))
-      images = (*saved.restart_images, saved.state.best_images.numpy().astype(np.float32))
-      state = saved.state
-      if len(losses) < self._config.restarts:
-        state = self._solver.start(self._start(index, client.num_images, len(losses)))
-      saved = dataclasses.replace(saved, state=state, restart_losses=losses, restart_images=images)
-      if len(losses) == self._config.restarts:
-        return saved
+    finished = dict(saved.finished) if saved else {}
+    # More restarts than lanes: the one target of the group takes them in turns.
+    for first in range(0, config.restarts, config.lanes):
+      restarts = range(first, min(first + config.lanes, config.restarts))
+      lanes = [(target, restart) for target in targets for restart in restarts]
+      names = [_lane_name(*lane) for lane in lanes]
+      if not all(name in finished for name in names):
+        state, seconds = self._run_lanes(lanes, targets, labels, saved, finished)
+        for index, name in enumerate(names):
+          finished[name] = FinishedLane(
+            float(state.best_loss[index]),
+            state.best_images[index].numpy().astype(np.float32),
+            seconds / len(lanes),
+            int(state.diverged_at[index]),
+          )
+    return {
+      target.name: [finished[_lane_name(target, k)] for k in range(config.restarts)]
+      for target in targets
+    }
 
-  def _one_restart(self, saved: Checkpoint, labels, observed) -> Checkpoint:
-    """Runs the restart at work to its end."""
+  def _run_lanes(self, lanes, targets, labels, saved, finished) -> tuple[SolverState, float]:
+    """Runs lanes to their end; returns the state and the seconds it took."""
+    config = self._config
+    names = tuple(_lane_name(*lane) for lane in lanes)
+    if saved is not None and saved.lanes != names:
+      saved = None
+    seeds = np.array([self._seed(*lane) for lane in lanes], np.int32)
+    evidence = self._evidence(lanes, targets, labels, seeds)
+    logits = None
+    if config.joint_labels:
+      start_logits = self._known.start_logits(labels)
+      logits = np.stack([start_logits[targets.index(target)] for target, _ in lanes])
+    start = np.stack([self._start(*lane) for lane in lanes])
+    kind = (targets[0].num_images, targets[0].steps, len(lanes))
+    solver = self._solvers.get(kind)
+    if solver is None or (saved and saved.use_xla != solver.use_xla):
+      solver = self._solver(targets[0].steps, saved, start, seeds, logits, evidence)
+      self._solvers[kind] = solver
+    state, seconds = solver.start(start, seeds, logits), 0.0
+    if saved is not None:
+      state, seconds = saved.restore(state), saved.seconds
+    return self._advance(solver, state, evidence, seconds, names, finished)
+
+  def _solver(self, steps, saved, start, seeds, logits, evidence) -> Solver:
+    """A solver for targets of a kind, compiled if that is what is wanted, or faster."""
+    simulators, config = self._known.simulators, self._config
+
+    def build(use_xla: bool) -> Solver:
+      return Solver(simulators, steps, config, matching=True, use_xla=use_xla)
+
+    if saved is not None:
+      return build(saved.use_xla)
+    if config.xla != 'auto':
+      return build(config.xla == 'on')
+    plain, compiled = build(False), build(True)
+    # On a CPU several lanes keep all cores busy without XLA, whose loops take one after another.
+    if len(start) > 1 and not tf.config.list_logical_devices('GPU'):
+      return plain
+    state = plain.start(start, seeds, logits)
+    return compiled if choose_xla(plain, state, evidence, compiled) else plain
+
+  def _advance(
+    self, solver, state, evidence, seconds, names, finished
+  ) -> tuple[SolverState, float]:
     steps, last_write = 1, time.monotonic()
+
+    def save() -> None:
+      if self._checkpoint_path:
+        write_checkpoint(
+          self._checkpoint_path, Checkpoint.of(names, state, seconds, solver.use_xla, finished)
+        )
+
     try:
-      while (iteration := int(saved.state.iteration)) < self._config.iterations:
+      while (iteration := int(state.iteration)) < self._config.iterations:
         begin = time.monotonic()
         stop = min(iteration + steps, self._config.iterations)
-        state = self._solver.advance(saved.state, labels, observed, stop)
-        loss = float(state.loss)
+        state = solver.advance(state, evidence, stop)
+        losses = state.loss.numpy()
         duration = time.monotonic() - begin
-        saved = dataclasses.replace(saved, state=state, seconds=saved.seconds + duration)
-        if not np.isfinite(loss):
-          raise _Failed(
-            f'the matching loss became {loss} at iteration {int(state.iteration)} of restart'
-            f' {len(saved.restart_losses)}'
-          )
-        self._report(saved, loss)
+        seconds += duration
+        self._report(names, len(finished), stop, losses)
+        if not np.isfinite(losses).any():
+          break
         # The first call traces, so its duration says nothing: grow by tens until it does.
         steps = int(np.clip(_CALL_SECS * (stop - iteration) / duration, 1, 10 * steps))
-        if self._checkpoint_path and time.monotonic() - last_write > self._checkpoint_every_secs:
-          write_checkpoint(self._checkpoint_path, saved)
+        if time.monotonic() - last_write > self._checkpoint_every_secs:
+          save()
           last_write = time.monotonic()
     except KeyboardInterrupt:
-      if self._checkpoint_path:
-        write_checkpoint(self._checkpoint_path, saved)
+      save()
       raise
-    return saved
+    return state, seconds
 
-  def _report(self, saved: Checkpoint, loss: float) -> None:
-    if not self._progress:
-      return
-    index, num_targets = self.position
-    restart, iteration = len(saved.restart_losses), int(saved.state.iteration)
-    self._progress(AttackProgress(saved.target, index, num_targets, restart, iteration, loss))
+  def _report(self, names, num_finished: int, iteration: int, losses: np.ndarray) -> None:
+    if self._progress:
+      targets = dict.fromkeys(name.rpartition('/')[0] for name in names)
+      done = self.done + num_finished * self._config.iterations + iteration * len(names)
+      self._progress(
+        AttackProgress(tuple(targets), len(names), done, iteration, float(np.mean(losses)))
+      )
 
-  def _controls(self, num_images: int, index: int) -> dict[str, np.ndarray]:
+  def _evidence(self, lanes, targets, labels, seeds) -> Evidence:
+    statistics = ()
+    if self._config.batch_norm_statistics.weight:
+      statistics = self._known.statistics(targets)
+    per_view = zip(*(self._known.gradients(target) for target in targets), strict=True)
+    return Evidence(
+      target=tf.constant([targets.index(target) for target, _ in lanes]),
+      labels=tf.constant(np.stack([own.values for own in labels])),
+      gradients=tuple(
+        tuple(tf.stack(tensors) for tensors in zip(*views, strict=True)) for views in per_view
+      ),
+      statistics=statistics,
+      seeds=tf.constant(seeds),
+    )
+
+  def _seed(self, target: Target, restart: int) -> tuple[int, int]:
+    return (self._config.seed, target.index * self._config.restarts + restart)
+
+  def _start(self, target: Target, restart: int) -> np.ndarray:
+    mean_image = self._known.public_mean_image
+    return self._config.start(mean_image, target.num_images, self._seed(target, restart))
+
+  def _controls(self, group: list[Target]) -> dict[str, dict[str, np.ndarray]]:
     """What the attacker has without the update: same starts, same steps, no matching term."""
-    labels = tf.zeros((num_images,), tf.int32)
-    states: list[SolverState] = []
-    for restart in range(self._config.restarts):
-      state = self._control.start(self._start(index, num_images, restart))
-      states.append(self._control.advance(state, labels, [], self._config.iterations))
-    best = min(states, key=lambda state: float(state.best_loss))
-    # The prior's weight may fall with the iterations, and with it the loss: take the last images.
-    images = self._config.parametrization.images(best.parameters)
-    mean = self._observation.public_mean_image.astype(np.float32)
+    config = self._config
+    mean = self._known.public_mean_image.astype(np.float32)
+    key = ('control', group[0].num_images)
+    if key not in self._solvers:
+      self._solvers[key] = Solver(self._known.simulators, group[0].steps, config, matching=False)
+    control = self._solvers[key]
+    nothing = tf.zeros((1, group[0].num_images), tf.int32)
+    best: dict[str, tuple[float, np.ndarray]] = {}
+    for first in range(0, config.restarts, config.lanes):
+      restarts = range(first, min(first + config.lanes, config.restarts))
+      lanes = [(target, restart) for target in group for restart in restarts]
+      seeds = np.array([self._seed(*lane) for lane in lanes], np.int32)
+      groups = tf.constant([group.index(target) for target, _ in lanes])
+      state = control.start(np.stack([self._start(*lane) for lane in lanes]), seeds)
+      evidence = Evidence(groups, nothing, (), (), tf.constant(seeds))
+      state = control.advance(state, evidence, config.iterations)
+      # The prior's weight may fall with the iterations, and with it the loss: the last images.
+      images = control.images(state).numpy().astype(np.float32)
+      for index, (target, _) in enumerate(lanes):
+        loss = float(state.best_loss[index])
+        if target.name not in best or loss < best[target.name][0]:
+          best[target.name] = (loss, images[index])
     return {
-      'prior_only': self._config.box.project(images).numpy().astype(np.float32),
-      'mean_image': np.repeat(mean[None], num_images, axis=0),
+      target.name: {
+        'prior_only': best[target.name][1],
+        'mean_image': np.repeat(mean[None], target.num_images, axis=0),
+      }
+      for target in group
     }
+
+
+def _lane_name(target: Target, restart: int) -> str:
+  return f'{target.name}/{restart}'

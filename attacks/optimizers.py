@@ -6,6 +6,7 @@ through one traced function and to save and resume bit for bit.
 
 import dataclasses
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -77,33 +78,42 @@ class Adam:
   epsilon: float = 1e-12
   name: str = dataclasses.field(default='adam', init=False)
 
+  def start(self, parameters: Any) -> Any:
+    """First and second moment before the first step: zeros."""
+    zeros = tf.nest.map_structure(tf.zeros_like, parameters)
+    return (zeros, zeros)
+
   def step(
-    self,
-    gradient: tf.Tensor,
-    moments: tuple[tf.Tensor, tf.Tensor],
-    iteration: tf.Tensor,
-    factor: tf.Tensor,
-  ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
+    self, gradient: Any, moments: Any, iteration: tf.Tensor, factor: tf.Tensor
+  ) -> tuple[Any, Any]:
     """One step.
 
     Args:
-      gradient: Of the objective.
-      moments: First and second moment, zeros at the start.
+      gradient: Of the objective, a nest of tensors.
+      moments: From `start` or the last step.
       iteration: Steps taken before this one.
       factor: Of the learning rate, from a schedule.
 
     Returns:
-      What to add to the images, and the new moments.
+      What to add to the parameters, in the structure of `gradient`, and the new moments.
     """
     if self.signed:
-      gradient = tf.sign(gradient)
-    first = self.beta_1 * moments[0] + (1 - self.beta_1) * gradient
-    second = self.beta_2 * moments[1] + (1 - self.beta_2) * tf.square(gradient)
-    count = tf.cast(iteration + 1, gradient.dtype)
-    unbiased_first = first / (1 - tf.cast(self.beta_1, gradient.dtype) ** count)
-    unbiased_second = second / (1 - tf.cast(self.beta_2, gradient.dtype) ** count)
-    direction = unbiased_first / (tf.sqrt(unbiased_second) + self.epsilon)
-    return -self.learning_rate * factor * direction, (first, second)
+      gradient = tf.nest.map_structure(tf.sign, gradient)
+    first = tf.nest.map_structure(
+      lambda m, g: self.beta_1 * m + (1 - self.beta_1) * g, moments[0], gradient
+    )
+    second = tf.nest.map_structure(
+      lambda m, g: self.beta_2 * m + (1 - self.beta_2) * tf.square(g), moments[1], gradient
+    )
+
+    def change(first, second):
+      count = tf.cast(iteration + 1, first.dtype)
+      unbiased_first = first / (1 - tf.cast(self.beta_1, first.dtype) ** count)
+      unbiased_second = second / (1 - tf.cast(self.beta_2, first.dtype) ** count)
+      direction = unbiased_first / (tf.sqrt(unbiased_second) + self.epsilon)
+      return -self.learning_rate * factor * direction
+
+    return tf.nest.map_structure(change, first, second), (first, second)
 
 
 def _warm_up(iteration: tf.Tensor, warm_up: int, dtype: tf.DType) -> tf.Tensor:

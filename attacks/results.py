@@ -29,7 +29,7 @@ class TargetResult:
     status: 'failed' if there is no result; never scored as one.
     reason: Why it failed.
     loss: Matching loss of the chosen candidate.
-    restart_losses: Of the best candidate of each restart.
+    restart_losses: Of the best candidate of each restart; None for one that diverged.
     chosen_restart: The restart of least loss.
     iterations: Optimiser steps, over all restarts.
     seconds: Time spent, controls not counted.
@@ -43,7 +43,7 @@ class TargetResult:
   status: Literal['ok', 'failed']
   reason: str | None
   loss: float | None
-  restart_losses: tuple[float, ...]
+  restart_losses: tuple[float | None, ...]
   chosen_restart: int | None
   iterations: int
   seconds: float

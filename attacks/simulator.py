@@ -1,11 +1,17 @@
 """The client's local training as the attacker repeats it: images and labels in, gradient out."""
 
+import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from attacks.batch_norm_statistics import Statistics, collect_statistics
+from attacks.functional_model import FunctionalModel
+from attacks.local_steps import LocalSteps
 from attacks.rectifiers import replace_relus, surrogate_relu
+from attacks.unrolled import unrolled_sgd
 from tff_shadow.errors import UserError
 from tff_shadow.models import (
   batch_norm_layers,
@@ -18,7 +24,10 @@ from tff_shadow.observations import ClientObservation, Observation
 
 
 class ClientSimulator:
-  """Gradient of the mean cross-entropy at the observed global weights.
+  """Local training from the observed global weights, in units of a gradient.
+
+  An update of plain SGD is the learning rate times the sum of the steps' gradients, so it is told
+  here as their mean; for one step that is the gradient of the mean cross-entropy.
 
   BatchNorm normalises with the statistics of the given images, as a client that trains does,
   unless the observation says 'frozen'. The running statistics are left as they were sent.
@@ -62,6 +71,7 @@ class ClientSimulator:
         'non-trainable',
       )
     self._loss = classification_loss(self.model)
+    self._soft_loss = tf.keras.losses.CategoricalCrossentropy(outputs_logits(self.model))
     # After the loss: replacing the activations must not change what kind of output it sees.
     self._sharpness = None
     replace_relus(self.model, self._relu)
@@ -76,40 +86,135 @@ class ClientSimulator:
   def gradient(
     self, images: tf.Tensor, labels: tf.Tensor, sharpness: tf.Tensor | None = None
   ) -> list[tf.Tensor]:
-    """Gradient with respect to the trainable weights; differentiable in `images`.
+    """Gradient with respect to the trainable weights; differentiable in images and labels.
 
     Args:
       images: [B, H, W, C] in [0, 1].
-      labels: int32 [B].
+      labels: int32 [B], or probabilities [B, classes].
       sharpness: Of `rectifiers.surrogate_relu`, which changes how the gradient is differentiated
         but not its value; None for the exact derivative.
 
     Returns:
       One tensor per trainable variable.
     """
-    weights = self.model.trainable_variables
-    self._sharpness = sharpness
+    with self._surrogate(sharpness):
+      return self._gradient(None, images, labels)
+
+  def gradient_and_statistics(
+    self, images: tf.Tensor, labels: tf.Tensor, sharpness: tf.Tensor | None = None
+  ) -> tuple[list[tf.Tensor], Statistics]:
+    """As `gradient`, and the batch statistics of every BatchNorm layer that trains."""
+    with self._surrogate(sharpness), collect_statistics(self.model) as statistics:
+      gradient = self._gradient(None, images, labels)
+    return gradient, statistics
+
+  def mean_gradient(
+    self,
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    steps: LocalSteps,
+    sharpness: tf.Tensor | None = None,
+  ) -> list[tf.Tensor]:
+    """Mean over the local steps of their gradients, each at the weights that the earlier ones left.
+
+    Exact for SGD with momentum (each gradient counts as often as it is applied). Memory holds the
+    weights of every step, and the activations of one.
+
+    Args:
+      images: [N, H, W, C] in [0, 1], all of the client's images.
+      labels: int32 [N], or probabilities [N, classes].
+      steps: What each step trains on.
+      sharpness: See `gradient`.
+
+    Returns:
+      One tensor per trainable variable.
+    """
+    if steps.is_single:
+      return self.gradient(images, labels, sharpness)
+    segments = [
+      (tf.gather(images, list(batches)), tf.gather(labels, list(batches)))
+      for batches in steps.segments()
+    ]
+    with self._surrogate(sharpness):
+      moved = unrolled_sgd(
+        lambda weights, inputs: self._gradient(weights, *inputs),
+        [tf.convert_to_tensor(variable) for variable in self.model.trainable_variables],
+        segments,
+        self._training.learning_rate,
+        self._training.momentum,
+      )
+    scale = self.update_over_gradient(len(steps.batches))
+    return [tensor / tf.cast(scale, tensor.dtype) for tensor in moved]
+
+  def gradient_between(
+    self,
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    update: Sequence[tf.Tensor],
+    position: tf.Tensor,
+    sharpness: tf.Tensor | None = None,
+  ) -> list[tf.Tensor]:
+    """Gradient on all images at one point between the old and the new weights.
+
+    Stands for a local training whose steps are not known: some point on the way has the mean
+    gradient, nearly (Zhu et al. 2023, "Surrogate model extension", equation 5).
+
+    Args:
+      images: [N, H, W, C] in [0, 1].
+      labels: int32 [N], or probabilities [N, classes].
+      update: Trained minus initial weights, per trainable variable.
+      position: Scalar; 0 at the old weights, 1 at the new. Differentiable in it.
+      sharpness: See `gradient`.
+
+    Returns:
+      One tensor per trainable variable.
+    """
+    weights = [
+      variable + position * change
+      for variable, change in zip(self.model.trainable_variables, update, strict=True)
+    ]
+    with self._surrogate(sharpness):
+      return self._gradient(weights, images, labels)
+
+  def _gradient(self, weights: list[tf.Tensor] | None, images, labels) -> list[tf.Tensor]:
+    """At other weights than the model's own if they are given."""
+    model = self.model if weights is None else functools.partial(self._functional, weights)
+    weights = self.model.trainable_variables if weights is None else weights
     # Outer tapes ask only for images: watching no variable keeps half of the second backward
     # pass from being built.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(weights)
-      loss = self._loss(labels, self.model(images, training=True))
-    gradient = tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    self._sharpness = None
-    return gradient
+      outputs = model(images, training=True)
+      if labels.dtype.is_floating:
+        loss = self._soft_loss(labels, outputs)
+      else:
+        loss = self._loss(labels, outputs)
+    return tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+  @functools.cached_property
+  def _functional(self) -> FunctionalModel:
+    return FunctionalModel(self.model)
+
+  @contextlib.contextmanager
+  def _surrogate(self, sharpness: tf.Tensor | None):
+    """Rectifiers are differentiated with this sharpness inside."""
+    self._sharpness = sharpness
+    try:
+      yield
+    finally:
+      self._sharpness = None
 
   def _relu(self, z: tf.Tensor) -> tf.Tensor:
     return tf.nn.relu(z) if self._sharpness is None else surrogate_relu(z, self._sharpness)
 
   def observed_gradient(self, client: ClientObservation) -> list[tf.Tensor]:
-    """The mean gradient over the client's local steps that explains its update.
-
-    Exact for one step. For several it is a surrogate: the weights moved between the steps.
-    """
-    scale = self._training.learning_rate * _summed_momentum(
-      client.num_steps, self._training.momentum
-    )
+    """The mean gradient over the client's local steps: what `mean_gradient` has to match."""
+    scale = self.update_over_gradient(client.num_steps)
     return [tf.constant(-array / scale, self._dtype) for array in client.update.trainable]
+
+  def update_over_gradient(self, num_steps: int) -> float:
+    """Initial minus trained weights, over the mean gradient of so many steps."""
+    return self._training.learning_rate * _summed_momentum(num_steps, self._training.momentum)
 
   def mean_probabilities(self, images: tf.Tensor) -> tf.Tensor:
     """The model's mean prediction over images [B, H, W, C]: probabilities [classes]."""

@@ -1,11 +1,17 @@
-"""The inner loop of an attack: many optimiser steps per call of one traced function."""
+"""The inner loop of an attack: many optimiser steps per call of one traced function.
+
+Several attacks run side by side as lanes: a lane is one restart on one target. Lanes share
+iteration, trace and call, and nothing else unless a prior ties them together.
+"""
 
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from attacks.config import AttackConfig
+from attacks.local_steps import LocalSteps
 from attacks.rectifiers import SurrogateRectifier
 from attacks.simulator import ClientSimulator
 
@@ -15,151 +21,273 @@ _XLA_WORTH_TRYING_SECS = 0.02
 _MEASURED_STEPS = 10
 # Compiling has to win clearly: a busy machine's timings scatter.
 _XLA_MUST_SAVE = 0.2
+_IMAGES, _LABELS, _POSITION = 'images', 'labels', 'position'
 
 
 class SolverState(NamedTuple):
-  """One attack between two steps; everything that resuming needs.
+  """R lanes between two steps; everything that resuming needs.
 
   Attributes:
-    parameters: What the optimiser moves, in the shape of the images [B, H, W, C].
-    first_moment: Of Adam.
-    second_moment: Of Adam.
+    parameters: What the optimiser moves, a dict of nests of tensors [R, ...].
+    moments: Of the optimiser.
     iteration: int32, steps taken.
-    loss: Objective's own loss at the last step's images: matching, or the prior in a control.
-    best_loss: The least of these so far; infinite before the first step.
-    best_images: The images it was found at.
+    loss: [R], the objective's own loss at the last step's images: matching, or the prior in a
+      control.
+    best_loss: [R], the least of these so far; infinite before the first step.
+    best_images: [R, B, H, W, C], the images it was found at.
+    diverged_at: int32 [R], the first iteration at which the loss was not finite; -1 if none was.
   """
 
-  parameters: tf.Tensor
-  first_moment: tf.Tensor
-  second_moment: tf.Tensor
+  parameters: Any
+  moments: Any
   iteration: tf.Tensor
   loss: tf.Tensor
   best_loss: tf.Tensor
   best_images: tf.Tensor
+  diverged_at: tf.Tensor
+
+
+class Evidence(NamedTuple):
+  """What the lanes are matched with. T targets; V views, rounds that show the same images.
+
+  Attributes:
+    target: int32 [R], which target a lane attacks.
+    labels: int32 [T, B]; not used where labels are optimised with the images.
+    gradients: Per view, per trainable variable: [T, ...], the observed mean gradients.
+    statistics: Per BatchNorm layer (mean, variance), [T, channels] each; empty without that prior.
+    seeds: int32 [R, 2], of each lane's own draws.
+  """
+
+  target: tf.Tensor
+  labels: tf.Tensor
+  gradients: Any
+  statistics: Any
+  seeds: tf.Tensor
 
 
 class Solver:
-  """Runs attacks on targets of one simulator; traced once per shape of the image batch.
+  """Runs attacks on targets of the same simulators; traced once per shape of the lanes.
 
-  The observed gradient is an argument, so that all clients of a round share the trace.
+  The evidence is an argument, so that all clients of a round share the trace.
   """
 
   def __init__(
-    self, simulator: ClientSimulator, config: AttackConfig, *, matching: bool, use_xla: bool = False
+    self,
+    simulators: Sequence[ClientSimulator],
+    steps: Sequence[LocalSteps],
+    config: AttackConfig,
+    *,
+    matching: bool,
+    use_xla: bool = False,
   ):
     """Stores the pieces.
 
     Args:
-      simulator: Of the client.
+      simulators: Of the client, one per view.
+      steps: The client's local steps in each view.
       config: Settings.
       matching: False deletes the matching term: the prior-only control.
       use_xla: Whether a step is compiled by XLA.
     """
-    self._simulator = simulator
+    self._simulators = list(simulators)
+    self._local_steps = list(steps)
     self._config = config
     self._matching = matching
     self.use_xla = use_xla
     self._step = tf.function(self._one_step, jit_compile=use_xla, reduce_retracing=True)
     self._steps = tf.function(self._many_steps)
 
-  def start(self, images) -> SolverState:
-    """The state before the first step from start images [B, H, W, C]."""
-    images = tf.constant(images, self._simulator.dtype)
-    parameters = self._config.parametrization.parameters(images)
-    infinity = tf.constant(float('inf'), images.dtype)
-    zeros = tf.zeros_like(parameters)
+  def start(self, images, seeds, labels=None) -> SolverState:
+    """The state before the first step.
+
+    Args:
+      images: [R, B, H, W, C].
+      seeds: int32 [R, 2], for parametrizations that start from a draw.
+      labels: Start logits [R, B, classes] if labels are optimised too.
+    """
+    config = self._config
+    images = tf.constant(images, self._simulators[0].dtype)
+    num_lanes = images.shape[0]
+    parameters = {_IMAGES: config.parametrization.parameters(images, tf.constant(seeds))}
+    if labels is not None:
+      parameters[_LABELS] = tf.constant(labels, images.dtype)
+    if config.simulation == 'between' and self._matching:
+      parameters[_POSITION] = tf.fill([num_lanes], tf.cast(config.start_position, images.dtype))
+    infinity = tf.fill([num_lanes], tf.constant(float('inf'), images.dtype))
     return SolverState(
-      parameters, zeros, zeros, tf.constant(0, tf.int32), infinity, infinity, images
+      parameters=parameters,
+      moments=config.optimizer.start(parameters),
+      iteration=tf.constant(0, tf.int32),
+      loss=infinity,
+      best_loss=infinity,
+      best_images=images,
+      diverged_at=tf.fill([num_lanes], -1),
     )
 
-  def advance(
-    self, state: SolverState, labels: tf.Tensor, observed: list[tf.Tensor], stop: int
-  ) -> SolverState:
+  def advance(self, state: SolverState, evidence: Evidence, stop: int) -> SolverState:
     """Runs steps until `state.iteration` is `stop`.
 
     The same steps give the same bits however they are divided into calls.
     """
-    return self._steps(state, tf.constant(labels), tuple(observed), tf.constant(stop, tf.int32))
+    return self._steps(state, evidence, tf.constant(stop, tf.int32))
 
-  def _many_steps(self, state, labels, observed, stop):
-    return SolverState(
-      *tf.while_loop(
-        lambda *s: SolverState(*s).iteration < stop,
-        lambda *s: tuple(self._step(SolverState(*s), labels, observed)),
-        tuple(state),
-      )
-    )
-
-  def _one_step(self, state: SolverState, labels, observed) -> SolverState:
+  def images(self, state: SolverState) -> tf.Tensor:
+    """The images [R, B, H, W, C] at which the state stands."""
     config = self._config
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-      tape.watch(state.parameters)
-      images = config.parametrization.images(state.parameters)
-      prior = config.total_variation(images, state.iteration, config.iterations)
-      loss = self.matching_loss(images, labels, observed, state.iteration)
-      objective = prior + loss if self._matching else prior
-    own_loss = loss if self._matching else prior
-    gradient = tape.gradient(objective, state.parameters)
-    factor = config.schedule(state.iteration, config.iterations, gradient.dtype)
-    change, moments = config.optimizer.step(
-      gradient, (state.first_moment, state.second_moment), state.iteration, factor
+    return config.box.project(config.parametrization.images(state.parameters[_IMAGES]))
+
+  def _many_steps(self, state, evidence, stop):
+    flat = tf.while_loop(
+      lambda *s: tf.nest.pack_sequence_as(state, s).iteration < stop,
+      lambda *s: tf.nest.flatten(self._step(tf.nest.pack_sequence_as(state, s), evidence)),
+      tf.nest.flatten(state),
     )
-    moved = config.box.project(config.parametrization.images(state.parameters + change))
+    return tf.nest.pack_sequence_as(state, flat)
+
+  def _one_step(self, state: SolverState, evidence: Evidence) -> SolverState:
+    config = self._config
+    parametrization = config.parametrization
+    images, own_loss, gradient = self.loss_and_gradient(state.parameters, evidence, state.iteration)
+    factor = config.schedule(state.iteration, config.iterations, images.dtype)
+    change, moments = config.optimizer.step(gradient, state.moments, state.iteration, factor)
+    if config.langevin:
+      change[_IMAGES] = self._with_noise(change[_IMAGES], evidence, state.iteration, factor)
+    active = parametrization.active(state.parameters[_IMAGES], state.iteration, config.iterations)
+    change[_IMAGES] = tf.nest.map_structure(tf.multiply, change[_IMAGES], active)
+    parameters = tf.nest.map_structure(tf.add, state.parameters, change)
+    if parametrization.invertible:
+      moved = config.box.project(parametrization.images(parameters[_IMAGES]))
+      parameters[_IMAGES] = parametrization.parameters(moved)
+    if _POSITION in parameters:
+      parameters[_POSITION] = tf.clip_by_value(parameters[_POSITION], 0, 1)
     better = own_loss < state.best_loss
+    diverged = tf.logical_not(tf.math.is_finite(own_loss)) & (state.diverged_at < 0)
     return SolverState(
-      parameters=config.parametrization.parameters(moved),
-      first_moment=moments[0],
-      second_moment=moments[1],
+      parameters=parameters,
+      moments=moments,
       iteration=state.iteration + 1,
       loss=own_loss,
       best_loss=tf.where(better, own_loss, state.best_loss),
-      best_images=tf.where(better, config.box.project(images), state.best_images),
+      best_images=tf.where(
+        better[:, None, None, None, None], config.box.project(images), state.best_images
+      ),
+      diverged_at=tf.where(diverged, state.iteration, state.diverged_at),
     )
 
-  def matching_loss(self, images, labels, observed, iteration=0) -> tf.Tensor:
-    """How far the update simulated at `images` is from the observed one; 0 in a control."""
-    if not self._matching:
-      return tf.zeros((), images.dtype)
+  def loss_and_gradient(
+    self, parameters, evidence: Evidence, iteration
+  ) -> tuple[tf.Tensor, tf.Tensor, Any]:
+    """Images [R, B, H, W, C], own loss [R], and the objective's gradient like `parameters`."""
     config = self._config
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+      tape.watch(parameters)
+      images = config.parametrization.images(parameters[_IMAGES])
+      prior = tf.zeros(images.shape[:1], images.dtype)
+      for image_prior in config.image_priors:
+        prior += image_prior(images, iteration, config.iterations, evidence.target)
+    if not self._matching:
+      gradient = tape.gradient(prior, parameters, unconnected_gradients='zero')
+      return images, prior, gradient
+    # The lanes' gradients are taken inside the map, so that one lane's activations are gone
+    # before the next one's are needed, if memory is short.
+    seen = {**parameters, _IMAGES: images}
+    loss, of_seen = self._over_lanes(seen, evidence, iteration)
+    gradient = tape.gradient(
+      [prior, images],
+      parameters,
+      output_gradients=[tf.ones_like(prior), of_seen.pop(_IMAGES)],
+      unconnected_gradients='zero',
+    )
+    return images, loss, {**gradient, **of_seen}
+
+  def _over_lanes(self, seen, evidence, iteration):
+    """Matching loss of every lane, and the gradient of it and of the statistics' prior."""
+
+    def one(lane):
+      own, target = lane
+      with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(own)
+        loss, penalty = self._lane_loss(own, target, evidence, iteration)
+        objective = loss + penalty
+      return loss, tape.gradient(objective, own, unconnected_gradients='zero')
+
+    lanes = (seen, evidence.target)
+    if evidence.target.shape[0] == 1:
+      result = one(tf.nest.map_structure(lambda tensor: tensor[0], lanes))
+      return tf.nest.map_structure(lambda tensor: tensor[None], result)
+    dtype = seen[_IMAGES].dtype
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), seen)
+    return tf.map_fn(
+      one,
+      lanes,
+      fn_output_signature=(tf.TensorSpec((), dtype), specs),
+      parallel_iterations=self._config.lanes,
+    )
+
+  def _lane_loss(self, own, target, evidence, iteration):
+    """Matching loss and statistics' prior of one lane."""
+    config = self._config
+    images = own[_IMAGES]
+    labels = tf.nn.softmax(own[_LABELS]) if _LABELS in own else evidence.labels[target]
     sharpness = None
     if isinstance(config.rectifier, SurrogateRectifier):
       sharpness = config.rectifier.sharpness(iteration, config.iterations, images.dtype)
-    return config.matching(self._simulator.gradient(images, labels, sharpness), observed)
+    losses, penalty = [], tf.zeros((), images.dtype)
+    for view, (simulator, steps) in enumerate(
+      zip(self._simulators, self._local_steps, strict=True)
+    ):
+      observed = [tensor[target] for tensor in evidence.gradients[view]]
+      if _POSITION in own:
+        scale = -simulator.update_over_gradient(len(steps.batches))
+        update = [scale * tensor for tensor in observed]
+        simulated = simulator.gradient_between(images, labels, update, own[_POSITION], sharpness)
+      elif evidence.statistics and view == 0:
+        simulated, statistics = simulator.gradient_and_statistics(images, labels, sharpness)
+        known = [(mean[target], variance[target]) for mean, variance in evidence.statistics]
+        penalty += config.batch_norm_statistics(statistics, known)
+      else:
+        simulated = simulator.mean_gradient(images, labels, steps, sharpness)
+      losses.append(config.matching(simulated, observed))
+    return tf.add_n(losses) / len(losses), penalty
+
+  def _with_noise(self, change, evidence, iteration, factor):
+    """Adds every lane's own noise, of a scale that the schedule turns down."""
+    scale = self._config.langevin * factor
+
+    def one(lane):
+      seed, own = lane
+      seed = tf.random.experimental.stateless_fold_in(seed, iteration)
+      flat = tf.nest.flatten(own)
+      seeds = tf.random.experimental.stateless_split(seed, len(flat))
+      noise = [
+        tf.random.stateless_normal(tensor.shape, seeds[k], tensor.dtype, alg='philox')
+        for k, tensor in enumerate(flat)
+      ]
+      return tf.nest.pack_sequence_as(
+        own, [tensor + scale * n for tensor, n in zip(flat, noise, strict=True)]
+      )
+
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), change)
+    return tf.map_fn(one, (evidence.seeds, change), fn_output_signature=specs)
 
 
-def choose_xla(simulator: ClientSimulator, config: AttackConfig, images, labels, observed) -> bool:
-  """Resolves `config.xla` for this machine; 'auto' runs a few steps both ways.
-
-  Args:
-    simulator: Of the client.
-    config: Settings.
-    images: [B, H, W, C], to measure on.
-    labels: int32 [B].
-    observed: A gradient.
-
-  Returns:
-    Whether to compile the steps.
-  """
-  if config.xla != 'auto':
-    return config.xla == 'on'
-  plain = seconds_per_step(Solver(simulator, config, matching=True), images, labels, observed)
+def choose_xla(solver: Solver, state: SolverState, evidence: Evidence, compiled: Solver) -> bool:
+  """Whether `compiled` is clearly faster than `solver`, by running a few steps of both."""
+  plain = seconds_per_step(solver, state, evidence)
   on_cpu = not tf.config.list_logical_devices('GPU')
   if on_cpu and plain > _XLA_WORTH_TRYING_SECS:
     return False
-  compiled = Solver(simulator, config, matching=True, use_xla=True)
   try:
-    compiled_secs = seconds_per_step(compiled, images, labels, observed)
-    return compiled_secs < (1 - _XLA_MUST_SAVE) * plain
+    return seconds_per_step(compiled, state, evidence) < (1 - _XLA_MUST_SAVE) * plain
   except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
     # The user's model has an operation that XLA cannot compile.
     return False
 
 
-def seconds_per_step(solver: Solver, images, labels, observed) -> float:
-  """Mean duration of a step, after tracing and compiling."""
-  state = solver.advance(solver.start(images), labels, observed, 1)
+def seconds_per_step(solver: Solver, state: SolverState, evidence: Evidence) -> float:
+  """Mean duration of a step of all lanes, after tracing and compiling."""
+  state = solver.advance(state, evidence, 1)
   begin = time.perf_counter()
-  state = solver.advance(state, labels, observed, 1 + _MEASURED_STEPS)
+  state = solver.advance(state, evidence, 1 + _MEASURED_STEPS)
   state.loss.numpy()
   return (time.perf_counter() - begin) / _MEASURED_STEPS

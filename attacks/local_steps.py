@@ -1,0 +1,62 @@
+"""Which of a client's images each of its local steps trained on, as far as the server can tell."""
+
+from typing import NamedTuple
+
+from tff_shadow.observations import ClientObservation, ClientTraining
+
+
+class LocalSteps(NamedTuple):
+  """The steps of a client.
+
+  Attributes:
+    batches: For each step the positions of its images among those of the client.
+    is_exact: Whether these are the client's own batches up to the order of its images, which no
+      attack can tell. Not so where it saw images again in an order of its own, or where what it
+      says of its steps does not fit the public settings.
+  """
+
+  batches: tuple[tuple[int, ...], ...]
+  is_exact: bool
+
+  @property
+  def is_single(self) -> bool:
+    """Whether one step on all images is all there is."""
+    return len(self.batches) == 1 and len(set(self.batches[0])) == len(self.batches[0])
+
+  def segments(self) -> list[tuple[tuple[int, ...], ...]]:
+    """The steps in runs of equally large batches."""
+    runs: list[list[tuple[int, ...]]] = []
+    for batch in self.batches:
+      if runs and len(runs[-1][-1]) == len(batch):
+        runs[-1].append(batch)
+      else:
+        runs.append([batch])
+    return [tuple(run) for run in runs]
+
+
+def local_steps(client: ClientObservation, training: ClientTraining) -> LocalSteps:
+  """The batches of `client`, its images numbered in the order in which it first used them.
+
+  A client goes through its images once an epoch, each time in a new order, without a break between
+  epochs, cut after the most steps allowed (`tff_shadow.data.local_training_order`). The order of
+  later epochs is not known; that of the first one is taken. Where the number of steps does not
+  follow from that, every step is taken to see batches of the public size in turn.
+  """
+  images = range(client.num_images)
+  order = [*images] * training.local_epochs
+  if training.max_local_steps is not None:
+    order = order[: training.max_local_steps * training.batch_size]
+  size = training.batch_size
+  batches = tuple(tuple(order[k : k + size]) for k in range(0, len(order), size))
+  if len(batches) == client.num_steps:
+    # A batch of all images has no order; else only the first epoch's is a matter of numbering.
+    whole = all(len(batch) == client.num_images for batch in batches)
+    return LocalSteps(batches, whole or len(order) <= client.num_images)
+  size = min(size, client.num_images)
+  return LocalSteps(
+    tuple(
+      tuple((step * size + k) % client.num_images for k in range(size))
+      for step in range(client.num_steps)
+    ),
+    is_exact=client.num_steps == 1,
+  )

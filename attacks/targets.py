@@ -1,0 +1,199 @@
+"""What an attack on a round can aim at: single clients, or the mean of all of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from attacks.batch_norm_statistics import observed_statistics
+from attacks.config import AttackConfig
+from attacks.labels import Labels, infer_labels, known_labels, start_logits
+from attacks.local_steps import LocalSteps, local_steps
+from attacks.simulator import ClientSimulator
+from tff_shadow.errors import UserError
+from tff_shadow.observations import ClientObservation, Observation
+
+# The target of an attack on what the server has after averaging.
+AGGREGATE = 'aggregate'
+_NOISY_GUESSES = 16
+
+
+class Target(NamedTuple):
+  """One target.
+
+  Attributes:
+    name: Client id, or `AGGREGATE`.
+    index: Among the clients of the first round; decides the seeds.
+    num_images: Images sought.
+    steps: Local steps in each observed round.
+    clients: What was observed of it in each round.
+    told: Labels that the attacker was told, or None.
+  """
+
+  name: str
+  index: int
+  num_images: int
+  steps: tuple[LocalSteps, ...]
+  clients: tuple[ClientObservation, ...]
+  told: tuple[int, ...] | None
+
+
+class TargetFailed(Exception):
+  """Why a target has no result."""
+
+
+class Targets:
+  """The targets of one round, or of several that are attacked jointly.
+
+  Attributes:
+    simulators: Of the local training, one per round.
+    default_names: Ids of all clients.
+    public_mean_image: [H, W, C].
+  """
+
+  def __init__(self, observations: Sequence[Observation], config: AttackConfig):
+    """Rebuilds the models.
+
+    Raises:
+      UserError: If the observations cannot be attacked, or not jointly.
+    """
+    first = observations[0]
+    for other in observations[1:]:
+      if (other.model_config, other.class_names) != (first.model_config, first.class_names):
+        raise UserError(f'--rounds: round {other.round_num} has another model or other classes')
+    self._observations = list(observations)
+    self._config = config
+    self.simulators = [ClientSimulator(seen, config.dtype) for seen in observations]
+    self.default_names = [client.client_id for client in first.clients]
+    self.public_mean_image = first.public_mean_image
+
+  def find(self, name: str, told: Sequence[int] | None) -> Target:
+    """The target of that name.
+
+    Raises:
+      UserError: If there is none, or the rounds do not show the same images of it.
+    """
+    first = self._observations[0]
+    if name == AGGREGATE:
+      clients = tuple(_aggregate(seen) for seen in self._observations)
+      index = len(self.default_names)
+    elif name in self.default_names:
+      clients = tuple(self._client(seen, name) for seen in self._observations)
+      index = self.default_names.index(name)
+    else:
+      raise UserError(
+        f'--targets: no client {name!r} in this round; it has {", ".join(self.default_names)}'
+      )
+    steps = []
+    for seen, client in zip(self._observations, clients, strict=True):
+      if client.num_images != clients[0].num_images:
+        raise UserError(
+          f'--rounds: {name} trained on {clients[0].num_images} images in round {first.round_num}'
+          f' and on {client.num_images} in round {seen.round_num}; only rounds on the same images'
+          ' can be attacked jointly'
+        )
+      is_mean = name == AGGREGATE
+      steps.append(
+        _one_step(client.num_images) if is_mean else local_steps(client, seen.client_training)
+      )
+    told = None if told is None else tuple(told)
+    return Target(name, index, clients[0].num_images, tuple(steps), clients, told)
+
+  def _client(self, observation: Observation, name: str) -> ClientObservation:
+    try:
+      return observation.client(name)
+    except KeyError:
+      raise UserError(f'--rounds: {name} took no part in round {observation.round_num}') from None
+
+  def check(self, target: Target) -> None:
+    """Raises TargetFailed if its update cannot be attacked."""
+    for client in target.clients:
+      arrays = client.update.trainable
+      if client.dropped:
+        raise TargetFailed('the client dropped its update because it was not finite')
+      if client.num_images < 1 or client.num_steps < 1:
+        raise TargetFailed('the client did not train')
+      if not all(np.isfinite(array).all() for array in arrays):
+        raise TargetFailed('the update is not finite')
+      if not any(array.any() for array in arrays):
+        raise TargetFailed('the update is all zeros')
+
+  def gradients(self, target: Target) -> list[list[tf.Tensor]]:
+    """The observed mean gradient in each round."""
+    return [
+      simulator.observed_gradient(client)
+      for simulator, client in zip(self.simulators, target.clients, strict=True)
+    ]
+
+  def labels(self, target: Target) -> Labels:
+    """Its labels, told or inferred from the first round.
+
+    Raises:
+      UserError: If told ones do not fit, or the model does not show any.
+    """
+    first = self._observations[0]
+    if target.told is not None:
+      classes = len(first.class_names)
+      return known_labels(target.told, target.num_images, classes, f'labels of {target.name}')
+    noise = tf.random.stateless_normal(
+      (_NOISY_GUESSES, *self.public_mean_image.shape), (0, 0), alg='philox'
+    ).numpy()
+    return infer_labels(
+      self.simulators[0],
+      self.simulators[0].observed_gradient(target.clients[0]),
+      target.num_images,
+      np.clip(self.public_mean_image + 0.1 * noise, 0, 1),
+      self._config.label_rule,
+    )
+
+  def start_logits(self, labels: Sequence[Labels]) -> list[np.ndarray]:
+    """Where the joint optimisation of labels starts: [B, classes] for each target."""
+    classes = len(self._observations[0].class_names)
+    return [start_logits(np.bincount(own.values, minlength=classes)) for own in labels]
+
+  def statistics(self, targets: Sequence[Target]) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:
+    """Batch statistics that the targets shared in the first round, per layer [T, channels] each.
+
+    Raises:
+      UserError: If they shared none, or took more than one step.
+    """
+    found = []
+    for target in targets:
+      if not target.steps[0].is_single or target.name == AGGREGATE:
+        raise UserError(
+          f'--bn_weight: {target.name} took more than one local step, or is a mean; only the'
+          ' statistics of a single step are simulated'
+        )
+      statistics = observed_statistics(self._observations[0], target.clients[0])
+      if statistics is None:
+        raise UserError(
+          f'--bn_weight: {target.name} shared no BatchNorm statistics (the model must have such'
+          ' layers, and the round --batch_norm_sharing=aggregate)'
+        )
+      found.append(statistics)
+    dtype = self.simulators[0].dtype
+    return tuple(
+      tuple(tf.constant(np.stack(part), dtype) for part in zip(*layers, strict=True))
+      for layers in zip(*found, strict=True)
+    )
+
+
+def _one_step(num_images: int) -> LocalSteps:
+  return LocalSteps((tuple(range(num_images)),), is_exact=True)
+
+
+def _aggregate(observation: Observation) -> ClientObservation:
+  """The mean of all clients as if one client had sent it.
+
+  Exact for clients that took one step on all their images and weigh as many as they have, without
+  BatchNorm: the mean is then one step on the images of all.
+  """
+  clients = [client for client in observation.clients if not client.dropped]
+  return ClientObservation(
+    client_id=AGGREGATE,
+    num_images=sum(client.num_images for client in clients),
+    num_steps=max((client.num_steps for client in clients), default=0),
+    weight=sum(client.weight for client in clients),
+    update=observation.aggregate,
+  )
