@@ -1,35 +1,233 @@
-"""Priors: what images look like before anything is known of the update."""
+"""Priors: what images look like before anything is known of the update, and what else is known.
+
+An image prior is a frozen dataclass, called with the images of all lanes [R, B, H, W, C], the
+iteration, the number of iterations and the target of each lane; the result is its weighted penalty
+per lane, [R]. `BatchNormStatistics` is no image prior: it sees what a lane's forward pass shows.
+"""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Literal
 
 import tensorflow as tf
 
 # Keeps the square root differentiable where neighbouring pixels are equal.
 _SMOOTHING = 1e-8
 
+VariationKind = Literal['isotropic', 'anisotropic', 'squared', 'norm']
+VARIATION_KINDS: tuple[VariationKind, ...] = ('isotropic', 'anisotropic', 'squared', 'norm')
+VariationColor = Literal['separate', 'joint']
+VARIATION_COLORS: tuple[VariationColor, ...] = ('separate', 'joint')
+
+Statistics = Sequence[tuple[tf.Tensor, tf.Tensor]]
+
 
 @dataclasses.dataclass(frozen=True)
 class TotalVariation:
-  """Isotropic total variation: mean length of the spatial gradient, per pixel and channel.
+  """Total variation: how much neighbouring pixels differ, per pixel and channel.
+
+  Kinds, with d and r the differences to the pixels below and to the right:
+  'isotropic', the mean of sqrt(d^2 + r^2) (Rudin et al. 1992);
+  'anisotropic', the mean of |d| + |r|;
+  'squared', the mean of d^2 + r^2, which smooths edges away (Mahendran and Vedaldi 2015, beta 2);
+  'norm', the TV-L2 of DeepInversion and the attacks after it (Yin et al. 2020, 2021; Jiang et al.
+  2025): the four norms, over the whole batch, of the differences down, right and along both
+  diagonals, added up. It is no mean, so its weight depends on batch and image size.
 
   Attributes:
     weight: Its weight beside the matching loss, at the first iteration.
     decay: The factor by which the weight has changed after the last one, geometrically: strong at
       first to guide the search, weak at last so that fine detail is not smoothed away.
+    kind: See above.
+    color: 'separate' takes each channel's length; 'joint' one length of all channels' differences
+      (Blomgren and Chan 1998), so that an edge at the same place in all channels is cheaper than at
+      several places. On grey images, and for 'squared' and 'norm', both are the same.
   """
 
   weight: float
   decay: float = 1.0
+  kind: VariationKind = 'isotropic'
+  color: VariationColor = 'separate'
   name: str = dataclasses.field(default='total_variation', init=False)
 
-  def __call__(self, images: tf.Tensor, iteration: tf.Tensor, iterations: int) -> tf.Tensor:
-    """Weighted penalty of images [B, H, W, C], any C, at an iteration (from 0); a scalar."""
-    down = images[:, 1:, :-1, :] - images[:, :-1, :-1, :]
-    right = images[:, :-1, 1:, :] - images[:, :-1, :-1, :]
-    length = tf.sqrt(tf.square(down) + tf.square(right) + _SMOOTHING)
-    progress = tf.cast(iteration, images.dtype) / iterations
-    weight = self.weight * tf.cast(self.decay, images.dtype) ** progress
-    return weight * tf.reduce_mean(length)
+  def __post_init__(self):
+    """Raises `ValueError` for an unknown kind or color."""
+    for field, known in (('kind', VARIATION_KINDS), ('color', VARIATION_COLORS)):
+      if getattr(self, field) not in known:
+        raise ValueError(f'{field} must be one of {known}, found {getattr(self, field)!r}')
+
+  def __call__(
+    self,
+    images: tf.Tensor,
+    iteration: tf.Tensor,
+    iterations: int,
+    groups: tf.Tensor | None = None,
+  ) -> tf.Tensor:
+    """Weighted penalty of each lane.
+
+    Args:
+      images: [R, B, H, W, C], any C; H and W at least 2.
+      iteration: From 0, int32.
+      iterations: Of the whole attack.
+      groups: Not used.
+
+    Returns:
+      [R].
+    """
+    return _decayed(self.weight, self.decay, images, iteration, iterations) * self._value(images)
+
+  def _value(self, images: tf.Tensor) -> tf.Tensor:
+    corner = images[:, :, :-1, :-1]
+    down = images[:, :, 1:, :-1] - corner
+    right = images[:, :, :-1, 1:] - corner
+    if self.kind == 'norm':
+      differences = (
+        images[:, :, 1:] - images[:, :, :-1],
+        images[:, :, :, 1:] - images[:, :, :, :-1],
+        images[:, :, 1:, 1:] - corner,
+        images[:, :, 1:, :-1] - images[:, :, :-1, 1:],
+      )
+      return tf.add_n(
+        [tf.sqrt(tf.reduce_sum(tf.square(d), (1, 2, 3, 4)) + _SMOOTHING) for d in differences]
+      )
+    if self.kind == 'isotropic':
+      lengths = self._length(tf.square(down) + tf.square(right))
+    elif self.kind == 'squared':
+      lengths = tf.square(down) + tf.square(right)
+    elif self.color == 'separate':
+      lengths = tf.abs(down) + tf.abs(right)
+    else:
+      lengths = self._length(tf.square(down)) + self._length(tf.square(right))
+    return _mean_per_lane(lengths)
+
+  def _length(self, squares: tf.Tensor) -> tf.Tensor:
+    if self.color == 'joint':
+      # Mean, not sum: the weight then means the same for any number of channels.
+      squares = tf.reduce_mean(squares, axis=-1, keepdims=True)
+    return tf.sqrt(squares + _SMOOTHING)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageNorm:
+  """Mean squared pixel value (Yin et al. 2021, "See through gradients", R_l2).
+
+  Attributes:
+    weight: Its weight beside the matching loss, at the first iteration.
+    decay: The factor by which the weight has changed after the last one, geometrically.
+    center: The value that costs nothing. 0 is black here; the paper's images have the mean 0, to
+      which mid grey, 0.5, corresponds.
+  """
+
+  weight: float
+  decay: float = 1.0
+  center: float = 0.0
+  name: str = dataclasses.field(default='image_norm', init=False)
+
+  def __call__(
+    self,
+    images: tf.Tensor,
+    iteration: tf.Tensor,
+    iterations: int,
+    groups: tf.Tensor | None = None,
+  ) -> tf.Tensor:
+    """Weighted penalty [R] of images [R, B, H, W, C]; as `TotalVariation`."""
+    weight = _decayed(self.weight, self.decay, images, iteration, iterations)
+    return weight * _mean_per_lane(tf.square(images - self.center))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConsistency:
+  """Mean squared distance to the mean over the lanes that attack the same target.
+
+  Lanes that start apart err apart, so their mean is nearer to the truth (Yin et al. 2021, "See
+  through gradients", equation 11). Only plain means are taken: lanes are not registered by optical
+  flow as in the paper. Images of a batch are compared by position, which fits while all lanes of a
+  target have the same labels in the same order; images of one label may still be swapped between
+  lanes, and then this pulls them towards a blend.
+
+  Attributes:
+    weight: Its weight beside the matching loss.
+    start: The share of the iterations, in [0, 1], after which it sets in: lanes have to have found
+      something before their mean says anything.
+  """
+
+  weight: float
+  start: float = 0.5
+  name: str = dataclasses.field(default='group_consistency', init=False)
+
+  def __call__(
+    self,
+    images: tf.Tensor,
+    iteration: tf.Tensor,
+    iterations: int,
+    groups: tf.Tensor | None = None,
+  ) -> tf.Tensor:
+    """Weighted penalty of each lane; 0 for a lane alone in its group.
+
+    Args:
+      images: [R, B, H, W, C].
+      iteration: From 0, int32.
+      iterations: Of the whole attack.
+      groups: Target of each lane, int32 [R], any numbers; None if all lanes have the same.
+
+    Returns:
+      [R].
+    """
+    if groups is None:
+      mean = tf.reduce_mean(images, axis=0, keepdims=True)
+    else:
+      same = tf.cast(groups[:, None] == groups[None, :], images.dtype)
+      same /= tf.reduce_sum(same, axis=1, keepdims=True)
+      mean = tf.tensordot(same, images, 1)
+    started = tf.cast(iteration, tf.float32) >= self.start * iterations
+    weight = self.weight * tf.cast(started, images.dtype)
+    return weight * _mean_per_lane(tf.square(images - mean))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormStatistics:
+  """Squared distance of the batch statistics before each BatchNorm layer to those of the client.
+
+  Sum over the layers of ||mean - target mean||^2 + ||variance - target variance||^2 (R_BN of Yin et
+  al. 2021, and Hatamizadeh et al. 2023 with the client's own statistics as targets).
+  `attacks.batch_norm_statistics` gives both lists.
+
+  Attributes:
+    weight: Its weight beside the matching loss.
+  """
+
+  weight: float
+  name: str = dataclasses.field(default='batch_norm_statistics', init=False)
+
+  def __call__(self, statistics: Statistics, targets: Statistics) -> tf.Tensor:
+    """Weighted penalty of one lane.
+
+    Args:
+      statistics: (mean, variance) per layer, of the simulated forward pass.
+      targets: The same of the client, arrays or tensors of the same shapes.
+
+    Returns:
+      A scalar, differentiable in `statistics`.
+
+    Raises:
+      ValueError: If the lists are empty or do not have the same length.
+    """
+    if not statistics or len(statistics) != len(targets):
+      raise ValueError(f'{len(statistics)} layers simulated, {len(targets)} given as targets')
+    distances = [
+      tf.reduce_sum(tf.math.squared_difference(simulated, tf.cast(target, simulated.dtype)))
+      for layer, layer_targets in zip(statistics, targets, strict=True)
+      for simulated, target in zip(layer, layer_targets, strict=True)
+    ]
+    return self.weight * tf.add_n(distances)
+
+
+ImagePrior = TotalVariation | ImageNorm | GroupConsistency
+IMAGE_PRIORS: dict[str, type[ImagePrior]] = {
+  'total_variation': TotalVariation,
+  'image_norm': ImageNorm,
+  'group_consistency': GroupConsistency,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +241,14 @@ class Box:
   def project(self, images: tf.Tensor) -> tf.Tensor:
     """The nearest images inside the box."""
     return tf.clip_by_value(images, self.low, self.high)
+
+
+def _decayed(
+  weight: float, decay: float, images: tf.Tensor, iteration: tf.Tensor, iterations: int
+) -> tf.Tensor:
+  progress = tf.cast(iteration, images.dtype) / iterations
+  return weight * tf.cast(decay, images.dtype) ** progress
+
+
+def _mean_per_lane(values: tf.Tensor) -> tf.Tensor:
+  return tf.reduce_mean(values, axis=(1, 2, 3, 4))

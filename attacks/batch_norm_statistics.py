@@ -1,0 +1,232 @@
+"""The statistics of BatchNorm: what a client's update says of them, and those of a simulation."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tff_shadow.errors import UserError
+from tff_shadow.models import batch_norm_layers, model_from_config
+from tff_shadow.observations import ClientObservation, ClientTraining, Observation
+
+# (mean, variance) of each layer; the variance is the biased one, that the layer normalises with.
+Statistics = list[tuple[tf.Tensor, tf.Tensor]]
+
+
+def observed_statistics(
+  observation: Observation, client: ClientObservation
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+  """Batch statistics of the client's local steps, from the change of its running ones.
+
+  A step with momentum m moves a running statistic s to m s + (1 - m) b, b that of the batch. After
+  T steps with equal b it is m^T s + (1 - m^T) b, which is solved for b; if they were not equal, b
+  is their mean weighted m^(T - 1 - k), k = 0..T - 1, the last step the most. Exact for one step, up
+  to rounding: what float32 lost of s comes back divided by 1 - m. Fused layers (four-dimensional
+  inputs) keep the unbiased variance, n / (n - 1) times that they normalise with, n the values per
+  channel; this is undone. A defence's noise is in the result; a variance below 0 becomes 0.
+
+  Args:
+    observation: Of the round.
+    client: One of its clients.
+
+  Returns:
+    (mean, variance) per BatchNorm layer that trains, float32, in the order of `batch_norm_layers`;
+    None if the client shared no statistics or sent no update, or the model has no such layer.
+
+  Raises:
+    UserError: If the observation does not hold together, or a layer's statistics cannot be had.
+  """
+  changes = client.update.non_trainable
+  if observation.batch_norm_sharing != 'aggregate' or not changes or client.dropped:
+    return None
+  sizes = _step_sizes(client, observation.client_training)
+  if not sizes:
+    return None
+  model = model_from_config(observation.model_config)
+  layers = _training_layers(model)
+  if not layers:
+    return None
+  for layer in layers:
+    if layer.renorm or layer.virtual_batch_size or not 0 <= layer.momentum < 1:
+      raise UserError(
+        f'model: BatchNorm layer {layer.name!r} keeps no plain running mean of its batches (renorm,'
+        ' virtual batches or momentum outside [0, 1)), so its statistics cannot be matched'
+      )
+  variables = model.non_trainable_variables
+  before = observation.global_weights.non_trainable
+  # Only floating-point ones are sent back; not the state of a random generator.
+  shared = [index for index, v in enumerate(variables) if v.dtype.is_floating]
+  if len(before) != len(variables) or len(changes) != len(shared):
+    raise UserError(
+      f'observation: {len(before)} non-trainable arrays in the global weights and {len(changes)} in'
+      f' the update of {client.client_id} for {len(variables)} variables of the model'
+    )
+  arrays = {
+    id(variables[index]): (np.asarray(before[index], np.float64), change)
+    for index, change in zip(shared, changes, strict=True)
+  }
+
+  def batch_statistic(variable: tf.Variable, momentum: float) -> np.ndarray:
+    start, change = arrays[id(variable)]
+    # (new - m^T old) / (1 - m^T), without the difference of two large numbers.
+    return start + change / (1 - momentum ** len(sizes))
+
+  statistics = []
+  for layer, values in zip(layers, _values_per_image(model, observation.image_shape), strict=True):
+    mean = batch_statistic(layer.moving_mean, layer.momentum)
+    variance = batch_statistic(layer.moving_variance, layer.momentum)
+    if layer.fused:
+      variance = variance / _bessel_factor(np.multiply(sizes, values), layer.momentum)
+    statistics.append((mean.astype(np.float32), np.maximum(variance, 0).astype(np.float32)))
+  return statistics
+
+
+def proxy_statistics(
+  model: tf.keras.Model, images: np.ndarray, batch_size: int | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Statistics of public images, for a client that keeps its own to itself.
+
+  Args:
+    model: With the global weights; not changed.
+    images: [N, H, W, C] in [0, 1], of the client's modality.
+    batch_size: Of the client: small batches have smaller variances, and normalising by them changes
+      what deeper layers see. Means over the batches are returned, without a shorter rest. One
+      batch of all images by default.
+
+  Returns:
+    (mean, variance) per layer, as `observed_statistics`.
+
+  Raises:
+    ValueError: If there are fewer images than a batch.
+  """
+  batch_size = batch_size or len(images)
+  if not 1 <= batch_size <= len(images):
+    raise ValueError(f'batch_size {batch_size} for {len(images)} images')
+  running = [variable.numpy() for variable in model.non_trainable_variables]
+  batches = []
+  try:
+    for start in range(0, len(images) - batch_size + 1, batch_size):
+      with collect_statistics(model) as statistics:
+        model(_as_input(model, images[start : start + batch_size]), training=True)
+      batches.append([(mean.numpy(), variance.numpy()) for mean, variance in statistics])
+  finally:
+    for variable, array in zip(model.non_trainable_variables, running, strict=True):
+      variable.assign(array)
+  return [
+    (np.mean([mean for mean, _ in layer], axis=0), np.mean([var for _, var in layer], axis=0))
+    for layer in zip(*batches, strict=True)
+  ]
+
+
+@contextlib.contextmanager
+def collect_statistics(model: tf.keras.Model) -> Iterator[Statistics]:
+  """Gives the batch statistics of one forward pass of `model` made inside the context.
+
+  Inside a `tf.function`, the context and every use of the tensors belong in the same function. No
+  other thread may call the model meanwhile.
+
+  Args:
+    model: Its layers may have had their `call` replaced.
+
+  Yields:
+    A list, filled when the context ends: the (mean, biased variance) of the inputs of every
+    BatchNorm layer that trains, in the order of `batch_norm_layers`; in float32 or better, of the
+    shape of the layer's running statistics, and differentiable.
+
+  Raises:
+    UserError: If the pass calls a layer more than once or not at all.
+  """
+  statistics: Statistics = []
+  with _inputs_of_layers(model) as inputs:
+    yield statistics
+  statistics += [
+    _moments(layer, tensor) for layer, tensor in zip(_training_layers(model), inputs, strict=True)
+  ]
+
+
+@contextlib.contextmanager
+def _inputs_of_layers(model: tf.keras.Model) -> Iterator[list[tf.Tensor]]:
+  """Gives the inputs of every BatchNorm layer that trains, once the context has ended."""
+  layers = _training_layers(model)
+  seen: dict[int, list[tf.Tensor]] = {id(layer): [] for layer in layers}
+  replaced: dict[int, Any] = {id(layer): vars(layer).get('call') for layer in layers}
+  inputs: list[tf.Tensor] = []
+  try:
+    for layer in layers:
+      layer.call = _recording(layer.call, seen[id(layer)])
+    yield inputs
+  finally:
+    for layer in layers:
+      if replaced[id(layer)] is None:
+        del layer.call
+      else:
+        layer.call = replaced[id(layer)]
+  for layer in layers:
+    calls = seen[id(layer)]
+    if len(calls) != 1:
+      raise UserError(
+        f'model: BatchNorm layer {layer.name!r} is called {len(calls)} times in a forward pass, so'
+        ' its statistics are not those of one batch and cannot be matched'
+      )
+    inputs.append(calls[0])
+
+
+def _recording(call: Callable[..., tf.Tensor], calls: list[tf.Tensor]) -> Callable[..., tf.Tensor]:
+  def recording_call(inputs: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
+    calls.append(inputs)
+    return call(inputs, *args, **kwargs)
+
+  return recording_call
+
+
+def _moments(
+  layer: tf.keras.layers.BatchNormalization, inputs: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+  # Not `tf.nn.moments`, whose stopped gradient drops a term of the second derivative.
+  if inputs.dtype in (tf.float16, tf.bfloat16):
+    inputs = tf.cast(inputs, tf.float32)
+  axes = [axis for axis in range(inputs.shape.rank) if axis not in layer.axis]
+  mean = tf.reduce_mean(inputs, axes, keepdims=True)
+  variance = tf.reduce_mean(tf.square(inputs - mean), axes)
+  shape = layer.moving_mean.shape
+  return tf.reshape(mean, shape), tf.reshape(variance, shape)
+
+
+def _training_layers(model: tf.keras.Model) -> list[tf.keras.layers.BatchNormalization]:
+  """A frozen layer ignores the batch, and its running statistics stay."""
+  return [layer for layer in batch_norm_layers(model) if layer.trainable]
+
+
+def _values_per_image(model: tf.keras.Model, image_shape: tuple[int, int, int]) -> list[int]:
+  """How many values of a channel one image adds to each layer's mean."""
+  with _inputs_of_layers(model) as inputs:
+    model(_as_input(model, np.zeros((1, *image_shape))), training=True)
+  return [
+    int(np.prod([n for axis, n in enumerate(tensor.shape) if axis not in layer.axis]))
+    for layer, tensor in zip(_training_layers(model), inputs, strict=True)
+  ]
+
+
+def _as_input(model: tf.keras.Model, images: np.ndarray) -> tf.Tensor:
+  return tf.cast(images, model.inputs[0].dtype)
+
+
+def _step_sizes(client: ClientObservation, training: ClientTraining) -> list[int]:
+  """Images in each local step (`tff_shadow.data.local_training_order`)."""
+  if client.num_steps < 1 or client.num_images < 1:
+    return []
+  full = training.batch_size
+  total = min(client.num_images * training.local_epochs, client.num_steps * full)
+  last = total - (client.num_steps - 1) * full
+  if not 1 <= last <= full:
+    # Steps that do not follow this order: each took what it could.
+    return [min(full, client.num_images)] * client.num_steps
+  return [full] * (client.num_steps - 1) + [last]
+
+
+def _bessel_factor(values: np.ndarray, momentum: float) -> float:
+  """Of the variance: n / (n - 1), averaged over steps as the running variance averages them."""
+  weights = momentum ** np.arange(len(values))[::-1].astype(np.float64)
+  return float(np.average(values / np.maximum(values - 1, 1), weights=weights))
