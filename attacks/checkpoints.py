@@ -74,7 +74,8 @@ class Checkpoint:
     """
     flat = tf.nest.flatten(like)
     if len(flat) != len(self.tensors) or any(
-      tensor.size != array.size for tensor, array in zip(flat, self.tensors, strict=False)
+      int(np.prod(tensor.shape)) != array.size
+      for tensor, array in zip(flat, self.tensors, strict=False)
     ):
       raise UserError('the checkpoint is of an attack with other settings; delete it to start over')
     # The file holds scalars as vectors of one.

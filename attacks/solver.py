@@ -207,7 +207,7 @@ class Solver:
       own, target = lane
       with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(own)
-        loss, penalty = self._lane_loss(own, target, evidence, iteration)
+        loss, penalty = self.lane_loss(own, target, evidence, iteration)
         objective = loss + penalty
       return loss, tape.gradient(objective, own, unconnected_gradients='zero')
 
@@ -224,8 +224,16 @@ class Solver:
       parallel_iterations=self._config.lanes,
     )
 
-  def _lane_loss(self, own, target, evidence, iteration):
-    """Matching loss and statistics' prior of one lane."""
+  def lane_loss(self, own, target, evidence: Evidence, iteration) -> tuple[tf.Tensor, tf.Tensor]:
+    """Matching loss and statistics' prior of one lane, two scalars.
+
+    Args:
+      own: 'images' [B, H, W, C], and what else of the lane is optimised: 'labels', logits
+        [B, classes], and 'position', a scalar.
+      target: Index of the lane's target in `evidence`.
+      evidence: Of all targets.
+      iteration: From 0.
+    """
     config = self._config
     images = own[_IMAGES]
     labels = tf.nn.softmax(own[_LABELS]) if _LABELS in own else evidence.labels[target]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from attacks.config import AttackConfig
 from attacks.initialization import MeanImageStart
+from attacks.local_steps import local_steps
 from tff_shadow.observations import ClientObservation, Observation
 
 
@@ -33,13 +34,25 @@ def threat_model(
   return facts
 
 
-def warnings(clients: Sequence[ClientObservation]) -> list[str]:
+def warnings(
+  observation: Observation, clients: Sequence[ClientObservation], config: AttackConfig
+) -> list[str]:
   """Where the simulation is less than exact, one line a kind."""
-  several = [client.client_id for client in clients if client.num_steps > 1]
-  if not several:
+  several = [client for client in clients if client.num_steps > 1]
+  if config.simulation == 'between':
+    if not several:
+      return []
+    return [
+      f'{len(several)} of {len(clients)} clients took more than one local step'
+      f' ({several[0].client_id} among them): one gradient between their old and new weights stands'
+      ' for all steps, which is not exact'
+    ]
+  training = observation.client_training
+  guessed = [client for client in several if not local_steps(client, training).is_exact]
+  if not guessed:
     return []
   return [
-    f'{len(several)} of {len(clients)} clients took more than one local step'
-    f' ({several[0]} among them): their mean gradient over the steps is matched as if it were one'
-    ' step on all their images, which is not exact'
+    f'{len(guessed)} of {len(clients)} clients went through their images more than once'
+    f' ({guessed[0].client_id} among them): the order of the first time is taken for all, which the'
+    ' server cannot know'
   ]

@@ -6,6 +6,7 @@ import pytest
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.results import read_results, write_results
+from attacks.targets import AGGREGATE
 from attacks.threat_model import threat_model, warnings
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.errors import UserError
@@ -58,33 +59,115 @@ def test_control_does_not_look_at_the_update(observation):
 
 
 class _StopAt:
-  """Raises KeyboardInterrupt as Ctrl-C would, at the first report past a point."""
+  """Raises KeyboardInterrupt as Ctrl-C would, at the first report past so many steps."""
 
-  def __init__(self, restart, iteration):
-    self.point = (restart, iteration)
+  def __init__(self, done):
+    self.done = done
 
   def __call__(self, progress):
-    if (progress.restart, progress.iteration) >= self.point:
+    if progress.done >= self.done:
       raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize('point', [(0, 1), (1, 5)], ids=['first restart', 'second restart'])
-def test_resumed_attack_gives_the_same_bits(observation, tmp_path, point):
-  whole = attack_observation(observation, _SHORT, ['client_00'])[0]
+@pytest.mark.parametrize(
+  ('lanes', 'done'), [(16, 10), (1, 1), (1, 65)], ids=['together', 'first turn', 'second turn']
+)
+@pytest.mark.parametrize('settings', [{}, {'joint_labels': True, 'langevin': 0.01}])
+def test_resumed_attack_gives_the_same_bits(observation, tmp_path, lanes, done, settings):
+  config = dataclasses.replace(_SHORT, lanes=lanes, **settings)
+  whole = attack_observation(observation, config, ['client_00'])[0]
   path = tmp_path / 'checkpoint.safetensors'
   with pytest.raises(KeyboardInterrupt):
     attack_observation(
-      observation, _SHORT, ['client_00'], checkpoint_path=path, progress=_StopAt(*point)
+      observation, config, ['client_00'], checkpoint_path=path, progress=_StopAt(done)
     )
   assert path.exists()
   reports = []
   resumed = attack_observation(
-    observation, _SHORT, ['client_00'], checkpoint_path=path, progress=reports.append
+    observation, config, ['client_00'], checkpoint_path=path, progress=reports.append
   )[0]
-  assert (reports[0].restart, reports[0].iteration) > point
+  assert reports[0].done > done
   np.testing.assert_array_equal(whole.reconstructions['attack'], resumed.reconstructions['attack'])
   assert whole.restart_losses == resumed.restart_losses
   assert not path.exists()
+
+
+def test_lanes_do_not_know_of_each_other(observation):
+  together = attack_observation(observation, _SHORT)
+  alone = attack_observation(observation, dataclasses.replace(_SHORT, lanes=1))
+  for a, b in zip(together, alone, strict=True):
+    np.testing.assert_allclose(a.restart_losses, b.restart_losses, rtol=1e-3)
+    for name, images in a.reconstructions.items():
+      np.testing.assert_allclose(images, b.reconstructions[name], atol=0.02)
+
+
+def test_one_diverged_lane_leaves_the_others_alone(observation):
+  client = observation.clients[0]
+  huge = WeightArrays(tuple(array * 1e30 for array in client.update.trainable))
+  broken = dataclasses.replace(
+    observation, clients=(dataclasses.replace(client, update=huge), observation.clients[1])
+  )
+  (_, healthy), (_, expected) = (attack_observation(o, _SHORT) for o in (broken, observation))
+  np.testing.assert_array_equal(
+    healthy.reconstructions['attack'], expected.reconstructions['attack']
+  )
+
+
+def test_several_local_steps_are_simulated_exactly(observation):
+  images = smooth_images(2, seed=3)
+  several = play_round(
+    small_model(num_classes=5), [(images, [3, 1])], steps=4, learning_rate=0.3, momentum=0.5
+  )
+  results = {
+    steps: attack_observation(
+      several,
+      AttackConfig(iterations=200, xla='off', simulation=steps),
+      labels={'client_00': [3, 1]},
+    )[0]
+    for steps in ('exact', 'between')
+  }
+  quality = {
+    steps: np.mean([psnr(a, b) for a, b in zip(r.reconstructions['attack'], images, strict=True)])
+    for steps, r in results.items()
+  }
+  assert quality['exact'] > 20
+  assert results['exact'].loss < 0.3 * results['between'].loss
+  assert quality['between'] > psnr(results['exact'].reconstructions['mean_image'], images)
+
+
+def test_several_rounds_are_attacked_jointly():
+  images = smooth_images(1, seed=5)
+  rounds = [play_round(small_model(seed=seed), [(images, [1])]) for seed in (0, 1, 2)]
+  noisy = []
+  for k, seen in enumerate(rounds):
+    rng = np.random.default_rng(k)
+    client = seen.clients[0]
+    arrays = client.update.trainable
+    size = np.sqrt(sum((a**2).sum() for a in arrays) / sum(a.size for a in arrays))
+    update = WeightArrays(
+      tuple((a + 0.5 * size * rng.standard_normal(a.shape)).astype(np.float32) for a in arrays)
+    )
+    noisy.append(dataclasses.replace(seen, clients=(dataclasses.replace(client, update=update),)))
+  config = AttackConfig(iterations=200, xla='off')
+  alone = attack_observation(noisy[0], config)[0].reconstructions['attack']
+  jointly = attack_observation(noisy, config)[0].reconstructions['attack']
+  assert psnr(jointly, images) > psnr(alone, images) + 2
+  other = play_round(small_model(), [(smooth_images(2), [0, 1])])
+  with pytest.raises(UserError, match='only rounds on the same images'):
+    attack_observation([rounds[0], other], config)
+
+
+def test_the_mean_of_all_clients_is_attacked_as_one_batch():
+  images = smooth_images(2, seed=3)
+  model = small_model(num_classes=5)
+  apart = play_round(model, [(images[:1], [3]), (images[1:], [1])])
+  together = play_round(model, [(images, [3, 1])])
+  for a, b in zip(apart.aggregate.trainable, together.clients[0].update.trainable, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  result = attack_observation(apart, AttackConfig(iterations=300, xla='off'), [AGGREGATE])[0]
+  found = result.reconstructions['attack']
+  assert result.labels == (1, 3)
+  assert np.mean([psnr(found[0], images[1]), psnr(found[1], images[0])]) > 20
 
 
 def test_damaged_checkpoint_is_named(observation, tmp_path):
@@ -99,7 +182,7 @@ def test_damaged_checkpoint_is_named(observation, tmp_path):
   [
     (lambda a: a * 0, 'all zeros'),
     (lambda a: a * np.nan, 'not finite'),
-    (lambda a: a * 1e30, 'loss became'),
+    (lambda a: a * 1e30, 'stopped being finite'),
   ],
   ids=['zero', 'nan', 'overflow'],
 )
@@ -146,11 +229,20 @@ def test_a_batch_is_recovered_as_a_set():
 def test_threat_model_and_warnings_follow_what_is_used(observation):
   inferred = ' '.join(threat_model(observation, _SHORT, labels_known=False))
   told = ' '.join(threat_model(observation, _SHORT, labels_known=True))
+  between = dataclasses.replace(_SHORT, simulation='between')
   assert 'infers the labels' in inferred
   assert 'told the labels' in told
-  assert warnings(observation.clients) == []
+  assert warnings(observation, observation.clients, _SHORT) == []
   several = play_round(small_model(), [(smooth_images(2), [0, 1])], steps=2)
-  assert 'not exact' in warnings(several.clients)[0]
+  assert warnings(several, several.clients, _SHORT) == []
+  assert 'not exact' in warnings(several, several.clients, between)[0]
+  training = dataclasses.replace(several.client_training, batch_size=1, local_epochs=2)
+  shuffled = dataclasses.replace(
+    several,
+    client_training=training,
+    clients=tuple(dataclasses.replace(client, num_steps=4) for client in several.clients),
+  )
+  assert 'order' in warnings(shuffled, shuffled.clients, _SHORT)[0]
 
 
 def test_unknown_target(observation):

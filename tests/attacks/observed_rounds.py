@@ -83,12 +83,22 @@ def play_round(
     model_name='small',
     model_config=config,
     batch_norm_sharing=batch_norm_sharing,
-    client_training=ClientTraining('sgd', learning_rate, momentum, 8, 1, None),
+    client_training=ClientTraining(
+      'sgd', learning_rate, momentum, max(len(images) for images, _ in clients), steps, None
+    ),
     defense={'name': 'none'},
     global_weights=WeightArrays(tuple(start), tuple(statistics)),
     clients=tuple(observed),
-    aggregate=observed[0].update,
+    aggregate=_mean(observed),
     public_mean_image=smooth_images(16, image_shape, seed=99).mean(axis=0),
+  )
+
+
+def _mean(clients: list[ClientObservation]) -> WeightArrays:
+  weights = np.array([client.weight for client in clients]) / sum(c.weight for c in clients)
+  arrays = zip(*(client.update.trainable for client in clients), strict=True)
+  return WeightArrays(
+    tuple(np.tensordot(weights, np.stack(own), 1).astype(np.float32) for own in arrays)
   )
 
 

@@ -5,10 +5,11 @@ import pytest
 import tensorflow as tf
 
 from attacks.config import AttackConfig
+from attacks.local_steps import LocalSteps
 from attacks.matching import CosineMatching, SquaredMatching
 from attacks.rectifiers import ExactRectifier, SurrogateRectifier, surrogate_relu
 from attacks.simulator import ClientSimulator
-from attacks.solver import Solver
+from attacks.solver import Evidence, Solver
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.errors import UserError
 
@@ -25,8 +26,17 @@ def _loss_and_gradient(solver, images, labels, observed):
   images = tf.constant(images)
   with tf.GradientTape() as tape:
     tape.watch(images)
-    loss = solver.matching_loss(images, labels, observed)
+    loss, _ = solver.lane_loss({'images': images}, 0, _evidence(labels, observed), tf.constant(0))
   return float(loss), tape.gradient(loss, images).numpy()
+
+
+def _evidence(labels, observed):
+  gradients = (tuple(tensor[None] for tensor in observed),)
+  return Evidence(tf.zeros([1], tf.int32), labels[None], gradients, (), tf.zeros([1, 2], tf.int32))
+
+
+def _solver(simulator, config):
+  return Solver([simulator], [LocalSteps(((0, 1),), True)], config, matching=True)
 
 
 @pytest.mark.parametrize('matching', [CosineMatching(), CosineMatching(0.5), SquaredMatching()])
@@ -36,7 +46,7 @@ def _loss_and_gradient(solver, images, labels, observed):
 def test_gradient_of_the_matching_loss_equals_differences(matching, model):
   simulator, truth, labels, observation = _problem(**model)
   config = AttackConfig(matching=matching, rectifier=ExactRectifier(), dtype='float64')
-  solver = Solver(simulator, config, matching=True)
+  solver = _solver(simulator, config)
   observed = simulator.observed_gradient(observation.clients[0])
   rng = np.random.default_rng(1)
   images = rng.uniform(0.2, 0.8, truth.shape)
@@ -54,7 +64,7 @@ def test_gradient_of_the_matching_loss_equals_differences(matching, model):
 @pytest.mark.parametrize('matching', [CosineMatching(), CosineMatching(0.5), SquaredMatching()])
 def test_loss_is_zero_at_the_truth_and_moves_with_the_image(matching):
   simulator, truth, labels, observation = _problem()
-  solver = Solver(simulator, AttackConfig(matching=matching, dtype='float64'), matching=True)
+  solver = _solver(simulator, AttackConfig(matching=matching, dtype='float64'))
   observed = simulator.observed_gradient(observation.clients[0])
   at_truth = _loss_and_gradient(solver, truth, labels, observed)[0]
   near = _loss_and_gradient(solver, np.clip(truth + 0.02, 0, 1), labels, observed)[0]
@@ -69,7 +79,7 @@ def test_surrogate_changes_the_derivative_but_not_the_loss():
   images = np.clip(truth + 0.1, 0, 1)
   exact, surrogate = (
     _loss_and_gradient(
-      Solver(simulator, AttackConfig(rectifier=rectifier, dtype='float64'), matching=True),
+      _solver(simulator, AttackConfig(rectifier=rectifier, dtype='float64')),
       images,
       labels,
       observed,
