@@ -1,6 +1,8 @@
 """Builds report.html and summary.json from one or several run directories.
 
 tff-shadow-report --run_dir=runs/retina --run_dir=runs/chest --output_dir=runs/report
+
+LPIPS is measured where its weights are given: `attacks.scoring.lpips` says how to make the file.
 """
 
 import pathlib
@@ -25,6 +27,21 @@ _MAX_IMAGES = flags.DEFINE_integer(
   lower_bound=1,
 )
 _TITLE = flags.DEFINE_string('title', 'Gradient inversion report', "The page's title.")
+_LPIPS_WEIGHTS = flags.DEFINE_string(
+  'lpips_weights', None, 'Safetensors file with the weights of LPIPS; without it, no LPIPS.'
+)
+_LPIPS_NET = flags.DEFINE_enum(
+  'lpips_net',
+  None,
+  ['alex', 'vgg'],
+  'Network of --lpips_weights: alex, the default, for images from 31 px; vgg from 16 px.',
+)
+_GALLERY = flags.DEFINE_string(
+  'gallery',
+  None,
+  'Images that originals are picked out of, besides all attacked ones: "run" for all images of '
+  "the run's truth files, or another directory of truth files.",
+)
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a report that is already there.')
 
 
@@ -32,7 +49,8 @@ def main() -> None:
   """Scores every attack, writes its scores.csv, the page and the summary; prints the findings."""
   output_dir = _output_dir()
   page.check_free(output_dir, _OVERWRITE.value)
-  runs = [reading.read_run(directory) for directory in _RUN_DIRS.value]
+  measures = reading.Measures(_lpips(), _GALLERY.value)
+  runs = [reading.read_run(directory, measures) for directory in _RUN_DIRS.value]
   for scored in runs:
     for attack in scored.attacks:
       path = scored.directory / 'attacks' / attack.result.name / 'scores.csv'
@@ -47,6 +65,16 @@ def main() -> None:
 def run() -> None:
   """The entry point of tff-shadow-report."""
   command.run(main)
+
+
+def _lpips():
+  if _LPIPS_WEIGHTS.value is None:
+    if _LPIPS_NET.value is not None:
+      raise UserError('--lpips_net needs --lpips_weights, the file with the weights')
+    return None
+  from attacks.scoring.lpips import load_lpips  # Imports TensorFlow.
+
+  return load_lpips(_LPIPS_WEIGHTS.value, _LPIPS_NET.value or 'alex')
 
 
 def _output_dir() -> pathlib.Path:

@@ -6,6 +6,7 @@ from typing import Any
 from attacks.report.reading import Run, ScoredAttack, Training
 from attacks.scoring import gate, results
 from attacks.scoring.identification import Identification
+from attacks.scoring.label_accuracy import LabelAccuracy, matched_labels, multiset_labels
 from attacks.scoring.metrics import METRIC_NAMES
 from attacks.scoring.scores import SETS, ImageScore
 from attacks.scoring.statistics import CONFIDENCE, Interval, mean_interval
@@ -207,9 +208,14 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
   empty_regions: Images without region metrics.
   leaked_images: As `leaked_images`.
   labels_inferred: {'correct', 'of'}; null where the attack was told the labels.
+  label_accuracy: {'matched', 'multiset'} -> {'correct', 'of', 'share'}, of
+    `attacks.scoring.label_accuracy`; null where no label was inferred.
   metrics: {'attack', 'prior_only', 'mean_image'} -> metric (a field of `Quality`) -> interval over
-    the images that have it.
-  identified: The fields of `Identification`.
+    the images that have it; the attack also has 'rdlv'.
+  lpips: {'net', 'weights_sha256'}; null where LPIPS was not measured.
+  identified: The fields of `Identification`, by correlation.
+  identified_by_lpips: Likewise by LPIPS; null where it was not measured. No verdict rests on it.
+  gallery: Of `Measures`.
   better_control: The control with the higher mean PSNR.
   margin: {'psnr', 'region_psnr', 'ssim', 'region_ssim'} -> interval of attack minus better control
     (by the mean of that metric), where an image without a result counts as 0.
@@ -221,9 +227,7 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
   """
   config, scores = attack.result.config, attack.scores
   finding = find(scores, attack.identification, config)
-  inferred = [
-    row.label_inferred_correct for row in scores if row.label_inferred_correct is not None
-  ]
+  inferred, lpips = matched_labels(scores), run.measures.lpips
   return {
     'run': run.name,
     'attack': attack.result.name,
@@ -236,12 +240,13 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
     'unmatched': sum(row.status == 'unmatched' for row in scores),
     'empty_regions': sum(row.region_is_empty for row in scores),
     'leaked_images': leaked_images(scores),
-    'labels_inferred': {'correct': sum(inferred), 'of': len(inferred)} if inferred else None,
-    'metrics': {
-      set_name: {name: _as_json(_mean_of(scores, set_name, name)) for name in METRIC_NAMES}
-      for set_name in SETS
-    },
-    'identified': dataclasses.asdict(attack.identification),
+    'labels_inferred': dataclasses.asdict(inferred) if inferred.of else None,
+    'label_accuracy': _label_accuracy(inferred, multiset_labels(attack.result)),
+    'metrics': {set_name: _means(scores, set_name) for set_name in SETS},
+    'lpips': None if lpips is None else {'net': lpips.net, 'weights_sha256': lpips.digest},
+    'identified': _identified(attack.identification),
+    'identified_by_lpips': _identified(attack.identification_by_lpips),
+    'gallery': run.measures.gallery,
     'better_control': gate.better_control(scores),
     'margin': {name: _as_json(mean_interval(gate.margins(scores, name))) for name in NEGLIGIBLE},
     'margin_per_image_control': _as_json(mean_interval(gate.margins(scores, per_image=True))),
@@ -255,6 +260,31 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
     'threat_model': config['threat_model'],
     'seconds': sum(target.record.get('seconds') or 0 for target in attack.result.targets),
     'training': None if run.training is None else _last_values(run.training),
+  }
+
+
+def _means(scores: list[ImageScore], set_name: str) -> dict[str, Any]:
+  means = {name: _as_json(_mean_of(scores, set_name, name)) for name in METRIC_NAMES}
+  if set_name == results.ATTACK:
+    known = [row.rdlv for row in scores if row.rdlv is not None]
+    means['rdlv'] = _as_json(mean_interval(known))
+  return means
+
+
+def _identified(identification: Identification | None) -> dict[str, Any] | None:
+  if identification is None:
+    return None
+  fields = dataclasses.asdict(identification)
+  # JSON has no tuples, and the summary is what is read back from its file.
+  return {**fields, 'precisions': list(fields['precisions'])}
+
+
+def _label_accuracy(matched: LabelAccuracy, multiset: LabelAccuracy) -> dict[str, Any] | None:
+  if not matched.of and not multiset.of:
+    return None
+  return {
+    name: {**dataclasses.asdict(accuracy), 'share': accuracy.share}
+    for name, accuracy in (('matched', matched), ('multiset', multiset))
   }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from attacks.report import findings, pictures
 from attacks.report.reading import Run, ScoredAttack
 from attacks.scoring import gate, results
-from attacks.scoring.metrics import PSNR_CAP_DB, Quality
+from attacks.scoring.metrics import MIN_PRIOR_SSIM, PSNR_CAP_DB, Quality
 from attacks.scoring.scores import ImageScore
 from tff_shadow.errors import UserError
 
@@ -100,10 +100,12 @@ def render(runs: list[Run], summary: dict[str, Any], max_images: int) -> str:
     verdict_words=findings.VERDICT_WORDS,
     defense_words=findings.defense_words,
     control_words=findings.CONTROL_WORDS,
+    share=share_words,
     error_scale=pictures.error_scale_uri(),
     error_range=pictures.ERROR_RANGE,
     error_colormap=pictures.ERROR_COLORMAP,
     psnr_cap=PSNR_CAP_DB,
+    min_prior_ssim=MIN_PRIOR_SSIM,
     clear_gain=gate.GATE_MEAN_DB,
     clear_low=gate.GATE_LOW_DB,
     negligible=findings.NEGLIGIBLE,
@@ -205,12 +207,21 @@ def _pretty(value: Any) -> str:
 
 
 def quality_words(quality: Quality | None) -> str:
-  """'PSNR 26.3 dB, SSIM 0.91', or a dash where there is nothing to measure."""
-  return '–' if quality is None else f'PSNR {quality.psnr:.1f} dB, SSIM {quality.ssim:.2f}'
+  """'PSNR 26.3 dB, SSIM 0.91, LPIPS 0.12', or a dash where there is nothing to measure."""
+  if quality is None:
+    return '–'
+  lpips = '' if quality.lpips is None else f', LPIPS {quality.lpips:.2f}'
+  return f'PSNR {quality.psnr:.1f} dB, SSIM {quality.ssim:.2f}{lpips}'
 
 
 def region_words(quality: Quality | None) -> str:
-  """'region 25.1 dB, 0.88', or nothing where there is no region to measure."""
+  """'region 25.1 dB, 0.88, 0.15', or nothing where there is no region to measure."""
   if quality is None or quality.region_psnr is None:
     return ''
-  return f'region {quality.region_psnr:.1f} dB, {quality.region_ssim:.2f}'
+  lpips = '' if quality.region_lpips is None else f', {quality.region_lpips:.2f}'
+  return f'region {quality.region_psnr:.1f} dB, {quality.region_ssim:.2f}{lpips}'
+
+
+def share_words(correct: int, of: int) -> str:
+  """'14 of 16 (88 %)', or a dash where there is nothing to count."""
+  return f'{correct} of {of} ({correct / of:.0%})'.replace('%', ' %') if of else '–'

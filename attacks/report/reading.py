@@ -4,20 +4,51 @@ import csv
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from attacks.scoring import results, scores
+from attacks.scoring.gallery import check_gallery, read_gallery
 from attacks.scoring.identification import Identification, identify
 from tff_shadow.errors import UserError
+
+if TYPE_CHECKING:  # A report without LPIPS need not wait for TensorFlow.
+  from attacks.scoring.lpips import Lpips
+
+# The gallery that every run has: its own truth files.
+RUN_GALLERY = 'run'
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+  """What is measured beyond what needs nothing but the run.
+
+  Attributes:
+    lpips: The perceptual metric; None for none.
+    gallery: Whose images originals are picked out of, besides all attacked ones: `RUN_GALLERY` for
+      the truth files of each run, or another directory of truth files; None for no others.
+  """
+
+  lpips: 'Lpips | None' = None
+  gallery: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredAttack:
-  """An attack, the score of every image it was after, and whether they can be told apart."""
+  """An attack, the score of every image it was after, and whether they can be told apart.
+
+  Attributes:
+    result: The attack.
+    scores: One for every image.
+    identification: By correlation.
+    identification_by_lpips: By LPIPS; None without it.
+  """
 
   result: results.AttackResult
   scores: list[scores.ImageScore]
   identification: Identification
+  identification_by_lpips: Identification | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +72,7 @@ class Run:
   config: dict[str, Any] | None
   training: Training | None
   attacks: tuple[ScoredAttack, ...]
+  measures: Measures = dataclasses.field(default_factory=Measures)
 
   @property
   def name(self) -> str:
@@ -48,30 +80,48 @@ class Run:
     return self.directory.resolve().name
 
 
-def read_run(directory: str | pathlib.Path) -> Run:
+def read_run(directory: str | pathlib.Path, measures: Measures | None = None) -> Run:
   """Reads and scores every attack under RUN/attacks.
 
   Raises:
-    UserError: If there is no attack, or a file is missing, damaged or of another version.
+    UserError: If there is no attack, a file is missing, damaged or of another version, or the
+      images do not suit `measures`.
   """
+  measures = measures or Measures()
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     raise UserError(f'--run_dir={directory}: directory not found')
   names = sorted(path.name for path in (directory / 'attacks').glob('*/') if path.is_dir())
   if not names:
     raise UserError(f'--run_dir={directory}: no attack under {directory / "attacks"}; attack first')
-  attacks = []
-  for name in names:
-    result = results.load_attack(directory, name)
-    rows = scores.score(result)
-    attacks.append(ScoredAttack(result, rows, identify(result, rows)))
+  distractors = _gallery(directory, measures.gallery)
+  attacks = [_score(results.load_attack(directory, name), distractors, measures) for name in names]
   config_path, metrics_path = directory / 'config.json', directory / 'metrics.csv'
   return Run(
     directory,
     results.read_json(config_path) if config_path.exists() else None,
     read_training(metrics_path) if metrics_path.exists() else None,
     tuple(attacks),
+    measures,
   )
+
+
+def _gallery(directory: pathlib.Path, gallery: str | None) -> list[np.ndarray]:
+  if gallery is None:
+    return []
+  return read_gallery(directory / 'truth' if gallery == RUN_GALLERY else gallery)
+
+
+def _score(
+  result: results.AttackResult, distractors: list[np.ndarray], measures: Measures
+) -> ScoredAttack:
+  if measures.gallery is not None:
+    check_gallery(result, distractors, measures.gallery)
+  rows = scores.score(result, measures.lpips)
+  by_lpips = None
+  if measures.lpips is not None:
+    by_lpips = identify(result, rows, distractors, measures.lpips.pairwise)
+  return ScoredAttack(result, rows, identify(result, rows, distractors), by_lpips)
 
 
 def read_training(path: pathlib.Path) -> Training | None:

@@ -1,14 +1,16 @@
-"""Whether an original can be told from the other originals by its reconstruction.
+"""Whether an original can be told from other images by its reconstruction.
 
 PSNR and SSIM punish noise, while an eye, or a denoiser, sees through it: a picture may be plain to
 see and still be further from the original than a flat grey image. So each reconstruction is also
-used to pick its original out of all attacked originals, by Pearson correlation, which noise without
-structure does not change on average (compare image identifiability precision, Yin et al.,
-"See through gradients: image batch recovery via GradInversion", CVPR 2021).
+used to pick its original out of a gallery: image identifiability precision, IIP-k, the share of
+reconstructions whose own original is among the k images of the gallery nearest to them (H. Yin et
+al., "See through gradients: image batch recovery via GradInversion", CVPR 2021, section 4.4). The
+distance is Pearson correlation, which noise without structure does not change on average, or LPIPS.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -16,18 +18,45 @@ from scipy import stats
 from attacks.scoring import results
 from attacks.scoring.scores import ImageScore
 
+# Sizes of the short list.
+KS = (1, 3, 5)
+CONTROL = 'prior_only'
+# Distances closer than rounding are a tie, and a tie is no identification.
+_TIE = 1e-6
+
+# From images [N, H, W, C] and a gallery [M, H, W, C] to distances [N, M]; a row of NaN identifies
+# nothing.
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+  """IIP-k.
+
+  Attributes:
+    k: Length of the short list.
+    correct: Reconstructions of the attack with their own original on it.
+    control_correct: As `correct`, with the prior-only control in place of the attack.
+  """
+
+  k: int
+  correct: int
+  control_correct: int
+
 
 @dataclasses.dataclass(frozen=True)
 class Identification:
   """How many originals were picked out rightly.
 
   Attributes:
-    correct: Reconstructions whose own original correlates most with them.
+    correct: Reconstructions whose own original is nearer to them than any other of the gallery.
     of: Reconstructions.
-    choices: Originals to pick from.
+    choices: Images to pick from, each counted once however often it is there.
     control_correct: As `correct`, with the prior-only control in place of the attack.
     p_value: One-sided binomial test of `correct` against the larger of the control's rate and
       1 / `choices`; 1 where there is nothing to test.
+    control_of: Reconstructions of the control.
+    precisions: IIP-k for each of `KS`; the first repeats `correct`.
   """
 
   correct: int
@@ -35,40 +64,132 @@ class Identification:
   choices: int
   control_correct: int
   p_value: float
+  control_of: int = 0
+  precisions: tuple[Precision, ...] = ()
 
 
-def identify(attack: results.AttackResult, scores: Sequence[ImageScore]) -> Identification:
-  """Picks originals by the reconstructions of `attack`, matched as in `scores`."""
-  truths = [image for target in attack.targets for image in target.images]
-  attacked = _hits(attack, scores, results.ATTACK, truths)
-  control = _hits(attack, scores, 'prior_only', truths)
-  chance = max(1 / len(truths), sum(control) / len(control) if control else 0.0)
-  p_value = 1.0
-  if attacked:
-    test = stats.binomtest(sum(attacked), len(attacked), chance, alternative='greater')
-    p_value = float(test.pvalue)
-  return Identification(sum(attacked), len(attacked), len(truths), sum(control), p_value)
+def correlation_distance(images: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+  """One minus Pearson correlation over pixels and channels, [N, M] in [0, 2]; NaN for flat images.
+
+  An image of the gallery that is flat correlates with nothing, so its distance is 1.
+  """
+  rows = np.array([_standardised(image) for image in images])
+  columns = [rows @ _standardised(image) for image in gallery]
+  distances = 1 - np.array(columns).reshape(len(gallery), len(images)).T
+  distances[~rows.any(axis=1)] = np.nan
+  return distances
 
 
-def _hits(
+def identify(
   attack: results.AttackResult,
   scores: Sequence[ImageScore],
-  set_name: str,
-  truths: list[np.ndarray],
-) -> list[bool]:
-  """Whether each reconstruction's own original is the one it correlates with most."""
-  reconstructions = {target.name: target.reconstructions for target in attack.targets}
-  hits = []
-  for own, row in enumerate(scores):
-    if set_name not in row.matches:
+  distractors: Sequence[np.ndarray] = (),
+  distance: Distance = correlation_distance,
+) -> Identification:
+  """Picks originals by the reconstructions of `attack`, matched as in `scores`.
+
+  Args:
+    attack: The attack.
+    scores: Its scores, a row for every original.
+    distractors: Images [H, W, C] to pick from besides all attacked originals.
+    distance: See `Distance`.
+  """
+  choices = len(_gallery(attack, distractors))
+  ranks = original_ranks(attack, scores, distractors, distance)
+  attacked, control = (
+    [rank for rank in ranks[set_name] if rank is not None] for set_name in (results.ATTACK, CONTROL)
+  )
+  precisions = tuple(
+    Precision(k, sum(rank <= k for rank in attacked), sum(rank <= k for rank in control))
+    for k in KS
+  )
+  first = precisions[0]
+  chance = max(1 / choices, first.control_correct / len(control) if control else 0.0)
+  p_value = 1.0
+  if attacked:
+    test = stats.binomtest(first.correct, len(attacked), chance, alternative='greater')
+    p_value = float(test.pvalue)
+  return Identification(
+    correct=first.correct,
+    of=len(attacked),
+    choices=choices,
+    control_correct=first.control_correct,
+    p_value=p_value,
+    control_of=len(control),
+    precisions=precisions,
+  )
+
+
+def original_ranks(
+  attack: results.AttackResult,
+  scores: Sequence[ImageScore],
+  distractors: Sequence[np.ndarray] = (),
+  distance: Distance = correlation_distance,
+) -> dict[str, list[int | None]]:
+  """Place of each original, from 1, in the gallery sorted by distance from its reconstruction.
+
+  Images as near as the original go before it: a tie is no identification. Exact copies of the
+  original do not count, whichever of them is picked shows the same; nor do images of another size.
+  An image that looks like nothing (`Distance`) has its original behind all others.
+
+  Returns:
+    For the attack and for `CONTROL` one rank for each of `scores`; None where that set has no
+    usable image.
+  """
+  originals = _originals(attack)
+  gallery = _gallery(attack, distractors)
+  made = {target.name: target.reconstructions for target in attack.targets}
+  ranks: dict[str, list[int | None]] = {
+    set_name: [None] * len(scores) for set_name in (results.ATTACK, CONTROL)
+  }
+  for shape in {image.shape for image in originals}:
+    candidates = {key: image for key, image in gallery.items() if image.shape == shape}
+    columns = {key: column for column, key in enumerate(candidates)}
+    # Both sets at once: features of the gallery cost most.
+    asked = [
+      (set_name, place)
+      for set_name in ranks
+      for place, row in enumerate(scores)
+      if set_name in row.matches and originals[place].shape == shape
+    ]
+    if not asked:
       continue
-    image = _standardised(reconstructions[row.target][set_name][row.matches[set_name]])
-    # Originals of another size are no candidates.
-    candidates = [index for index, truth in enumerate(truths) if truth.size == image.size]
-    similarity = {index: float(image @ _standardised(truths[index])) for index in candidates}
-    # An original that is there twice is found whichever copy is picked; a flat image finds none.
-    hits.append(similarity[own] > 0 and similarity[own] >= max(similarity.values()) - 1e-9)
-  return hits
+    images = [
+      made[scores[place].target][set_name][scores[place].matches[set_name]]
+      for set_name, place in asked
+    ]
+    distances = distance(np.stack(images), np.stack(list(candidates.values())))
+    for (set_name, place), row in zip(asked, distances, strict=True):
+      ranks[set_name][place] = _rank(row, columns[_key(originals[place])])
+  return ranks
+
+
+def _rank(distances: np.ndarray, own: int) -> int:
+  if np.isnan(distances).any():
+    # One more than there are places, so that not even the only image of a gallery is identified.
+    return max(len(distances), *KS) + 1
+  margin = _TIE * max(1.0, abs(distances[own]))
+  others = np.delete(distances, own)
+  return 1 + int((others <= distances[own] + margin).sum())
+
+
+def _originals(attack: results.AttackResult) -> list[np.ndarray]:
+  return [image for target in attack.targets for image in target.images]
+
+
+def _gallery(
+  attack: results.AttackResult, distractors: Sequence[np.ndarray]
+) -> dict[bytes, np.ndarray]:
+  """By digest, each image that is as large as an original, once."""
+  originals = _originals(attack)
+  shapes = {image.shape for image in originals}
+  images = [*originals, *(image for image in distractors if image.shape in shapes)]
+  return {_key(image): image for image in images}
+
+
+def _key(image: np.ndarray) -> bytes:
+  pixels = np.ascontiguousarray(image, np.float32).tobytes()
+  return hashlib.sha256(repr(image.shape).encode() + pixels).digest()
 
 
 def _standardised(image: np.ndarray) -> np.ndarray:

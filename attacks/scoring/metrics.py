@@ -6,6 +6,7 @@ of each pixel. Everything is computed in float64. No image is rescaled or clippe
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 from skimage import metrics as skimage_metrics
@@ -14,6 +15,11 @@ from skimage import metrics as skimage_metrics
 PSNR_CAP_DB = 100.0
 # Side of the uniform SSIM window: scikit-image's default, and the smallest image it can measure.
 SSIM_WINDOW = 7
+# Relative to less than this, a difference of SSIMs says nothing.
+MIN_PRIOR_SSIM = 0.01
+
+# From two images [H, W, C] to their distance and its map [H, W]; `attacks.scoring.lpips.Lpips`.
+Perceptual = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Quality:
     region_mse: As `mse`, weighted by the region; None where the region is zero everywhere.
     region_psnr: dB, from `region_mse`; None as above.
     region_ssim: Mean of the SSIM map weighted by the region; None as above.
+    lpips: Perceptual distance, lower is closer; None where no weights were given.
+    region_lpips: Mean of the map of `lpips` weighted by the region; None as both above.
   """
 
   mse: float
@@ -35,16 +43,26 @@ class Quality:
   region_mse: float | None
   region_psnr: float | None
   region_ssim: float | None
+  lpips: float | None = None
+  region_lpips: float | None = None
 
 
 METRIC_NAMES = tuple(field.name for field in dataclasses.fields(Quality))
 
 
-def measure(reconstruction: np.ndarray, truth: np.ndarray, region: np.ndarray) -> Quality:
+def measure(
+  reconstruction: np.ndarray,
+  truth: np.ndarray,
+  region: np.ndarray,
+  perceptual: Perceptual | None = None,
+) -> Quality:
   """All metrics of `reconstruction` [H, W, C] against `truth` [H, W, C] over `region` [H, W, 1].
+
+  LPIPS only where `perceptual` is given.
 
   Raises:
     ValueError: If the shapes differ, a value is not finite, or a side is under `SSIM_WINDOW`.
+    UserError: If the images do not suit `perceptual`.
   """
   reconstruction, truth = _checked_pair(reconstruction, truth)
   region = _checked_region(region, truth.shape)
@@ -52,6 +70,10 @@ def measure(reconstruction: np.ndarray, truth: np.ndarray, region: np.ndarray) -
   mse = float(error.mean())
   mean_ssim, ssim_map = structural_similarity(reconstruction, truth)
   region_mse = _weighted_mean(error, region)
+  lpips, region_lpips = None, None
+  if perceptual is not None:
+    lpips, lpips_map = perceptual(reconstruction, truth)
+    region_lpips = _weighted_mean(lpips_map[..., None], region)
   return Quality(
     mse=mse,
     psnr=psnr_from_mse(mse),
@@ -59,7 +81,20 @@ def measure(reconstruction: np.ndarray, truth: np.ndarray, region: np.ndarray) -
     region_mse=region_mse,
     region_psnr=None if region_mse is None else psnr_from_mse(region_mse),
     region_ssim=_weighted_mean(ssim_map, region),
+    lpips=lpips,
+    region_lpips=region_lpips,
   )
+
+
+def relative_data_leakage(ssim: float, prior_ssim: float) -> float | None:
+  """RDLV: by which share a reconstruction's SSIM exceeds that of a public image, the prior.
+
+  (SSIM(x, reconstruction) - SSIM(x, prior)) / SSIM(x, prior), of A. Hatamizadeh et al., "Do
+  gradient inversion attacks make federated learning unsafe?", IEEE TMI 2023; above 0 where the
+  update gave something away. None where the prior's SSIM is under `MIN_PRIOR_SSIM`: near 0 the
+  ratio explodes, and below it turns its sign.
+  """
+  return (ssim - prior_ssim) / prior_ssim if prior_ssim >= MIN_PRIOR_SSIM else None
 
 
 def psnr_from_mse(mse: float) -> float:

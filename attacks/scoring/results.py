@@ -14,6 +14,8 @@ from tff_shadow.errors import UserError
 
 ATTACK = 'attack'
 CONTROLS = ('prior_only', 'mean_image')
+# The public image that relative data leakage is measured against.
+PRIOR = 'mean_image'
 # Rounding may leave [0, 1] by this much; more means that the file is not what it claims.
 _RANGE_SLACK = 1e-3
 _CONFIG_KEYS = {
@@ -25,7 +27,7 @@ _CONFIG_KEYS = {
   'model': str,
   'defense': str,
 }
-_TARGET_KEYS = {'target': str, 'images': int, 'labels': list, 'labels_source': str, 'status': str}
+_TARGET_KEYS = {'target': str, 'images': int, 'labels': list, 'status': str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,9 @@ def _target(
     raise UserError(
       f'{result_path}: status of {name} must be "ok" or "failed", found {record["status"]!r}'
     )
+  # An attack that failed before it had labels has no source of them.
+  if record['status'] == 'ok' or record.get('labels_source') is not None:
+    _check_keys(result_path, record, {'labels_source': str})
   images, labels, regions = _target_truth(truth_path, truth, name)
   sets = {}
   for set_name in (ATTACK, *CONTROLS):

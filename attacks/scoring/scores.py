@@ -9,7 +9,13 @@ import numpy as np
 
 from attacks.scoring import results
 from attacks.scoring.assignment import assign, mse_matrix
-from attacks.scoring.metrics import METRIC_NAMES, Quality, measure
+from attacks.scoring.metrics import (
+  METRIC_NAMES,
+  Perceptual,
+  Quality,
+  measure,
+  relative_data_leakage,
+)
 from tff_shadow.errors import UserError
 
 SETS = (results.ATTACK, *results.CONTROLS)
@@ -48,30 +54,49 @@ class ImageScore:
     """Whether the region is zero everywhere, so that no region metric exists."""
     return any(quality.region_mse is None for quality in self.quality.values())
 
+  @property
+  def rdlv(self) -> float | None:
+    """Relative data leakage value of the attack, with the mean image as the prior.
 
-def score_attack(run_dir: str | pathlib.Path, attack_name: str) -> list[ImageScore]:
+    None where either is missing or the mean image is too unlike the truth to divide by.
+    """
+    attack, prior = (self.quality.get(name) for name in (results.ATTACK, results.PRIOR))
+    if attack is None or prior is None:
+      return None
+    return relative_data_leakage(attack.ssim, prior.ssim)
+
+
+def score_attack(
+  run_dir: str | pathlib.Path, attack_name: str, perceptual: Perceptual | None = None
+) -> list[ImageScore]:
   """Scores RUN/attacks/NAME against RUN/truth.
 
   Raises:
-    UserError: For a file that is missing, damaged, of another version or at odds with another.
+    UserError: For a file that is missing, damaged, of another version or at odds with another, or
+      if the images do not suit `perceptual`.
   """
-  return score(results.load_attack(run_dir, attack_name))
+  return score(results.load_attack(run_dir, attack_name), perceptual)
 
 
-def score(attack: results.AttackResult) -> list[ImageScore]:
+def score(attack: results.AttackResult, perceptual: Perceptual | None = None) -> list[ImageScore]:
   """One score for every true image of every target, in the order of the truth.
 
   Each set of reconstructions (the attack's and each control's) gets its own one-to-one assignment
   by MSE, used for all metrics. Where a control has fewer images than there are truths, the truths
-  left over get its nearest image: a guess may be made for any image.
+  left over get its nearest image: a guess may be made for any image. LPIPS is measured only with
+  `perceptual`.
+
+  Raises:
+    UserError: If the images do not suit `perceptual`.
   """
-  return [row for target in attack.targets for row in _score_target(target)]
+  return [row for target in attack.targets for row in _score_target(target, perceptual)]
 
 
 def write_scores(path: str | pathlib.Path, scores: list[ImageScore]) -> None:
   """Writes `scores` as CSV, atomically; a metric that does not exist is an empty cell.
 
-  Columns: target, image, status, label, label_inferred_correct, reconstruction, then SET_METRIC.
+  Columns: target, image, status, label, label_inferred_correct, reconstruction, then SET_METRIC,
+  with rdlv for the attack alone.
 
   Raises:
     UserError: If the file cannot be written.
@@ -92,10 +117,10 @@ def csv_columns() -> list[str]:
   """The header of scores.csv."""
   metric_columns = [f'{set_name}_{metric}' for set_name in SETS for metric in METRIC_NAMES]
   fixed = ['target', 'image', 'status', 'label', 'label_inferred_correct', 'reconstruction']
-  return [*fixed, *metric_columns]
+  return [*fixed, *metric_columns, f'{results.ATTACK}_rdlv']
 
 
-def _score_target(target: results.Target) -> list[ImageScore]:
+def _score_target(target: results.Target, perceptual: Perceptual | None) -> list[ImageScore]:
   matches: list[dict[str, int]] = [{} for _ in target.images]
   for set_name, images in target.reconstructions.items():
     for truth, index in _match(images, target.images, reuse=set_name != results.ATTACK).items():
@@ -105,7 +130,10 @@ def _score_target(target: results.Target) -> list[ImageScore]:
     status, reason = _status(target, matched)
     quality = {
       set_name: measure(
-        target.reconstructions[set_name][index], target.images[truth], target.regions[truth]
+        target.reconstructions[set_name][index],
+        target.images[truth],
+        target.regions[truth],
+        perceptual,
       )
       for set_name, index in matched.items()
     }
@@ -153,7 +181,7 @@ def _status(target: results.Target, matched: dict[str, int]) -> tuple[str, str]:
 def _label_correct(target: results.Target, matched: dict[str, int], label: int) -> bool | None:
   index = matched.get(results.ATTACK)
   labels = target.record['labels']
-  if target.record['labels_source'] != 'inferred' or index is None or index >= len(labels):
+  if target.record.get('labels_source') != 'inferred' or index is None or index >= len(labels):
     return None
   return labels[index] == label
 
@@ -169,6 +197,10 @@ def _csv_row(row: ImageScore) -> dict[str, object]:
   }
   for set_name, quality in row.quality.items():
     for metric in METRIC_NAMES:
-      value = getattr(quality, metric)
-      values[f'{set_name}_{metric}'] = None if value is None else f'{value:.6g}'
+      values[f'{set_name}_{metric}'] = _cell(getattr(quality, metric))
+  values[f'{results.ATTACK}_rdlv'] = _cell(row.rdlv)
   return values
+
+
+def _cell(value: float | None) -> str | None:
+  return None if value is None else f'{value:.6g}'

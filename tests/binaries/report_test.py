@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from tests.attacks import synthetic_run
+from tests.attacks.scoring.lpips_reference import seeded_weights
 
 
 def _run(*flags):
@@ -59,12 +61,28 @@ def test_several_runs_on_one_page(run_dir, tmp_path):
   assert not (run_dir / 'report.html').exists()
 
 
+def test_lpips_and_gallery(tmp_path):
+  run_dir = synthetic_run.write_run(tmp_path / 'run', targets=2, size=16)
+  weights = tmp_path / 'vgg.safetensors'
+  safetensors_numpy.save_file(seeded_weights('vgg'), weights)
+  flags = [f'--run_dir={run_dir}', f'--lpips_weights={weights}']
+  _assert_error(_run(*flags), 'vgg.safetensors: tensor features.0.weight', '--lpips_net=alex')
+  done = _run(*flags, '--lpips_net=vgg', '--gallery=run')
+  assert done.returncode == 0, done.stderr
+  (entry,) = json.loads((run_dir / 'summary.json').read_text())['attacks']
+  assert entry['metrics']['attack']['lpips']['n'] == 2
+  assert (entry['lpips']['net'], entry['gallery']) == ('vgg', 'run')
+  with (run_dir / 'attacks/pixels/scores.csv').open(newline='') as file:
+    assert all(float(row['attack_lpips']) > 0 for row in csv.DictReader(file))
+
+
 def test_mistakes_take_one_line(run_dir, tmp_path):
   _assert_error(_run(), '--run_dir is missing')
   _assert_error(_run(f'--run_dir={tmp_path / "absent"}'), 'directory not found')
   _assert_error(_run(f'--run_dir={run_dir}', f'--run_dir={run_dir}/'), 'twice')
   _assert_error(_run(f'--run_dir={run_dir}', '--max_images=0'), 'max_images')
   _assert_error(_run(f'--run_dir={run_dir}', 'extra'), "'extra'")
+  _assert_error(_run(f'--run_dir={run_dir}', '--lpips_net=alex'), '--lpips_weights')
   (run_dir / 'truth/round_00001.safetensors').unlink()
   _assert_error(_run(f'--run_dir={run_dir}'), 'round_00001.safetensors: file not found')
   assert not (run_dir / 'report.html').exists()

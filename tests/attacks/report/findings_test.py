@@ -8,6 +8,7 @@ from attacks.scoring.metrics import Quality
 from attacks.scoring.scores import ImageScore
 from attacks.scoring.statistics import mean_interval
 from tests.attacks import synthetic_run
+from tests.attacks.scoring.lpips_reference import seeded_lpips
 
 _UNIDENTIFIED = Identification(correct=1, of=16, choices=16, control_correct=1, p_value=0.64)
 _IDENTIFIED = Identification(correct=9, of=16, choices=16, control_correct=1, p_value=1e-6)
@@ -81,6 +82,28 @@ def test_summary_numbers(tmp_path):
   assert margin['mean'] == pytest.approx(np.mean(gate.margins(rows)))
   assert (entry['images'], entry['targets'], entry['failed']) == (16, 16, 1)
   assert entry['labels_inferred'] == {'correct': 14, 'of': 15}
+  # The failed target's label was inferred all the same.
+  assert entry['label_accuracy'] == {
+    'matched': {'correct': 14, 'of': 15, 'share': 14 / 15},
+    'multiset': {'correct': 15, 'of': 16, 'share': 15 / 16},
+  }
+  rdlv = mean_interval([row.rdlv for row in rows if row.rdlv is not None])
+  assert entry['metrics']['attack']['rdlv'] == {
+    'mean': rdlv.mean,
+    'ci95_low': rdlv.low,
+    'ci95_high': rdlv.high,
+    'n': rdlv.n,
+  }
+  assert rdlv.n > 2
+  assert 'rdlv' not in entry['metrics']['mean_image']
+  assert entry['metrics']['attack']['lpips']['n'] == 0
+  assert entry['lpips'] is entry['identified_by_lpips'] is entry['gallery'] is None
+  assert entry['identified']['precisions'][0] == {
+    'k': 1,
+    'correct': entry['identified']['correct'],
+    'control_correct': entry['identified']['control_correct'],
+  }
+  assert [p['k'] for p in entry['identified']['precisions']] == [1, 3, 5]
   assert entry['gate'] == {
     'line': gate.gate_line('retina', rows),
     'passed': gate.gate_passed(rows),
@@ -98,6 +121,20 @@ def test_known_labels_are_not_reported_as_inferred(tmp_path):
   directory = synthetic_run.write_run(tmp_path / 'run', targets=2, size=8, labels_source='known')
   (entry,) = findings.summarise([reading.read_run(directory)], 'Title')['attacks']
   assert entry['labels_inferred'] is None
+  assert entry['label_accuracy'] is None
+
+
+def test_lpips_in_the_summary(tmp_path):
+  directory = synthetic_run.write_run(tmp_path / 'run', targets=3, size=16)
+  measures = reading.Measures(seeded_lpips(tmp_path, 'vgg'), 'run')
+  run = reading.read_run(directory, measures)
+  (entry,) = findings.summarise([run], 'Title')['attacks']
+  values = [row.quality['mean_image'].region_lpips for row in run.attacks[0].scores]
+  assert entry['metrics']['mean_image']['region_lpips']['mean'] == pytest.approx(np.mean(values))
+  assert entry['metrics']['attack']['lpips']['n'] == 3
+  assert entry['lpips'] == {'net': 'vgg', 'weights_sha256': measures.lpips.digest}
+  assert entry['identified_by_lpips']['of'] == entry['identified']['of'] == 3
+  assert entry['gallery'] == 'run'
 
 
 def test_headline_is_the_worst_verdict(tmp_path):

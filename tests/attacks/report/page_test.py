@@ -9,6 +9,7 @@ from safetensors import numpy as safetensors_numpy
 
 from attacks.report import page, reading
 from tests.attacks import synthetic_run
+from tests.attacks.scoring.lpips_reference import seeded_lpips
 from tff_shadow.errors import UserError
 
 
@@ -101,6 +102,57 @@ def test_page_shows_the_numbers_of_the_summary(written, text):
     assert f'validation/f1 {f1:.4g} 20' in plain
   assert 'failed: the loss became NaN' in plain
   assert 'This data set marks no region' in plain
+
+
+def test_share_words():
+  assert page.share_words(14, 16) == '14 of 16 (88 %)'
+  assert page.share_words(0, 3) == '0 of 3 (0 %)'
+  assert page.share_words(0, 0) == '–'
+
+
+def test_page_shows_identification_and_labels(written, text):
+  _, summary = written
+  for number, entry in enumerate(summary['attacks'], start=1):
+    section = text.split(f'id="attack-{number}"')[1].split('</section>')[0]
+    plain = re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', section))
+    found = entry['identified']
+    for precision in found['precisions']:
+      shown = page.share_words(precision['correct'], found['of'])
+      control = page.share_words(precision['control_correct'], found['control_of'])
+      chance = f'{precision["k"]} in {found["choices"]}'
+      assert f'{precision["k"]}-IIP by correlation {shown} {control} {chance}' in plain
+    multiset = entry['label_accuracy']['multiset']
+    assert f'in any order {multiset["correct"]} of {multiset["of"]}' in plain
+    rdlv = entry['metrics']['attack']['rdlv']
+    assert f' {rdlv["mean"]:.2f} {rdlv["ci95_low"]:.2f} to {rdlv["ci95_high"]:.2f}' in plain
+    assert 'LPIPS' not in plain
+
+
+def test_lpips_is_shown_where_it_was_measured(tmp_path):
+  directory = synthetic_run.write_run(tmp_path / 'run', targets=3, size=16)
+  measures = reading.Measures(seeded_lpips(tmp_path, 'vgg'), 'run')
+  run = reading.read_run(directory, measures)
+  summary = page.write_report([run], tmp_path / 'out', 'Title', max_images=1)
+  assert json.loads((tmp_path / 'out/summary.json').read_text()) == summary
+  text = (tmp_path / 'out/report.html').read_text()
+  _parse(text)
+  plain = re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', text))
+  (entry,) = summary['attacks']
+  for set_name in ('attack', 'prior_only', 'mean_image'):
+    for metric in ('lpips', 'region_lpips'):
+      interval = entry['metrics'][set_name][metric]
+      low, high = (page._number(interval[end], 3) for end in ('ci95_low', 'ci95_high'))
+      assert f'{interval["mean"]:.3f} {low} to {high}' in plain
+  assert '3-IIP by LPIPS' in plain
+  assert f'LPIPS by vgg, weights of SHA-256 {measures.lpips.digest[:12]}' in plain
+  shown = [row.quality['attack'].lpips for row in run.attacks[0].scores]
+  assert f', LPIPS {np.median(shown):.2f}' in plain
+
+
+def test_table_rows_have_as_many_cells_as_the_head(written, text):
+  for table in re.findall(r'<table>.*?</table>', text, re.DOTALL):
+    rows = [len(re.findall(r'<t[dh][ >]', row)) for row in table.split('<tr')[1:]]
+    assert len(set(rows)) == 1, table
 
 
 def test_sensitive_region_is_drawn_only_where_there_is_one(text):

@@ -1,7 +1,11 @@
+import json
+
 import pytest
 
 from attacks.report import reading
+from attacks.scoring.identification import identify
 from tests.attacks import synthetic_run
+from tests.attacks.scoring.lpips_reference import seeded_lpips
 from tff_shadow.errors import UserError
 
 
@@ -23,6 +27,44 @@ def test_reads_every_attack_and_the_training(tmp_path):
     True,
     False,
   ]
+
+
+def test_gallery(tmp_path):
+  directory = synthetic_run.write_run(tmp_path / 'run', targets=3, size=8)
+  other = synthetic_run.write_run(tmp_path / 'other', targets=4, size=8, seed=9)
+  path = directory / 'attacks/pixels/result.json'
+  result = json.loads(path.read_text())
+  result['targets'] = result['targets'][:2]
+  path.write_text(json.dumps(result))
+
+  def choices(gallery):
+    (attack,) = reading.read_run(directory, reading.Measures(gallery=gallery)).attacks
+    return attack.identification.choices
+
+  # Two were attacked, a third took part; another run has four more.
+  assert choices(None) == 2
+  assert choices(reading.RUN_GALLERY) == 3
+  assert choices(str(other / 'truth')) == 6
+  with pytest.raises(UserError, match=r'--gallery=.*no truth file'):
+    choices(str(other))
+  grey = synthetic_run.write_run(tmp_path / 'grey', targets=1, size=8, channels=1)
+  with pytest.raises(UserError, match=r'no image of the size of those attacked, \[8, 8, 3\]'):
+    choices(str(grey / 'truth'))
+
+
+def test_lpips_identifies_beside_correlation(tmp_path):
+  directory = synthetic_run.write_run(tmp_path / 'run', targets=3, size=16)
+  lpips = seeded_lpips(tmp_path, 'vgg')
+  (attack,) = reading.read_run(directory, reading.Measures(lpips)).attacks
+  assert attack.identification == identify(attack.result, attack.scores)
+  assert attack.identification_by_lpips == identify(
+    attack.result, attack.scores, distance=lpips.pairwise
+  )
+  assert attack.identification_by_lpips != attack.identification
+  assert all(row.quality['attack'].lpips is not None for row in attack.scores)
+  (plain,) = reading.read_run(directory).attacks
+  assert plain.identification_by_lpips is None
+  assert plain.identification == attack.identification
 
 
 def test_training_and_config_are_optional(tmp_path):

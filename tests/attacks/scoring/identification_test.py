@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from attacks.scoring import results, scores
-from attacks.scoring.identification import identify
+from attacks.scoring.identification import correlation_distance, identify, original_ranks
 from tests.attacks import synthetic_run
 
 
@@ -20,9 +20,19 @@ def _result(truths, attacks, controls=None):
   return results.AttackResult(None, 'a', {}, tuple(targets))
 
 
-def _identify(*args):
+def _identify(*args, **kwargs):
   result = _result(*args)
-  return identify(result, scores.score(result))
+  return identify(result, scores.score(result), **kwargs)
+
+
+def _ranks(*args, **kwargs):
+  result = _result(*args)
+  return original_ranks(result, scores.score(result), **kwargs)
+
+
+def _by_table(table):
+  """A distance that reads its numbers off a table, whatever the images."""
+  return lambda images, gallery: np.array(table, float)[: len(images), : len(gallery)]
 
 
 def test_sees_through_noise_that_psnr_punishes():
@@ -64,3 +74,94 @@ def test_flat_reconstructions_identify_nothing():
 def test_a_duplicated_original_counts_whichever_copy_is_picked():
   truths = synthetic_run.photographs(3, 16, 1)[[0, 1, 1]]
   assert _identify(truths, truths).correct == 3
+
+
+def test_correlation_distance():
+  images = synthetic_run.photographs(3, 16, 3)
+  found = correlation_distance(images[:2], np.stack([images[0], 1 - images[0], images[2]]))
+  expected = 1 - np.corrcoef(images.reshape(3, -1))
+  assert found.shape == (2, 3)
+  np.testing.assert_allclose(found[0], [0, 2, expected[0, 2]], atol=1e-6)
+  np.testing.assert_allclose(found[1], [expected[1, 0], 2 - expected[1, 0], expected[1, 2]])
+  flat = np.full_like(images[:1], 0.3)
+  assert np.isnan(correlation_distance(flat, images)).all()
+  np.testing.assert_allclose(correlation_distance(images, flat), 1)
+
+
+def test_precision_counts_originals_among_the_k_nearest():
+  truths = synthetic_run.photographs(4, 8, 1)
+  others = list(synthetic_run.photographs(4, 8, 1, seed=1))
+  # Own originals are on the diagonal: ranks 1, 2, 4 and 6.
+  table = np.full((4, 8), 9.0)
+  np.fill_diagonal(table, 5.0)
+  for row, nearer in enumerate((0, 1, 3, 5)):
+    table[row, [column for column in range(8) if column != row][:nearer]] = 1.0
+  found = _identify(truths, truths, distractors=others, distance=_by_table(table))
+  assert [(p.k, p.correct) for p in found.precisions] == [(1, 1), (3, 2), (5, 3)]
+  assert (found.correct, found.of, found.choices) == (1, 4, 8)
+  ranks = _ranks(truths, truths, distractors=others, distance=_by_table(table))
+  assert ranks == {'attack': [1, 2, 4, 6], 'prior_only': [None] * 4}
+
+
+def test_a_tie_is_no_hit():
+  truths = synthetic_run.photographs(2, 8, 1)
+  table = [[0.3, 0.3], [0.3 + 1e-8, 0.3 + 2e-8]]
+  assert _ranks(truths, truths, distance=_by_table(table))['attack'] == [2, 2]
+  table = [[0.3, 0.31], [0.31, 0.3]]
+  assert _ranks(truths, truths, distance=_by_table(table))['attack'] == [1, 1]
+
+
+def test_flat_reconstructions_are_on_no_short_list():
+  truths = synthetic_run.photographs(1, 16, 1)
+  found = _identify(truths, np.full_like(truths, 0.3))
+  assert (found.choices, [p.correct for p in found.precisions]) == (1, [0, 0, 0])
+
+
+def test_distractors_make_it_harder():
+  truths = synthetic_run.photographs(3, 16, 1)
+  attacked = synthetic_run.noisy(truths, np.full(3, 0.05), seed=0)
+  alone = _identify(truths, attacked)
+  assert (alone.correct, alone.choices) == (3, 3)
+  # These correlate perfectly with the second reconstruction.
+  closer = [attacked[1] * scale for scale in (0.9, 0.8, 0.7)]
+  found = _identify(truths, attacked, distractors=closer)
+  assert found.choices == 6
+  assert [p.correct for p in found.precisions] == [2, 2, 3]
+  assert _ranks(truths, attacked, distractors=closer)['attack'] == [1, 4, 1]
+  # More to choose from and still found is stronger evidence.
+  unlike = list(synthetic_run.photographs(3, 16, 1, seed=1))
+  found = _identify(truths, attacked, distractors=unlike)
+  assert (found.correct, found.choices) == (3, 6)
+  assert found.p_value < alone.p_value
+
+
+def test_copies_and_other_sizes_do_not_enlarge_the_gallery():
+  truths = synthetic_run.photographs(3, 16, 1)
+  attacked = synthetic_run.noisy(truths, np.full(3, 0.05), seed=0)
+  copies = [truths[0].copy(), truths[0].astype(np.float64)]
+  other_size = [synthetic_run.photographs(1, 8, 1)[0]]
+  found = _identify(truths, attacked, distractors=copies + other_size)
+  assert (found.correct, found.choices) == (3, 3)
+
+
+def test_targets_of_several_sizes():
+  small, large = synthetic_run.photographs(2, 8, 1), synthetic_run.photographs(2, 16, 1)
+  targets = (*_result(small, small).targets, *_result(large, large[[1, 0]]).targets)
+  targets = tuple(
+    results.Target(
+      f'client_{index}',
+      *[getattr(t, f) for f in ('record', 'reconstructions', 'images', 'labels', 'regions')],
+    )
+    for index, t in enumerate(targets)
+  )
+  attack = results.AttackResult(None, 'a', {}, targets)
+  assert original_ranks(attack, scores.score(attack))['attack'] == [1, 1, 2, 2]
+
+
+def test_the_control_is_counted_alike():
+  truths = synthetic_run.photographs(6, 16, 3)
+  found = _identify(truths, truths, truths[[1, 0, 2, 3, 4, 5]])
+  assert [p.correct for p in found.precisions] == [6, 6, 6]
+  assert found.precisions[0].control_correct == found.control_correct == 4
+  assert found.control_of == 6
+  assert found.precisions[2].control_correct >= 4

@@ -90,6 +90,47 @@ def test_empty_region_has_no_region_metrics():
   assert np.isfinite([found.mse, found.psnr, found.ssim]).all()
 
 
+def test_perceptual_distance_and_its_mean_over_the_region():
+  image = synthetic_run.photographs(1, 16, 3)[0]
+  seen = []
+
+  def perceptual(first, second):
+    seen.append((first, second))
+    spatial = np.zeros((16, 16))
+    spatial[:4] = 0.6
+    return 0.2, spatial
+
+  region = np.zeros((16, 16, 1))
+  region[2:8] = 0.5
+  found = metrics.measure(1 - image, image, region, perceptual)
+  assert found.lpips == 0.2
+  assert found.region_lpips == pytest.approx(0.6 * 2 / 6)
+  np.testing.assert_allclose(seen, [[1 - image, image]])
+  empty = metrics.measure(1 - image, image, np.zeros((16, 16, 1)), perceptual)
+  assert (empty.lpips, empty.region_lpips) == (0.2, None)
+  plain = metrics.measure(1 - image, image, region)
+  assert (plain.lpips, plain.region_lpips) == (None, None)
+
+
+@pytest.mark.parametrize(
+  ('ssim', 'prior', 'expected'),
+  [
+    (0.9, 0.3, 2.0),
+    (0.3, 0.3, 0.0),
+    (0.15, 0.3, -0.5),
+    (-0.3, 0.3, -2.0),
+    (0.9, 0.01, 89.0),
+    # A ratio to nearly nothing, or to less, says nothing.
+    (0.9, 0.009, None),
+    (0.9, 0.0, None),
+    (0.9, -0.3, None),
+  ],
+)
+def test_relative_data_leakage(ssim, prior, expected):
+  found = metrics.relative_data_leakage(ssim, prior)
+  assert found == (None if expected is None else pytest.approx(expected))
+
+
 @pytest.mark.parametrize(
   ('image', 'truth', 'region', 'message'),
   [

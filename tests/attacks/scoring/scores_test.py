@@ -9,7 +9,9 @@ from hypothesis import strategies
 from safetensors import numpy as safetensors_numpy
 
 from attacks.scoring import metrics, results, scores
+from attacks.scoring.identification import original_ranks
 from tests.attacks import synthetic_run
+from tests.attacks.scoring.lpips_reference import seeded_lpips
 from tff_shadow.errors import UserError
 
 
@@ -21,6 +23,11 @@ def written(tmp_path_factory):
 @pytest.fixture
 def run_dir(written, tmp_path):
   return shutil.copytree(written, tmp_path / 'run')
+
+
+@pytest.fixture(scope='module')
+def perceptual(tmp_path_factory):
+  return seeded_lpips(tmp_path_factory.mktemp('weights'), 'vgg')
 
 
 def _target(images, truths, *, status='ok', labels=None, controls=None, regions=None):
@@ -78,6 +85,92 @@ def test_scores_do_not_depend_on_the_order_of_the_reconstructions(order, seed):
   assert [row.quality for row in plain] == [row.quality for row in permuted]
 
 
+@hypothesis.given(
+  truth_order=strategies.permutations(range(3)),
+  order=strategies.permutations(range(3)),
+  seed=strategies.integers(0, 100),
+)
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_no_metric_depends_on_any_order(perceptual, truth_order, order, seed):
+  truth_order, order = list(truth_order), list(order)
+  generator = np.random.default_rng(seed)
+  truths, images = generator.random((3, 16, 16, 3)), generator.random((3, 16, 16, 3))
+  controls = {'prior_only': 1 - images, 'mean_image': np.repeat(truths[:1], 3, axis=0) * 0.9}
+  regions, classes = generator.random((3, 16, 16, 1)), generator.integers(0, 2, 3)
+  labels = generator.integers(0, 2, 3).tolist()
+
+  def per_image(truth_order, order):
+    target = results.Target(
+      'client_00',
+      {'status': 'ok', 'labels': [labels[i] for i in order], 'labels_source': 'inferred'},
+      {
+        'attack': images[order],
+        'prior_only': controls['prior_only'][order],
+        'mean_image': controls['mean_image'],
+      },
+      truths[truth_order],
+      classes[truth_order],
+      regions[truth_order],
+    )
+    attack = results.AttackResult(None, 'a', {}, (target,))
+    rows = scores.score(attack, perceptual)
+    by_truth = dict(zip(truth_order, rows, strict=True))
+    ranks = [
+      dict(zip(truth_order, original_ranks(attack, rows, (), *distance)['attack'], strict=True))
+      for distance in ((), (perceptual.pairwise,))
+    ]
+    return [
+      (row.status, row.label, row.label_inferred_correct, row.quality, row.rdlv)
+      + tuple(rank[truth] for rank in ranks)
+      for truth, row in sorted(by_truth.items())
+    ]
+
+  plain = per_image([0, 1, 2], [0, 1, 2])
+  assert per_image(truth_order, order) == plain
+  assert all(quality.lpips > 0 for row in plain for quality in row[3].values())
+
+
+def test_rdlv_is_relative_to_the_mean_image():
+  truths = synthetic_run.photographs(1, 16, 1)
+  images = synthetic_run.noisy(truths, np.array([0.05]), seed=0)
+  prior = synthetic_run.noisy(truths, np.array([0.2]), seed=1)
+  (row,) = _score(_target(images, truths, controls={'mean_image': prior}))
+  attack, mean = (row.quality[name].ssim for name in ('attack', 'mean_image'))
+  assert row.rdlv == pytest.approx((attack - mean) / mean)
+  assert row.rdlv > 0
+  (row,) = _score(_target(prior, truths, controls={'mean_image': prior}))
+  assert row.rdlv == 0
+  (row,) = _score(_target(images, truths, controls={'prior_only': prior}))
+  assert row.rdlv is None
+  (row,) = _score(_target(None, truths, status='failed', controls={'mean_image': prior}))
+  assert row.rdlv is None
+  (row,) = _score(_target(images, truths, controls={'mean_image': 1 - truths}))
+  assert row.rdlv is None
+
+
+def test_lpips_is_measured_for_every_set_where_it_is_given(run_dir, perceptual):
+  rows = scores.score_attack(run_dir, 'pixels', perceptual)
+  truth = safetensors_numpy.load_file(run_dir / 'truth/round_00001.safetensors')
+  made = safetensors_numpy.load_file(run_dir / 'attacks/pixels/reconstructions.safetensors')
+  for row in rows:
+    for set_name in scores.SETS:
+      expected, spatial = perceptual(
+        made[f'{row.target}/{set_name}'][0], truth[f'{row.target}/images'][0]
+      )
+      region = truth[f'{row.target}/regions'][0, :, :, 0]
+      assert row.quality[set_name].lpips == expected
+      assert row.quality[set_name].region_lpips == pytest.approx(
+        np.average(spatial, weights=region)
+      )
+    assert row.quality['attack'].lpips < row.quality['mean_image'].lpips
+
+
+def test_images_too_small_for_lpips(tmp_path, perceptual):
+  directory = synthetic_run.write_run(tmp_path / 'run', targets=1, size=8)
+  with pytest.raises(UserError, match='at least 16x16 pixels, found 8x8'):
+    scores.score_attack(directory, 'pixels', perceptual)
+
+
 def test_non_finite_reconstruction_is_failed_not_scored():
   truths = synthetic_run.photographs(2, 16, 1)
   images = truths.copy()
@@ -133,7 +226,23 @@ def test_writes_csv(run_dir, tmp_path):
     assert float(line['mean_image_region_ssim']) == pytest.approx(
       row.quality['mean_image'].region_ssim, rel=1e-4
     )
+    assert line['attack_lpips'] == line['prior_only_region_lpips'] == ''
+    assert line['attack_rdlv'] == ('' if row.rdlv is None else f'{row.rdlv:.6g}')
+  # The leakage of a guess is no leakage.
+  assert [name for name in lines[0] if name.endswith('rdlv')] == ['attack_rdlv']
   assert list(tmp_path.glob('*.tmp')) == []
+
+
+def test_writes_lpips(run_dir, tmp_path, perceptual):
+  rows = scores.score_attack(run_dir, 'pixels', perceptual)
+  scores.write_scores(tmp_path / 'scores.csv', rows)
+  with (tmp_path / 'scores.csv').open(newline='') as file:
+    lines = list(csv.DictReader(file))
+  for line, row in zip(lines, rows, strict=True):
+    for set_name in scores.SETS:
+      for metric in ('lpips', 'region_lpips'):
+        expected = getattr(row.quality[set_name], metric)
+        assert float(line[f'{set_name}_{metric}']) == pytest.approx(expected, rel=1e-5)
 
 
 def _edit_json(path, **changes):
@@ -225,6 +334,19 @@ def test_a_target_listed_twice_is_an_error(run_dir):
   record = json.loads((run_dir / _RESULT).read_text())['targets'][0]
   _edit_json(run_dir / _RESULT, targets=[record, record])
   with pytest.raises(UserError, match='listed once'):
+    scores.score_attack(run_dir, 'pixels')
+
+
+def test_an_attack_that_failed_before_it_had_labels_is_read(run_dir):
+  records = json.loads((run_dir / _RESULT).read_text())['targets']
+  records[1].update(status='failed', reason='all zeros', labels=[], labels_source=None)
+  _edit_json(run_dir / _RESULT, targets=records)
+  rows = scores.score_attack(run_dir, 'pixels')
+  assert [row.status for row in rows] == ['ok', 'failed', 'ok', 'ok']
+  assert rows[1].label_inferred_correct is None
+  records[1]['status'] = 'ok'
+  _edit_json(run_dir / _RESULT, targets=records)
+  with pytest.raises(UserError, match='"labels_source" must be of type str'):
     scores.score_attack(run_dir, 'pixels')
 
 
