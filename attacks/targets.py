@@ -60,7 +60,7 @@ class Targets:
     """
     first = observations[0]
     for other in observations[1:]:
-      if (other.model_config, other.class_names) != (first.model_config, first.class_names):
+      if other.class_names != first.class_names or _shapes(other) != _shapes(first):
         raise UserError(f'--rounds: round {other.round_num} has another model or other classes')
     self._observations = list(observations)
     self._config = config
@@ -177,6 +177,10 @@ class Targets:
       tuple(tf.constant(np.stack(part), dtype) for part in zip(*layers, strict=True))
       for layers in zip(*found, strict=True)
     )
+
+
+def _shapes(observation: Observation) -> list[tuple[int, ...]]:
+  return [array.shape for array in observation.global_weights.trainable]
 
 
 def _one_step(num_images: int) -> LocalSteps:
