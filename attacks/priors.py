@@ -140,7 +140,7 @@ class GroupConsistency:
   """Mean squared distance to the mean over the lanes that attack the same target.
 
   Lanes that start apart err apart, so their mean is nearer to the truth (Yin et al. 2021, "See
-  through gradients", equation 11). Only plain means are taken: lanes are not registered by optical
+  through gradients", R_group). Only plain means are taken: lanes are not registered by optical
   flow as in the paper. Images of a batch are compared by position, which fits while all lanes of a
   target have the same labels in the same order; images of one label may still be swapped between
   lanes, and then this pulls them towards a blend.

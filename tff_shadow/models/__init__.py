@@ -9,6 +9,7 @@ from tff_shadow.models.keras_files import (
   model_from_config,
   model_to_config,
   outputs_logits,
+  read_keras_file,
 )
 from tff_shadow.models.zoo import MODELS, NORMS, Norm, build_model
 
@@ -25,4 +26,5 @@ __all__ = [
   'model_from_config',
   'model_to_config',
   'outputs_logits',
+  'read_keras_file',
 ]

@@ -28,16 +28,33 @@ def load_keras_file(
   Raises:
     UserError: If the file is missing, of another format, unsafe, or does not fit the data.
   """
-  if not path.endswith('.keras'):
-    raise UserError(f'--model={path}: only the .keras format is loaded; save with model.save()')
-  if not pathlib.Path(path).is_file():
-    raise UserError(f'--model={path}: no such file')
-  try:
-    model = tf.keras.models.load_model(path, compile=False, safe_mode=True)
-  except Exception as error:  # Keras raises whatever the damaged part raises.
-    raise UserError(f'--model={path}: cannot be loaded ({_first_line(error)})') from error
-  check_model(model, image_shape=image_shape, num_classes=num_classes, source=f'--model={path}')
+  source = f'--model={path}'
+  model = read_keras_file(path, source=source)
+  check_model(model, image_shape=image_shape, num_classes=num_classes, source=source)
   return model
+
+
+def read_keras_file(path: str, *, source: str) -> tf.keras.Model:
+  """Loads any model from the `.keras` format in safe mode; no code in the file is run.
+
+  Args:
+    path: The file.
+    source: Where the user named it, for messages.
+
+  Returns:
+    The model with the file's weights, not compiled.
+
+  Raises:
+    UserError: If the file is missing, of another format, damaged or unsafe.
+  """
+  if not path.endswith('.keras'):
+    raise UserError(f'{source}: only the .keras format is loaded; save with model.save()')
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'{source}: no such file')
+  try:
+    return tf.keras.models.load_model(path, compile=False, safe_mode=True)
+  except Exception as error:  # Keras raises whatever the damaged part raises.
+    raise UserError(f'{source}: cannot be loaded ({_first_line(error)})') from error
 
 
 def check_model(
