@@ -209,7 +209,9 @@ class Solver:
         tape.watch(own)
         loss, penalty = self.lane_loss(own, target, evidence, iteration)
         objective = loss + penalty
-      return loss, tape.gradient(objective, own, unconnected_gradients='zero')
+      gradient = tape.gradient(objective, own, unconnected_gradients='zero')
+      # Batches gathered from the images have a sparse one.
+      return loss, {name: tf.convert_to_tensor(tensor) for name, tensor in gradient.items()}
 
     lanes = (seen, evidence.target)
     if evidence.target.shape[0] == 1:
@@ -268,7 +270,7 @@ class Solver:
       flat = tf.nest.flatten(own)
       seeds = tf.random.experimental.stateless_split(seed, len(flat))
       noise = [
-        tf.random.stateless_normal(tensor.shape, seeds[k], tensor.dtype, alg='philox')
+        tf.random.stateless_normal(tensor.shape, seeds[k], dtype=tensor.dtype, alg='philox')
         for k, tensor in enumerate(flat)
       ]
       return tf.nest.pack_sequence_as(

@@ -93,12 +93,13 @@ def test_resumed_attack_gives_the_same_bits(observation, tmp_path, lanes, done, 
 
 
 def test_lanes_do_not_know_of_each_other(observation):
-  together = attack_observation(observation, _SHORT)
-  alone = attack_observation(observation, dataclasses.replace(_SHORT, lanes=1))
+  # Few iterations: rounding differs with the number of lanes, and grows.
+  config = dataclasses.replace(_SHORT, iterations=15)
+  together = attack_observation(observation, config)
+  alone = attack_observation(observation, dataclasses.replace(config, lanes=1))
   for a, b in zip(together, alone, strict=True):
     np.testing.assert_allclose(a.restart_losses, b.restart_losses, rtol=1e-3)
-    for name, images in a.reconstructions.items():
-      np.testing.assert_allclose(images, b.reconstructions[name], atol=0.02)
+    np.testing.assert_allclose(a.reconstructions['attack'], b.reconstructions['attack'], atol=1e-3)
 
 
 def test_one_diverged_lane_leaves_the_others_alone(observation):
@@ -113,26 +114,16 @@ def test_one_diverged_lane_leaves_the_others_alone(observation):
   )
 
 
-def test_several_local_steps_are_simulated_exactly(observation):
-  images = smooth_images(2, seed=3)
-  several = play_round(
-    small_model(num_classes=5), [(images, [3, 1])], steps=4, learning_rate=0.3, momentum=0.5
-  )
-  results = {
-    steps: attack_observation(
-      several,
-      AttackConfig(iterations=200, xla='off', simulation=steps),
-      labels={'client_00': [3, 1]},
-    )[0]
-    for steps in ('exact', 'between')
-  }
-  quality = {
-    steps: np.mean([psnr(a, b) for a, b in zip(r.reconstructions['attack'], images, strict=True)])
-    for steps, r in results.items()
-  }
-  assert quality['exact'] > 20
-  assert results['exact'].loss < 0.3 * results['between'].loss
-  assert quality['between'] > psnr(results['exact'].reconstructions['mean_image'], images)
+def test_several_local_steps_are_simulated_exactly():
+  image = smooth_images(1, seed=3)
+  several = play_round(small_model(), [(image, [1])], steps=5, learning_rate=1.0, momentum=0.5)
+  quality = {}
+  for simulation in ('exact', 'between'):
+    config = AttackConfig(iterations=300, xla='off', simulation=simulation)
+    result = attack_observation(several, config)[0]
+    quality[simulation] = psnr(result.reconstructions['attack'], image)
+    assert quality[simulation] > psnr(result.reconstructions['mean_image'], image) + 3
+  assert quality['exact'] > max(25, quality['between'] + 3)
 
 
 def test_several_rounds_are_attacked_jointly():

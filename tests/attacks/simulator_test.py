@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from attacks.config import AttackConfig
-from attacks.local_steps import LocalSteps
+from attacks.local_steps import LocalSteps, local_steps
 from attacks.matching import CosineMatching, SquaredMatching
 from attacks.rectifiers import ExactRectifier, SurrogateRectifier, surrogate_relu
 from attacks.simulator import ClientSimulator
@@ -148,6 +148,38 @@ def test_several_steps_give_the_mean_gradient():
   observed = simulator.observed_gradient(observation.clients[0])
   # Three tiny steps at almost the same weights: the mean gradient is that of one step.
   assert float(SquaredMatching()(gradient, observed)) < 1e-3
+
+
+@pytest.mark.parametrize('batch_norm', [False, True])
+def test_mean_gradient_of_large_steps_is_the_observed_one(batch_norm):
+  images = smooth_images(2)
+  observation = play_round(
+    small_model(batch_norm=batch_norm), [(images, [0, 1])], learning_rate=0.5, steps=4, momentum=0.5
+  )
+  simulator = ClientSimulator(observation)
+  steps = local_steps(observation.clients[0], observation.client_training)
+  assert steps == LocalSteps(((0, 1),) * 4, True)
+  observed = simulator.observed_gradient(observation.clients[0])
+  simulated = simulator.mean_gradient(tf.constant(images), tf.constant([0, 1]), steps)
+  single = simulator.gradient(tf.constant(images), tf.constant([0, 1]))
+  assert float(SquaredMatching()(simulated, observed)) < 1e-6
+  assert float(SquaredMatching()(single, observed)) > 0.01
+  soft = simulator.mean_gradient(tf.constant(images), tf.constant([[1.0, 0], [0, 1]]), steps)
+  assert float(SquaredMatching()(soft, observed)) < 1e-6
+
+
+@pytest.mark.parametrize('position', [0.0, 1.0])
+def test_gradient_between_old_and_new_weights(position):
+  images, labels = tf.constant(smooth_images(2)), tf.constant([0, 1])
+  observation = play_round(small_model(), [(images.numpy(), [0, 1])], learning_rate=0.5)
+  simulator = ClientSimulator(observation)
+  observed = simulator.observed_gradient(observation.clients[0])
+  update = [-simulator.update_over_gradient(1) * tensor for tensor in observed]
+  found = simulator.gradient_between(images, labels, update, tf.constant(position))
+  for variable, change in zip(simulator.model.trainable_variables, update, strict=True):
+    variable.assign_add(position * change)
+  for a, b in zip(found, simulator.gradient(images, labels), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_another_optimizer_is_refused():

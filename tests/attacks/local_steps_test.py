@@ -1,0 +1,49 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attacks.local_steps import local_steps
+from tff_shadow.data import local_training_order
+from tff_shadow.observations import ClientObservation, ClientTraining, WeightArrays
+
+
+def _client(num_images, num_steps):
+  return ClientObservation('client_00', num_images, num_steps, 1.0, WeightArrays(()))
+
+
+def _training(batch_size, epochs, max_steps=None):
+  return ClientTraining('sgd', 0.1, 0.0, batch_size, epochs, max_steps)
+
+
+@given(
+  st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.one_of(st.none(), st.integers(1, 6))
+)
+def test_batches_are_those_of_a_client(num_examples, batch_size, epochs, max_steps):
+  rng = np.random.default_rng(0)
+  order = local_training_order(num_examples, batch_size, epochs, max_steps, rng)
+  distinct = len(set(order.tolist()))
+  num_steps = -(-len(order) // batch_size)
+  steps = local_steps(_client(distinct, num_steps), _training(batch_size, epochs, max_steps))
+  sizes = [len(order[k : k + batch_size]) for k in range(0, len(order), batch_size)]
+  assert [len(batch) for batch in steps.batches] == sizes
+  assert {image for batch in steps.batches for image in batch} == set(range(distinct))
+  if steps.is_exact and len(order) == distinct:
+    # One pass: the client's own batches, its images numbered as they came.
+    assert [image for batch in steps.batches for image in batch] == list(range(distinct))
+  assert sum(len(run) for run in steps.segments()) == num_steps
+  for run in steps.segments():
+    assert len({len(batch) for batch in run}) == 1
+
+
+def test_what_is_exact():
+  assert local_steps(_client(4, 2), _training(2, 1)).is_exact
+  assert local_steps(_client(4, 3), _training(4, 3)).is_exact
+  assert not local_steps(_client(4, 4), _training(2, 2)).is_exact
+  assert local_steps(_client(4, 1), _training(4, 1)).is_single
+  assert not local_steps(_client(4, 2), _training(4, 2)).is_single
+
+
+def test_steps_that_do_not_fit_the_settings():
+  steps = local_steps(_client(3, 5), _training(2, 1))
+  assert not steps.is_exact
+  assert [len(batch) for batch in steps.batches] == [2] * 5
