@@ -7,12 +7,14 @@ import numpy as np
 import tensorflow as tf
 
 from attacks.config import AttackConfig
+from attacks.local_steps import LocalSteps
 from attacks.simulator import ClientSimulator
-from attacks.solver import Solver
+from attacks.solver import Evidence, Solver
 from tff_shadow.models import Norm, build_model, classification_loss, model_to_config
 from tff_shadow.observations import ClientTraining, Observation, WeightArrays
 
 _REPEATS = 5
+_ONE_STEP = LocalSteps(((0,),), is_exact=True)
 
 
 def attack_over_training_step(
@@ -48,13 +50,21 @@ def attack_over_training_step(
     return tape.gradient(loss, model.trainable_variables)
 
   observed = training_gradient(tf.constant(image))
-  solver = Solver(simulator, AttackConfig(), matching=True, use_xla=use_xla)
-  state = solver.advance(solver.start(np.full_like(image, 0.5)), labels, observed, 1)
+  solver = Solver([simulator], [_ONE_STEP], AttackConfig(), matching=True, use_xla=use_xla)
+  seeds = np.zeros((1, 2), np.int32)
+  evidence = Evidence(
+    tf.zeros([1], tf.int32),
+    tf.constant(labels[None]),
+    (tuple(tensor[None] for tensor in observed),),
+    (),
+    tf.constant(seeds),
+  )
+  state = solver.advance(solver.start(np.full_like(image[None], 0.5), seeds), evidence, 1)
   attack_secs, training_secs = [], []
   for _ in range(_REPEATS):
     stop = int(state.iteration) + 1
     attack_secs.append(
-      _seconds(lambda state=state, stop=stop: solver.advance(state, labels, observed, stop).loss)
+      _seconds(lambda state=state, stop=stop: solver.advance(state, evidence, stop).loss)
     )
     training_secs.append(_seconds(lambda: training_gradient(tf.constant(image))[0]))
   return float(np.median(attack_secs)), float(np.median(training_secs))

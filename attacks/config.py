@@ -6,7 +6,7 @@ from typing import Any, Literal
 from attacks.initialization import MeanImageStart, Start
 from attacks.labels import LabelRule
 from attacks.matching import CosineMatching, Matching
-from attacks.optimizers import Adam, CosineDecay, Schedule
+from attacks.optimizers import Adam, CosineDecay, Optimizer, Schedule
 from attacks.parametrizations import Parametrization, SpectralParametrization
 from attacks.priors import (
   BatchNormStatistics,
@@ -70,7 +70,9 @@ class AttackConfig:
   box: Box = dataclasses.field(default_factory=Box)
   parametrization: Parametrization = dataclasses.field(default_factory=SpectralParametrization)
   rectifier: Rectifier = dataclasses.field(default_factory=SurrogateRectifier)
-  optimizer: Adam = dataclasses.field(default_factory=lambda: Adam(learning_rate=0.5, signed=False))
+  optimizer: Optimizer = dataclasses.field(
+    default_factory=lambda: Adam(learning_rate=0.5, signed=False)
+  )
   schedule: Schedule = dataclasses.field(default_factory=CosineDecay)
   langevin: float = 0.0
   start: Start = dataclasses.field(default_factory=MeanImageStart)
@@ -105,7 +107,7 @@ class AttackConfig:
       )
     if not self.langevin >= 0:
       raise UserError(f'--langevin={self.langevin}: must not be negative')
-    if not self.optimizer.learning_rate > 0:
+    if isinstance(self.optimizer, Adam) and not self.optimizer.learning_rate > 0:
       raise UserError(f'--learning_rate={self.optimizer.learning_rate}: must be above 0')
 
   @property

@@ -1,4 +1,4 @@
-"""Adam as a pure function of its state, and the schedules of its learning rate.
+"""Optimisers as pure functions of their state, and the schedules of learning rates.
 
 Keras optimisers keep their state in variables; an attack needs it as values, to run many targets
 through one traced function and to save and resume bit for bit.
@@ -6,9 +6,11 @@ through one traced function and to save and resume bit for bit.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+import tensorflow_probability as tfp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Adam:
     epsilon: Added to the root of the second moment.
   """
 
-  learning_rate: float
-  signed: bool
+  learning_rate: float = 0.1
+  signed: bool = False
   beta_1: float = 0.9
   beta_2: float = 0.999
   epsilon: float = 1e-12
@@ -114,6 +116,87 @@ class Adam:
       return -self.learning_rate * factor * direction
 
     return tf.nest.map_structure(change, first, second), (first, second)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lbfgs:
+  """Limited-memory BFGS with a line search (Liu and Nocedal 1989; Hager and Zhang 2006).
+
+  A step takes as many gradients as its line search needs. Learning rate, schedule, Langevin noise
+  and the projection onto the box have no part in it; the objective must not change with the
+  iterations.
+
+  Attributes:
+    pairs: Remembered steps.
+    line_search: Most gradients of one line search.
+  """
+
+  pairs: int = 10
+  line_search: int = 20
+  name: str = dataclasses.field(default='lbfgs', init=False)
+
+  def start(self, parameters: Any) -> Any:
+    """What `step` takes first: results without a step."""
+    flat = _joined(parameters)
+    lanes, size = flat.shape
+    nothing = tf.zeros([self.pairs, lanes, size], flat.dtype)
+    zeros = tf.zeros([lanes], flat.dtype)
+    no = tf.zeros([lanes], tf.bool)
+    count = tf.constant(0)
+    results = tfp.optimizer.LBfgsOptimizerResults
+    return results(no, no, count, count, flat, zeros, tf.zeros_like(flat), nothing, nothing)
+
+  def step(
+    self, objective_fn: Callable[[Any], tuple[tf.Tensor, Any]], parameters: Any, results: Any
+  ) -> tuple[Any, Any]:
+    """One step of every lane.
+
+    Args:
+      objective_fn: Parameters -> values [R] and gradients like the parameters.
+      parameters: A nest of tensors [R, ...]; where to start if no step was taken yet.
+      results: From `start` or the last step.
+
+    Returns:
+      The new parameters, and the new results.
+    """
+
+    def value_and_gradients(flat):
+      value, gradient = objective_fn(_parted(flat, parameters))
+      return value, _joined(gradient)
+
+    def minimize(**position):
+      return tfp.optimizer.lbfgs_minimize(
+        value_and_gradients,
+        num_correction_pairs=self.pairs,
+        max_iterations=results.num_iterations + 1,
+        max_line_search_iterations=self.line_search,
+        **position,
+      )
+
+    new = tf.cond(
+      results.num_objective_evaluations > 0,
+      lambda: minimize(previous_optimizer_results=results),
+      lambda: minimize(initial_position=_joined(parameters)),
+    )
+    return _parted(new.position, parameters), new
+
+
+Optimizer = Adam | Lbfgs
+OPTIMIZERS: dict[str, type[Optimizer]] = {'adam': Adam, 'lbfgs': Lbfgs}
+
+
+def _joined(nest: Any) -> tf.Tensor:
+  """A nest of tensors [R, ...] as one [R, D]."""
+  return tf.concat([tf.reshape(t, [t.shape[0], -1]) for t in tf.nest.flatten(nest)], axis=1)
+
+
+def _parted(flat: tf.Tensor, like: Any) -> Any:
+  """The inverse of `_joined`."""
+  tensors = tf.nest.flatten(like)
+  parts = tf.split(flat, [math.prod(tensor.shape[1:]) for tensor in tensors], axis=1)
+  return tf.nest.pack_sequence_as(
+    like, [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+  )
 
 
 def _warm_up(iteration: tf.Tensor, warm_up: int, dtype: tf.DType) -> tf.Tensor:

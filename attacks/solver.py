@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from attacks.config import AttackConfig
 from attacks.local_steps import LocalSteps
+from attacks.optimizers import Lbfgs
 from attacks.rectifiers import SurrogateRectifier
 from attacks.simulator import ClientSimulator
 
@@ -65,6 +66,22 @@ class Evidence(NamedTuple):
   seeds: tf.Tensor
 
 
+class LossAndGradient(NamedTuple):
+  """Of all lanes at one point.
+
+  Attributes:
+    images: [R, B, H, W, C].
+    loss: [R], matching alone, or the prior in a control.
+    objective: [R], what is minimised.
+    gradient: Of the sum of the objectives, like the parameters.
+  """
+
+  images: tf.Tensor
+  loss: tf.Tensor
+  objective: tf.Tensor
+  gradient: Any
+
+
 class Solver:
   """Runs attacks on targets of the same simulators; traced once per shape of the lanes.
 
@@ -108,7 +125,7 @@ class Solver:
     config = self._config
     images = tf.constant(images, self._simulators[0].dtype)
     num_lanes = images.shape[0]
-    parameters = {_IMAGES: config.parametrization.parameters(images, tf.constant(seeds))}
+    parameters = {_IMAGES: config.parametrization.parameters(images, tf.constant(seeds)[:, 1])}
     if labels is not None:
       parameters[_LABELS] = tf.constant(labels, images.dtype)
     if config.simulation == 'between' and self._matching:
@@ -146,18 +163,10 @@ class Solver:
 
   def _one_step(self, state: SolverState, evidence: Evidence) -> SolverState:
     config = self._config
-    parametrization = config.parametrization
-    images, own_loss, gradient = self.loss_and_gradient(state.parameters, evidence, state.iteration)
-    factor = config.schedule(state.iteration, config.iterations, images.dtype)
-    change, moments = config.optimizer.step(gradient, state.moments, state.iteration, factor)
-    if config.langevin:
-      change[_IMAGES] = self._with_noise(change[_IMAGES], evidence, state.iteration, factor)
-    active = parametrization.active(state.parameters[_IMAGES], state.iteration, config.iterations)
-    change[_IMAGES] = tf.nest.map_structure(tf.multiply, change[_IMAGES], active)
-    parameters = tf.nest.map_structure(tf.add, state.parameters, change)
-    if parametrization.invertible:
-      moved = config.box.project(parametrization.images(parameters[_IMAGES]))
-      parameters[_IMAGES] = parametrization.parameters(moved)
+    if isinstance(config.optimizer, Lbfgs):
+      images, own_loss, parameters, moments = self._line_search(state, evidence)
+    else:
+      images, own_loss, parameters, moments = self._scheduled_step(state, evidence)
     if _POSITION in parameters:
       parameters[_POSITION] = tf.clip_by_value(parameters[_POSITION], 0, 1)
     better = own_loss < state.best_loss
@@ -174,10 +183,38 @@ class Solver:
       diverged_at=tf.where(diverged, state.iteration, state.diverged_at),
     )
 
-  def loss_and_gradient(
-    self, parameters, evidence: Evidence, iteration
-  ) -> tuple[tf.Tensor, tf.Tensor, Any]:
-    """Images [R, B, H, W, C], own loss [R], and the objective's gradient like `parameters`."""
+  def _line_search(self, state: SolverState, evidence: Evidence):
+    """A step of L-BFGS; the loss is that after it."""
+    optimizer = self._config.optimizer
+
+    def objective(parameters):
+      seen = self.loss_and_gradient(parameters, evidence, state.iteration)
+      return seen.objective, seen.gradient
+
+    parameters, moments = optimizer.step(objective, state.parameters, state.moments)
+    seen = self.loss_and_gradient(parameters, evidence, state.iteration)
+    return seen.images, seen.loss, parameters, moments
+
+  def _scheduled_step(self, state: SolverState, evidence: Evidence):
+    """A step of Adam; the loss is that before it."""
+    config = self._config
+    parametrization = config.parametrization
+    seen = self.loss_and_gradient(state.parameters, evidence, state.iteration)
+    images, own_loss, gradient = seen.images, seen.loss, seen.gradient
+    factor = config.schedule(state.iteration, config.iterations, images.dtype)
+    change, moments = config.optimizer.step(gradient, state.moments, state.iteration, factor)
+    if config.langevin:
+      change[_IMAGES] = self._with_noise(change[_IMAGES], evidence, state.iteration, factor)
+    active = parametrization.active(state.parameters[_IMAGES], state.iteration, config.iterations)
+    change[_IMAGES] = tf.nest.map_structure(tf.multiply, change[_IMAGES], active)
+    parameters = tf.nest.map_structure(tf.add, state.parameters, change)
+    if parametrization.invertible:
+      moved = config.box.project(parametrization.images(parameters[_IMAGES]))
+      parameters[_IMAGES] = parametrization.parameters(moved)
+    return images, own_loss, parameters, moments
+
+  def loss_and_gradient(self, parameters, evidence: Evidence, iteration) -> LossAndGradient:
+    """Everything at `parameters` that a step needs."""
     config = self._config
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(parameters)
@@ -187,21 +224,21 @@ class Solver:
         prior += image_prior(images, iteration, config.iterations, evidence.target)
     if not self._matching:
       gradient = tape.gradient(prior, parameters, unconnected_gradients='zero')
-      return images, prior, gradient
+      return LossAndGradient(images, prior, prior, gradient)
     # The lanes' gradients are taken inside the map, so that one lane's activations are gone
     # before the next one's are needed, if memory is short.
     seen = {**parameters, _IMAGES: images}
-    loss, of_seen = self._over_lanes(seen, evidence, iteration)
+    loss, penalty, of_seen = self._over_lanes(seen, evidence, iteration)
     gradient = tape.gradient(
       [prior, images],
       parameters,
       output_gradients=[tf.ones_like(prior), of_seen.pop(_IMAGES)],
       unconnected_gradients='zero',
     )
-    return images, loss, {**gradient, **of_seen}
+    return LossAndGradient(images, loss, loss + penalty + prior, {**gradient, **of_seen})
 
   def _over_lanes(self, seen, evidence, iteration):
-    """Matching loss of every lane, and the gradient of it and of the statistics' prior."""
+    """Matching loss and statistics' prior of every lane, and the gradient of their sum."""
 
     def one(lane):
       own, target = lane
@@ -211,7 +248,8 @@ class Solver:
         objective = loss + penalty
       gradient = tape.gradient(objective, own, unconnected_gradients='zero')
       # Batches gathered from the images have a sparse one.
-      return loss, {name: tf.convert_to_tensor(tensor) for name, tensor in gradient.items()}
+      dense = {name: tf.convert_to_tensor(tensor) for name, tensor in gradient.items()}
+      return loss, penalty, dense
 
     lanes = (seen, evidence.target)
     if evidence.target.shape[0] == 1:
@@ -222,7 +260,7 @@ class Solver:
     return tf.map_fn(
       one,
       lanes,
-      fn_output_signature=(tf.TensorSpec((), dtype), specs),
+      fn_output_signature=(tf.TensorSpec((), dtype), tf.TensorSpec((), dtype), specs),
       parallel_iterations=self._config.lanes,
     )
 

@@ -12,10 +12,8 @@ from attacks.labels import Labels, infer_labels, known_labels, start_logits
 from attacks.local_steps import LocalSteps, local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.errors import UserError
-from tff_shadow.observations import ClientObservation, Observation
+from tff_shadow.observations import AGGREGATE, ClientObservation, Observation
 
-# The target of an attack on what the server has after averaging.
-AGGREGATE = 'aggregate'
 _NOISY_GUESSES = 16
 
 
@@ -23,7 +21,7 @@ class Target(NamedTuple):
   """One target.
 
   Attributes:
-    name: Client id, or `AGGREGATE`.
+    name: Client id, or `observations.AGGREGATE`.
     index: Among the clients of the first round; decides the seeds.
     num_images: Images sought.
     steps: Local steps in each observed round.

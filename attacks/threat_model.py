@@ -3,13 +3,25 @@
 from collections.abc import Sequence
 
 from attacks.config import AttackConfig
+from attacks.generators import GenerativePrior
 from attacks.initialization import MeanImageStart
 from attacks.local_steps import local_steps
 from tff_shadow.observations import ClientObservation, Observation
 
+_PRIORS = {
+  'total_variation': 'total variation',
+  'image_norm': 'small pixel values',
+  'group_consistency': 'the agreement of restarts',
+}
+
 
 def threat_model(
-  observation: Observation, config: AttackConfig, *, labels_known: bool
+  observation: Observation,
+  config: AttackConfig,
+  *,
+  labels_known: bool,
+  num_rounds: int = 1,
+  only_aggregate: bool = False,
 ) -> list[str]:
   """What an attack with these settings uses, one fact a sentence."""
   training = observation.client_training
@@ -17,19 +29,34 @@ def threat_model(
     'The attacker is an honest-but-curious server: it follows the protocol and keeps what it sees.',
     f'It knows the architecture ({observation.model_name}) and the global weights that it sent in'
     f' round {observation.round_num}.',
-    'It sees the update of each single client, as sent after any defence.',
+    'It sees only the mean update of all clients, after any defence.'
+    if only_aggregate
+    else 'It sees the update of each single client, as sent after any defence.',
     f'It knows the local training: {training.optimizer}, learning rate {training.learning_rate:g},'
     f' batch size {training.batch_size}, and how many images and steps each client used.',
   ]
+  if num_rounds > 1:
+    facts.append(f'It has kept {num_rounds} rounds in which a client trained on the same images.')
   if labels_known:
     facts.append('It has been told the labels of the images: a stronger attacker than usual.')
   else:
-    facts.append('It infers the labels from the gradient of the last layer.')
-  if isinstance(config.start, MeanImageStart):
+    facts.append(f'It infers the labels from the gradient (rule {config.label_rule!r}).')
+  if config.joint_labels:
+    facts.append('It optimises the labels together with the images.')
+  if isinstance(config.parametrization, GenerativePrior):
+    facts.append('It has a generator of images of the same modality.')
+  elif not config.parametrization.invertible:
+    facts.append('It draws the images with an untrained network.')
+  elif isinstance(config.start, MeanImageStart):
     facts.append('It starts at the mean of public images of the same modality.')
   else:
     facts.append(f'It starts at random images ({config.start.name}).')
-  facts.append('Its prior is total variation and pixel values within the known range.')
+  if config.simulation == 'between':
+    facts.append('It does not use how the local steps went, only where they led.')
+  priors = [_PRIORS[prior.name] for prior in config.image_priors]
+  if config.batch_norm_statistics.weight:
+    priors.append('the BatchNorm statistics that the client shared')
+  facts.append(f'Its prior is {", ".join([*priors, "pixel values within the known range"])}.')
   facts.append('It does not use what is public of the defence: it attacks as if there were none.')
   return facts
 

@@ -11,27 +11,19 @@ from typing import Any
 
 from absl import flags
 
-from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation
-from attacks.initialization import STARTS
-from attacks.matching import MATCHINGS, CosineMatching, Matching
-from attacks.optimizers import SCHEDULES, Adam
-from attacks.parametrizations import PARAMETRIZATIONS
-from attacks.priors import TotalVariation
-from attacks.rectifiers import RECTIFIERS
 from attacks.results import read_results, write_results
 from attacks.threat_model import threat_model, warnings
-from binaries import command
+from binaries import attack_flags, command
 from binaries.progress import Progress
 from tff_shadow.errors import UserError
 from tff_shadow.observations import (
+  AGGREGATE,
   Observation,
   read_observation,
   read_truth,
   round_directory_name,
 )
-
-_BEST = AttackConfig()
 
 _RUN_DIR = flags.DEFINE_string('run_dir', None, 'Run directory of tff-shadow-train.')
 _ROUND = flags.DEFINE_integer('round', 1, 'Round of --run_dir to attack.', lower_bound=1)
@@ -39,55 +31,21 @@ _OBSERVATION = flags.DEFINE_string(
   'observation', None, 'Directory of an observation, RUN/observations/ROUND; instead of --run_dir.'
 )
 _NAME = flags.DEFINE_string('name', 'inversion', 'The output goes to RUN/attacks/NAME.')
-_TARGETS = flags.DEFINE_list('targets', None, 'Client ids to attack; all by default.')
+_ROUNDS = flags.DEFINE_list(
+  'rounds', None, 'Several rounds of --run_dir, attacked jointly; instead of --round.'
+)
+_TARGETS = flags.DEFINE_list(
+  'targets',
+  None,
+  'Client ids to attack, or aggregate for the mean of all clients; all clients by default.',
+)
 _MAX_TARGETS = flags.DEFINE_integer('max_targets', None, 'At most so many targets.', lower_bound=1)
-_ITERATIONS = flags.DEFINE_integer('iterations', _BEST.iterations, 'Optimiser steps per restart.')
-_RESTARTS = flags.DEFINE_integer('restarts', _BEST.restarts, 'Starts per target.')
-_MATCHING = flags.DEFINE_enum(
-  'matching', _BEST.matching.name, sorted(MATCHINGS), 'How updates are compared.'
-)
-_BALANCE = flags.DEFINE_float(
-  'balance',
-  _BEST.matching.balance,
-  'With --matching=cosine: layers are divided by the norm of their gradient to this power.',
-  lower_bound=0,
-  upper_bound=1,
-)
-_TV_WEIGHT = flags.DEFINE_float(
-  'tv_weight', _BEST.total_variation.weight, 'Weight of total variation at the first iteration.'
-)
-_TV_DECAY = flags.DEFINE_float(
-  'tv_decay', _BEST.total_variation.decay, 'Factor of that weight by the last iteration.'
-)
-_PARAMETRIZATION = flags.DEFINE_enum(
-  'parametrization',
-  _BEST.parametrization.name,
-  sorted(PARAMETRIZATIONS),
-  'What the optimiser moves: pixels or damped frequencies.',
-)
-_RECTIFIER = flags.DEFINE_enum(
-  'rectifier',
-  _BEST.rectifier.name,
-  sorted(RECTIFIERS),
-  'How the switching of ReLUs is differentiated; the loss is the same.',
-)
-_LEARNING_RATE = flags.DEFINE_float(
-  'learning_rate', _BEST.optimizer.learning_rate, "Adam's, before the schedule."
-)
-_SIGNED = flags.DEFINE_bool('signed', _BEST.optimizer.signed, 'Use only the sign of the gradient.')
-_SCHEDULE = flags.DEFINE_enum(
-  'schedule', _BEST.schedule.name, sorted(SCHEDULES), 'Of the learning rate.'
-)
-_WARM_UP = flags.DEFINE_integer('warm_up', 0, 'Iterations of linear warm-up.', lower_bound=0)
-_INIT = flags.DEFINE_enum('init', _BEST.start.name, sorted(STARTS), 'Start images.')
 _LABELS = flags.DEFINE_string(
   'labels',
   'infer',
   "infer: from the update. truth: read the labels (only) from the run's truth file, a stronger"
   ' threat model. Or a list of class numbers, the same for every target.',
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Decides all start images.', lower_bound=0)
-_XLA = flags.DEFINE_enum('xla', _BEST.xla, ['auto', 'on', 'off'], 'Compile steps; auto measures.')
 _RESUME = flags.DEFINE_bool('resume', False, 'Go on with an interrupted attack.')
 _CHECKPOINT_EVERY_SECS = flags.DEFINE_float(
   'checkpoint_every_secs', 60.0, 'How often an unfinished target is saved.', lower_bound=0
@@ -99,23 +57,27 @@ _NOT_SETTINGS = ('resume', 'checkpoint_every_secs', 'run_dir', 'observation', 'r
 
 
 def main() -> None:
-  """Attacks the round that the flags name."""
-  run_dir, observation_dir = _directories()
-  config = _config()
-  observation = read_observation(observation_dir)
+  """Attacks the round or rounds that the flags name."""
+  run_dir, observation_dirs = _directories()
+  observations = [read_observation(directory) for directory in observation_dirs]
+  observation = observations[0]
+  config = attack_flags.attack_config(tuple(observation.image_shape))
   targets = _targets(observation)
   labels = _labels(run_dir, observation, targets)
-  sentences = threat_model(observation, config, labels_known=labels is not None)
-  settings = {
-    key: value
-    for key, value in command.flag_values(sys.modules[__name__]).items()
-    if key not in _NOT_SETTINGS
-  }
+  sentences = threat_model(
+    observation,
+    config,
+    labels_known=labels is not None,
+    num_rounds=len(observations),
+    only_aggregate=targets == [AGGREGATE],
+  )
+  flag_values = command.flag_values(sys.modules[__name__]) | command.flag_values(attack_flags)
   document = {
-    'attack': settings,
+    'attack': {key: value for key, value in flag_values.items() if key not in _NOT_SETTINGS},
     'all_settings': config.as_dict(),
-    'observation': str(observation_dir.relative_to(run_dir)),
+    'observation': str(observation_dirs[0].relative_to(run_dir)),
     'round': observation.round_num,
+    'rounds': [seen.round_num for seen in observations],
     'threat_model': sentences,
     'versions': command.versions(),
     'dataset': observation.dataset,
@@ -127,9 +89,11 @@ def main() -> None:
   }
   output = run_dir / 'attacks' / _NAME.value
   finished = _prepare(output, document)
+  print(attack_flags.description())
   for sentence in sentences:
     print(sentence)
-  for warning in warnings([observation.client(target) for target in targets]):
+  clients = [observation.client(target) for target in targets if target != AGGREGATE]
+  for warning in warnings(observation, clients, config):
     print(f'warning: {warning}', file=sys.stderr)
   per_target = config.iterations * config.restarts
   with Progress(
@@ -137,15 +101,13 @@ def main() -> None:
   ) as progress:
 
     def show(at: AttackProgress) -> None:
-      done = per_target * at.target_index + config.iterations * at.restart + at.iteration
+      more = f' and {len(at.targets) - 1} more' if len(at.targets) > 1 else ''
       progress.update(
-        done,
-        f'{at.target} ({at.target_index + 1} of {at.num_targets}), restart {at.restart + 1},'
-        f' loss {at.loss:.2e}',
+        at.done, f'{at.targets[0]}{more}, iteration {at.iteration}, loss {at.loss:.2e}'
       )
 
     results = attack_observation(
-      observation,
+      observations,
       config,
       targets,
       labels=labels,
@@ -162,8 +124,8 @@ def main() -> None:
   print(f'{attacked} of {len(results)} targets attacked; written to {output}')
 
 
-def _directories() -> tuple[pathlib.Path, pathlib.Path]:
-  """The run directory and the observation in it."""
+def _directories() -> tuple[pathlib.Path, list[pathlib.Path]]:
+  """The run directory and the observations in it."""
   if (_RUN_DIR.value is None) == (_OBSERVATION.value is None):
     raise UserError('give either --run_dir (with --round) or --observation')
   if _NAME.value in ('', '.', '..') or '/' in _NAME.value:
@@ -172,7 +134,9 @@ def _directories() -> tuple[pathlib.Path, pathlib.Path]:
     run_dir = pathlib.Path(_RUN_DIR.value)
     if not run_dir.is_dir():
       raise UserError(f'--run_dir={run_dir}: no such directory')
-    return run_dir, run_dir / 'observations' / round_directory_name(_ROUND.value)
+    return run_dir, [run_dir / 'observations' / round_directory_name(r) for r in _round_numbers()]
+  if _ROUNDS.value is not None:
+    raise UserError('--rounds: needs --run_dir')
   # Resolved, so that `--observation=.` has parents.
   observation = pathlib.Path(_OBSERVATION.value).resolve()
   if observation.parent.name != 'observations':
@@ -180,36 +144,26 @@ def _directories() -> tuple[pathlib.Path, pathlib.Path]:
       f'--observation={_OBSERVATION.value}: must be a directory in RUN/observations, for the'
       ' output goes to RUN/attacks'
     )
-  return observation.parent.parent, observation
+  return observation.parent.parent, [observation]
 
 
-def _config() -> AttackConfig:
-  return AttackConfig(
-    matching=_matching(),
-    total_variation=TotalVariation(_TV_WEIGHT.value, _TV_DECAY.value),
-    parametrization=PARAMETRIZATIONS[_PARAMETRIZATION.value](),
-    rectifier=RECTIFIERS[_RECTIFIER.value](),
-    optimizer=Adam(_LEARNING_RATE.value, _SIGNED.value),
-    schedule=SCHEDULES[_SCHEDULE.value](_WARM_UP.value),
-    start=STARTS[_INIT.value](),
-    iterations=_ITERATIONS.value,
-    restarts=_RESTARTS.value,
-    seed=_SEED.value,
-    xla=_XLA.value,
-  )
-
-
-def _matching() -> Matching:
-  if _MATCHING.value == 'cosine':
-    return CosineMatching(_BALANCE.value)
-  return MATCHINGS[_MATCHING.value]()
+def _round_numbers() -> list[int]:
+  if _ROUNDS.value is None:
+    return [_ROUND.value]
+  try:
+    rounds = [int(value) for value in _ROUNDS.value]
+  except ValueError as error:
+    raise UserError(f'--rounds={",".join(_ROUNDS.value)}: must be a list such as 1,2,3') from error
+  if not rounds or min(rounds) < 1 or len(set(rounds)) < len(rounds):
+    raise UserError(f'--rounds={",".join(_ROUNDS.value)}: rounds are counted from 1, each once')
+  return rounds
 
 
 def _targets(observation: Observation) -> list[str]:
   known = [client.client_id for client in observation.clients]
   targets = list(dict.fromkeys(_TARGETS.value or known))
   for target in targets:
-    if target not in known:
+    if target not in (*known, AGGREGATE):
       raise UserError(f'--targets: no client {target!r} in this round; it has {", ".join(known)}')
   return targets[: _MAX_TARGETS.value]
 
@@ -223,10 +177,15 @@ def _labels(
   if _LABELS.value == 'truth':
     path = run_dir / 'truth' / f'{round_directory_name(observation.round_num)}.safetensors'
     truth = read_truth(path)
-    missing = [target for target in targets if target not in truth]
+    needed = [target for target in targets if target != AGGREGATE]
+    needed += [client.client_id for client in observation.clients if AGGREGATE in targets]
+    missing = [target for target in needed if target not in truth]
     if missing:
       raise UserError(f'{path}: has no client {missing[0]!r}')
-    return {target: truth[target].labels.tolist() for target in targets}
+    labels = {target: truth[target].labels.tolist() for target in needed}
+    sent = [client.client_id for client in observation.clients if not client.dropped]
+    together = [label for client_id in sent for label in labels.get(client_id, [])]
+    return {target: labels.get(target, together) for target in targets}
   try:
     values = [int(value) for value in _LABELS.value.split(',')]
   except ValueError as error:
@@ -234,7 +193,7 @@ def _labels(
       f'--labels={_LABELS.value}: use infer, truth or a list of class numbers such as 0,1'
     ) from error
   for target in targets:
-    if observation.client(target).num_images != len(values):
+    if target != AGGREGATE and observation.client(target).num_images != len(values):
       raise UserError(
         f'--labels={_LABELS.value}: {len(values)} labels, but {target} has'
         f' {observation.client(target).num_images} images'

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from attacks.scoring.metrics import SSIM_WINDOW
 from tff_shadow.errors import UserError
+from tff_shadow.observations import AGGREGATE
 
 ATTACK = 'attack'
 CONTROLS = ('prior_only', 'mean_image')
@@ -86,6 +87,8 @@ def load_attack(run_dir: str | pathlib.Path, attack_name: str) -> AttackResult:
   truth_path = run_dir / 'truth' / f'round_{config["round"]:05d}.safetensors'
   truth, metadata = _read_tensors(truth_path)
   _check_format(truth_path, metadata, 'tff-shadow-truth')
+  if AGGREGATE in names:
+    truth |= _together(truth)
   targets = tuple(
     _target(directory, record, reconstructions, truth_path, truth) for record in records
   )
@@ -170,6 +173,14 @@ def _target(
       'result.json says that the target is ok'
     )
   return Target(name, record, sets, images, labels, regions)
+
+
+def _together(truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The truth of an attack on the mean: the images of all clients."""
+  parts: dict[str, list[np.ndarray]] = {}
+  for key in sorted(truth):
+    parts.setdefault(key.rpartition('/')[2], []).append(truth[key])
+  return {f'{AGGREGATE}/{part}': np.concatenate(arrays) for part, arrays in parts.items()}
 
 
 def _target_truth(

@@ -6,11 +6,10 @@ import pytest
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.results import read_results, write_results
-from attacks.targets import AGGREGATE
 from attacks.threat_model import threat_model, warnings
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.errors import UserError
-from tff_shadow.observations import WeightArrays
+from tff_shadow.observations import AGGREGATE, WeightArrays
 
 _SHORT = AttackConfig(iterations=60, restarts=2, xla='off')
 

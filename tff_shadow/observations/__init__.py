@@ -8,6 +8,7 @@ from tff_shadow.observations.files import (
   write_observation,
 )
 from tff_shadow.observations.schema import (
+  AGGREGATE,
   BATCH_NORM_SHARING,
   BatchNormSharing,
   ClientObservation,
@@ -18,6 +19,7 @@ from tff_shadow.observations.schema import (
 from tff_shadow.observations.truth import Truth, read_truth, write_truth
 
 __all__ = [
+  'AGGREGATE',
   'BATCH_NORM_SHARING',
   'BatchNormSharing',
   'ClientObservation',

@@ -12,6 +12,9 @@ import numpy as np
 BatchNormSharing = Literal['aggregate', 'local', 'frozen']
 BATCH_NORM_SHARING: tuple[BatchNormSharing, ...] = ('aggregate', 'local', 'frozen')
 
+# In place of a client's id: the mean over all of them.
+AGGREGATE = 'aggregate'
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightArrays:
