@@ -61,6 +61,9 @@ class ClientSimulator:
       layer.momentum = 1.0
       if layer.trainable and not layer.fused:
         layer.call = functools.partial(_batch_norm, layer)
+    for layer in self.model._flatten_layers():
+      if isinstance(layer, tf.keras.layers.LayerNormalization):
+        layer.call = functools.partial(_layer_norm, layer)
     _assign(self.model.trainable_variables, observation.global_weights.trainable, 'trainable')
     # A client that keeps its statistics private leaves the attacker the freshly built ones, which
     # do not enter the gradient in training mode.
@@ -71,7 +74,7 @@ class ClientSimulator:
         'non-trainable',
       )
     self._loss = classification_loss(self.model)
-    self._soft_loss = tf.keras.losses.CategoricalCrossentropy(outputs_logits(self.model))
+    self._outputs_logits = outputs_logits(self.model)
     # After the loss: replacing the activations must not change what kind of output it sees.
     self._sharpness = None
     replace_relus(self.model, self._relu)
@@ -186,7 +189,9 @@ class ClientSimulator:
       tape.watch(weights)
       outputs = model(images, training=True)
       if labels.dtype.is_floating:
-        loss = self._soft_loss(labels, outputs)
+        # TF's fused cross-entropy has no second derivative with respect to the labels.
+        log = tf.nn.log_softmax(outputs) if self._outputs_logits else tf.math.log(outputs)
+        loss = -tf.reduce_mean(tf.reduce_sum(labels * log, axis=-1))
       else:
         loss = self._loss(labels, outputs)
     return tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
@@ -254,7 +259,20 @@ def _batch_norm(
   whose stopped gradient drops a term of the second derivative.
   """
   axes = [axis for axis in range(inputs.shape.rank) if axis not in layer.axis]
-  shape = [inputs.shape[axis] if axis in layer.axis else 1 for axis in range(inputs.shape.rank)]
+  return _normalised(layer, inputs, axes, layer.axis)
+
+
+def _layer_norm(
+  layer: tf.keras.layers.LayerNormalization, inputs: tf.Tensor, **_: Any
+) -> tf.Tensor:
+  """LayerNorm, differentiable twice; as for `_batch_norm`."""
+  return _normalised(layer, inputs, list(layer.axis), layer.axis)
+
+
+def _normalised(layer: Any, inputs: tf.Tensor, axes: list[int], of_weights: Any) -> tf.Tensor:
+  """Zero mean and unit variance over `axes`, then scale and offset along `of_weights`."""
+  rank = inputs.shape.rank
+  shape = [inputs.shape[axis] if axis in of_weights else 1 for axis in range(rank)]
   centered = inputs - tf.reduce_mean(inputs, axes, keepdims=True)
   variance = tf.reduce_mean(tf.square(centered), axes, keepdims=True)
   outputs = centered * tf.math.rsqrt(variance + layer.epsilon)

@@ -182,6 +182,39 @@ def test_gradient_between_old_and_new_weights(position):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_label_probabilities_and_layer_norm_are_differentiated():
+  tf.keras.utils.set_random_seed(0)
+  inputs = tf.keras.Input((6, 6, 1))
+  x = tf.keras.layers.Conv2D(4, 3, activation='tanh')(inputs)
+  x = tf.keras.layers.LayerNormalization(epsilon=1e-6)(x)
+  model = tf.keras.Model(inputs, tf.keras.layers.Dense(3)(tf.keras.layers.Flatten()(x)))
+  images = smooth_images(2, (6, 6, 1)).astype('float64')
+  observation = play_round(model, [(images.astype('float32'), [0, 1])])
+  simulator = ClientSimulator(observation, 'float64')
+  observed = simulator.observed_gradient(observation.clients[0])
+  rng = np.random.default_rng(0)
+  logits = rng.standard_normal((2, 3))
+  images = np.clip(images + 0.1 * rng.standard_normal(images.shape), 0, 1)
+
+  def loss(images, logits):
+    return SquaredMatching()(simulator.gradient(images, tf.nn.softmax(logits)), observed)
+
+  point = [tf.constant(images), tf.constant(logits)]
+  with tf.GradientTape() as tape:
+    tape.watch(point)
+    value = loss(*point)
+  for k, gradient in enumerate(tape.gradient(value, point)):
+    direction = rng.standard_normal(gradient.shape)
+    ends = []
+    for sign in (1, -1):
+      moved = list(point)
+      moved[k] = moved[k] + sign * 1e-6 * direction
+      ends.append(float(loss(*moved)))
+    expected = (ends[0] - ends[1]) / 2e-6
+    assert abs(expected) > 1e-4
+    np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-4)
+
+
 def test_another_optimizer_is_refused():
   observation = play_round(small_model(), [(smooth_images(1), [0])])
   training = dataclasses.replace(observation.client_training, optimizer='adam')
