@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 UV_VERSION := 0.13.9
 
-.PHONY: setup lock lint test demo gate training frontier bench clean
+.PHONY: setup lock lint test demo gate training frontier attack-bench bench clean
 
 setup: $(STAMP)
 
@@ -71,6 +71,10 @@ training: $(STAMP)
 # Protection against utility of shadow noise; continues results/frontier.csv where it stopped.
 frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier
+
+# The attacks side by side; continues results/attacks.csv where it stopped.
+attack-bench: $(STAMP)
+	$(BIN)/python -m binaries.attack_bench
 
 bench: $(STAMP)
 	$(BIN)/python -m binaries.bench

@@ -1,0 +1,234 @@
+"""The attacks side by side on undefended rounds: rows of results/attacks.csv.
+
+A row is a data set, a model, a preset and what a client trains on. In every row 16 images are
+sought (more where a client has more), each client's found images are assigned to its true ones one
+to one, and the control is the better, image by image, of the same attack without its matching term
+and the public mean image. ci95_low and ci95_high bound the mean of PSNR minus the control's over
+clients.
+
+local_steps: '1', one step on the batch; '5', five steps on the same batch; '5distinct', five steps
+on a new batch each; '2epochs', two batches, two times each, in orders the server does not know.
+Rows that the file has already are kept, so that an interrupted run continues.
+"""
+
+import csv
+import dataclasses
+import itertools
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+import tensorflow_federated as tff
+from absl import flags
+
+from attacks.engine import attack_observation
+from attacks.labels import label_accuracy
+from attacks.presets import PRESETS
+from attacks.scoring.assignment import assign
+from attacks.scoring.metrics import Quality, measure
+from attacks.scoring.statistics import mean_interval
+from binaries import command
+from binaries.progress import Progress
+from tff_shadow.data import EMBEDDED, Partition, load
+from tff_shadow.errors import UserError
+from tff_shadow.execution import local_worker_context
+from tff_shadow.learning import TrainingRun, TrainingSettings
+from tff_shadow.models import MODELS, NORMS, build_model
+from tff_shadow.observations import (
+  ClientTraining,
+  Truth,
+  read_observation,
+  read_truth,
+  round_directory_name,
+)
+
+_OUTPUT = flags.DEFINE_string('output', 'results/attacks.csv', 'CSV file to write or continue.')
+_DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
+_PRESETS = flags.DEFINE_list(
+  'presets',
+  [name for name, preset in PRESETS.items() if not preset.needs_generator],
+  'Attacks.',
+)
+_BATCHES = flags.DEFINE_list('batches', ['1', '4', '8'], 'Batch sizes.')
+_STEPS = flags.DEFINE_list('local_steps', ['1', '5', '2epochs'], '1, 5, 5distinct, 2epochs.')
+_NORM = flags.DEFINE_list('norms', list(NORMS), 'Normalisations of the model.')
+_MODEL = flags.DEFINE_string('model', 'conv_small', 'A built-in model.')
+_IMAGE_SIZE = flags.DEFINE_integer('image_size', 32, 'Side of the images.', lower_bound=16)
+_ITERATIONS = flags.DEFINE_integer(
+  'iterations', None, "In place of every preset's own, to compare at equal cost.", lower_bound=1
+)
+_IMAGES = flags.DEFINE_integer('images', 16, 'Images sought in a row.', lower_bound=1)
+_SEED = flags.DEFINE_integer('seed', 0, 'Decides partition, model and starts.', lower_bound=0)
+
+# Batches that a client has, epochs.
+_LOCAL_STEPS = {'1': (1, 1), '5': (1, 5), '5distinct': (5, 1), '2epochs': (2, 2)}
+_LEARNING_RATE = 0.05
+_CONTROLS = ('prior_only', 'mean_image')
+_KEY = ('dataset', 'model', 'preset', 'batch', 'local_steps', 'image_size')
+_COLUMNS = (
+  *_KEY,
+  'psnr',
+  'ssim',
+  'region_psnr',
+  'label_accuracy',
+  'control_psnr',
+  'ci95_low',
+  'ci95_high',
+  'images',
+  'seconds',
+)
+
+
+def main() -> None:
+  """Fills the table row by row."""
+  _check_flags()
+  path = pathlib.Path(_OUTPUT.value)
+  rows = _read_rows(path)
+  done = {tuple(row[name] for name in _KEY) for row in rows}
+  cells = list(
+    itertools.product(_DATASETS.value, _NORM.value, _STEPS.value, _BATCHES.value, _PRESETS.value)
+  )
+  observed: dict = {}
+  with local_worker_context(), Progress('attacks', len(cells), 'rows') as progress:
+    for count, (dataset, norm, steps, batch, preset) in enumerate(cells):
+      model = f'{_MODEL.value}/{norm}'
+      key = (dataset, model, preset, batch, steps, str(_IMAGE_SIZE.value))
+      if key not in done:
+        round_key = (dataset, norm, int(batch), steps)
+        if round_key not in observed:
+          # Cells of the same round follow each other; one at a time is kept.
+          observed = {round_key: _round(*round_key)}
+        rows.append(dict(zip(_KEY, key, strict=True)) | _attack(preset, *observed[round_key]))
+        _write_rows(path, rows)
+      progress.update(count + 1, ' '.join((dataset, norm, steps, batch, preset)))
+
+
+def _round(dataset: str, norm: str, batch: int, steps: str):
+  """Observation and truth of an undefended first round."""
+  batches, epochs = _LOCAL_STEPS[steps]
+  size = batches * batch
+  clients = max(1, _IMAGES.value // size)
+  partition = Partition.parse('sizes:' + '/'.join([str(size)] * clients))
+  data = load(dataset, image_size=_IMAGE_SIZE.value, partition=partition, seed=_SEED.value)
+  model = build_model(
+    _MODEL.value,
+    image_shape=tuple(data.image_shape),
+    num_classes=data.num_classes,
+    norm=norm,
+    seed=_SEED.value,
+  )
+  training = ClientTraining('sgd', _LEARNING_RATE, 0.0, batch, epochs, None)
+  settings = TrainingSettings(1, training, observed_rounds=(1,), seed=_SEED.value)
+  name = round_directory_name(1)
+  with tempfile.TemporaryDirectory() as directory:
+    run_dir = pathlib.Path(directory)
+    TrainingRun(data, model, settings, run_dir, save_every_rounds=1).train(resume=False)
+    observation = read_observation(run_dir / 'observations' / name)
+    return observation, read_truth(run_dir / 'truth' / f'{name}.safetensors')
+
+
+def _attack(preset: str, observation, truth) -> dict:
+  """The measured columns of a row."""
+  config = dataclasses.replace(PRESETS[preset].build(), seed=_SEED.value)
+  if _ITERATIONS.value is not None:
+    config = dataclasses.replace(config, iterations=_ITERATIONS.value)
+  if observation.client_training.local_epochs > 1 or not any(
+    array.size for array in observation.clients[0].update.non_trainable
+  ):
+    # BatchNorm statistics are matched for a single step only, and only where there are any.
+    config = dataclasses.replace(
+      config,
+      batch_norm_statistics=dataclasses.replace(config.batch_norm_statistics, weight=0.0),
+    )
+  started = time.monotonic()
+  try:
+    results = attack_observation(observation, config)
+  except UserError as error:
+    return _no_result(str(error))
+  seconds = time.monotonic() - started
+  attacked, gains, labels = [], [], []
+  for result in results:
+    own = truth[result.target]
+    if result.status != 'ok':
+      continue
+    found = _qualities(result.reconstructions['attack'], own)
+    controls = [_qualities(result.reconstructions[name], own) for name in _CONTROLS]
+    control = [max(q.psnr for q in pair) for pair in zip(*controls, strict=True)]
+    attacked += [(q.psnr, q.ssim, q.region_psnr, c) for q, c in zip(found, control, strict=True)]
+    gains.append(np.mean([q.psnr - c for q, c in zip(found, control, strict=True)]))
+    labels.append(label_accuracy(result.labels, own.labels))
+  if not attacked:
+    return _no_result(results[0].reason)
+  psnr, ssim, region_psnr, control_psnr = np.mean(attacked, axis=0)
+  interval = mean_interval(gains)
+  return {
+    'psnr': f'{psnr:.2f}',
+    'ssim': f'{ssim:.3f}',
+    'region_psnr': f'{region_psnr:.2f}',
+    'label_accuracy': f'{np.mean(labels):.3f}',
+    'control_psnr': f'{control_psnr:.2f}',
+    'ci95_low': '' if interval.low is None else f'{interval.low:.2f}',
+    'ci95_high': '' if interval.high is None else f'{interval.high:.2f}',
+    'images': len(attacked),
+    'seconds': f'{seconds:.0f}',
+  }
+
+
+def _no_result(reason: str) -> dict:
+  """A row without numbers: never a success of anything."""
+  print(f'warning: no result: {reason}', file=sys.stderr)
+  return dict.fromkeys(_COLUMNS[len(_KEY) :], '') | {'images': 0}
+
+
+def _qualities(images: np.ndarray, own: Truth) -> list[Quality]:
+  """Of every true image, by the best one-to-one assignment."""
+  matched = assign(images, own.images)
+  return [
+    measure(images[matched[k]], own.images[k], own.regions[k]) for k in range(len(own.images))
+  ]
+
+
+def _read_rows(path: pathlib.Path) -> list[dict]:
+  if not path.exists():
+    return []
+  with path.open() as file:
+    return list(csv.DictReader(line for line in file if not line.startswith('#')))
+
+
+def _write_rows(path: pathlib.Path, rows: list[dict]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  with temporary.open('w', newline='') as file:
+    file.write(f'# command: {command.command_line()}\n')
+    writer = csv.DictWriter(file, _COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+  temporary.replace(path)
+
+
+def _check_flags() -> None:
+  for name, given, allowed in (
+    ('datasets', _DATASETS.value, EMBEDDED),
+    ('presets', _PRESETS.value, [n for n, p in PRESETS.items() if not p.needs_generator]),
+    ('local_steps', _STEPS.value, _LOCAL_STEPS),
+    ('norms', _NORM.value, NORMS),
+    ('model', [_MODEL.value], MODELS),
+  ):
+    for value in given:
+      if value not in allowed:
+        raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
+  for value in _BATCHES.value:
+    if not value.isdecimal() or not 1 <= int(value) <= 16:
+      raise UserError(f'--batches={value}: must be numbers from 1 to 16')
+
+
+def run() -> None:
+  """Console script."""
+  tff.test.set_no_default_context()
+  command.run(main)
+
+
+if __name__ == '__main__':
+  run()
