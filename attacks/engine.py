@@ -60,7 +60,8 @@ def attack_observation(
     observation: What the server saw; nothing else is used but `labels`. Several rounds are attacked
       jointly: every target must have trained on the same images in each.
     config: Settings.
-    targets: Client ids, or `observations.AGGREGATE` for the mean of all clients; all clients by default.
+    targets: Client ids, or `observations.AGGREGATE` for the mean of all clients; all clients by
+      default.
     labels: The labels of each target if the attacker was told them; inferred by default.
     finished: Results of an earlier, interrupted call; kept as they are.
     on_result: Called with all results so far whenever targets are done.

@@ -137,14 +137,13 @@ class Lbfgs:
 
   def start(self, parameters: Any) -> Any:
     """What `step` takes first: results without a step."""
-    flat = _joined(parameters)
-    lanes, size = flat.shape
-    nothing = tf.zeros([self.pairs, lanes, size], flat.dtype)
-    zeros = tf.zeros([lanes], flat.dtype)
-    no = tf.zeros([lanes], tf.bool)
-    count = tf.constant(0)
-    results = tfp.optimizer.LBfgsOptimizerResults
-    return results(no, no, count, count, flat, zeros, tf.zeros_like(flat), nothing, nothing)
+    # Of no objective at all: only to have the structure, which the first step fills.
+    return tfp.optimizer.lbfgs_minimize(
+      lambda flat: (tf.zeros(flat.shape[:1], flat.dtype), tf.zeros_like(flat)),
+      initial_position=_joined(parameters),
+      num_correction_pairs=self.pairs,
+      max_iterations=0,
+    )
 
   def step(
     self, objective_fn: Callable[[Any], tuple[tf.Tensor, Any]], parameters: Any, results: Any
@@ -159,22 +158,24 @@ class Lbfgs:
     Returns:
       The new parameters, and the new results.
     """
+    taken = results.num_iterations
 
     def value_and_gradients(flat):
       value, gradient = objective_fn(_parted(flat, parameters))
       return value, _joined(gradient)
 
-    def minimize(**position):
+    def minimize(initial_position=None, **earlier):
       return tfp.optimizer.lbfgs_minimize(
         value_and_gradients,
+        initial_position,
         num_correction_pairs=self.pairs,
-        max_iterations=results.num_iterations + 1,
+        max_iterations=taken + 1,
         max_line_search_iterations=self.line_search,
-        **position,
+        **earlier,
       )
 
     new = tf.cond(
-      results.num_objective_evaluations > 0,
+      taken > 0,
       lambda: minimize(previous_optimizer_results=results),
       lambda: minimize(initial_position=_joined(parameters)),
     )

@@ -13,7 +13,7 @@ import pytest
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.observations import Truth, load_tensors, write_observation, write_truth
 
-_ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +37,7 @@ def _command(run_dir, *arguments):
 
 def _run(run_dir, *arguments):
   return subprocess.run(
-    _command(run_dir, *arguments), cwd=_ROOT, capture_output=True, text=True, timeout=120
+    _command(run_dir, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=120
   )
 
 
@@ -77,7 +77,7 @@ def test_interrupted_attack_resumes_to_the_same_bits(run_dir):
 
   process = subprocess.Popen(
     _command(run_dir, '--name=broken', *arguments, '--checkpoint_every_secs=0'),
-    cwd=_ROOT,
+    cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

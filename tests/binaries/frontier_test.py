@@ -1,0 +1,84 @@
+"""What the frontier takes for granted, and its joined rows."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.binaries.attack_test import ROOT
+from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
+from tff_shadow.aggregators.shadow_noise import DEFAULT_FLOOR, noised_update
+
+
+@pytest.mark.parametrize('shape', NOISE_SHAPES)
+def test_noise_of_a_ratio_is_proportional_to_it(shape):
+  rng = np.random.default_rng(0)
+  update = [tf.constant(rng.standard_normal(s), tf.float32) for s in ((3, 4), (5,))]
+  value = {
+    'update': update,
+    'noise_key': tf.constant([3, 4]),
+    'shape': [tf.square(t) + 0.1 for t in update],
+    'region_energy': tf.constant(0.0),
+    'region_fourth_moment': tf.constant(0.0),
+    'sensitivity_energy': tf.constant(0.0),
+  }
+  noises = []
+  for ratio in (1.0, 0.3):
+    noised, _ = noised_update(value, shape, NoiseStrength('ratio', ratio), DEFAULT_FLOOR)
+    noises.append([(a - b).numpy() for a, b in zip(noised, update, strict=True)])
+  for whole, part in zip(*noises, strict=True):
+    np.testing.assert_allclose(0.3 * whole, part, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--datasets=mnist', 'error: --datasets=mnist'),
+    ('--strengths=-1', 'error: --strengths=-1'),
+    ('--parts=all', 'error: --parts=all'),
+  ],
+)
+def test_bad_flags(flag, message):
+  done = subprocess.run(
+    [sys.executable, '-m', 'binaries.frontier', flag],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 1
+  assert message in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+def test_rows_are_joined_and_drawn(tmp_path):
+  cache = tmp_path / 'cache'
+  cache.mkdir()
+  utility = ['dataset,seed,shape,strength,freshness,f1,validation_f1']
+  protection = ['dataset,seed,shape,strength,image,psnr,region_psnr']
+  for seed in (0, 1):
+    utility += [f'chest_phantom,{seed},none,0,frozen,0.9{seed}00,0.5 0.82 0.9']
+    utility += [f'chest_phantom,{seed},correlated,0.3,frozen,0.8900,0.5 0.7 0.7']
+    for image in (0, 1):
+      protection += [f'chest_phantom,{seed},none,0,{image},{30 + image},{28 + image}']
+      protection += [f'chest_phantom,{seed},correlated,0.3,{image},{20 + image},{12 + image}']
+  utility += ['chest_phantom,2,none,0,frozen,0.9000,0.9']
+  (cache / 'utility.csv').write_text('\n'.join(utility) + '\n')
+  (cache / 'protection.csv').write_text('\n'.join(protection) + '\n')
+  subprocess.run(
+    [
+      *(sys.executable, '-m', 'binaries.frontier', '--parts='),
+      *(f'--cache_dir={cache}', f'--output={tmp_path}/t.csv', f'--plot={tmp_path}/t.png'),
+    ],
+    cwd=ROOT,
+    check=True,
+    timeout=120,
+  )
+  lines = (tmp_path / 't.csv').read_text().splitlines()
+  assert len(lines) == 2 + 4
+  assert lines[1].startswith('dataset,shape,freshness,strength,seed,f1,f1_undefended,rounds_to_90')
+  assert 'chest_phantom,none,frozen,0,1,0.9100,0.9100,2,30.50,28.50,30.50,28.50,2' in lines
+  assert 'chest_phantom,correlated,frozen,0.3,0,0.8900,0.9000,,20.50,12.50,30.50,28.50,2' in lines
+  assert (tmp_path / 't.png').stat().st_size > 5000
