@@ -11,8 +11,9 @@ from typing import Any
 
 from absl import flags
 
+from attacks.analytic_attack import recover_observation
 from attacks.engine import AttackProgress, attack_observation
-from attacks.results import read_results, write_results
+from attacks.results import TargetResult, read_results, write_results
 from attacks.threat_model import threat_model, warnings
 from binaries import attack_flags, command
 from binaries.progress import Progress
@@ -38,6 +39,11 @@ _TARGETS = flags.DEFINE_list(
   'targets',
   None,
   'Client ids to attack, or aggregate for the mean of all clients; all clients by default.',
+)
+_ANALYTIC = flags.DEFINE_bool(
+  'analytic',
+  False,
+  'Instead of searching, reads the images off the first layer, which must be dense.',
 )
 _MAX_TARGETS = flags.DEFINE_integer('max_targets', None, 'At most so many targets.', lower_bound=1)
 _LABELS = flags.DEFINE_string(
@@ -89,6 +95,9 @@ def main() -> None:
   }
   output = run_dir / 'attacks' / _NAME.value
   finished = _prepare(output, document)
+  if _ANALYTIC.value:
+    _finish(output, recover_observation(observation, targets, labels=labels))
+    return
   print(attack_flags.description())
   for sentence in sentences:
     print(sentence)
@@ -117,6 +126,12 @@ def main() -> None:
       checkpoint_path=output / _CHECKPOINT,
       checkpoint_every_secs=_CHECKPOINT_EVERY_SECS.value,
     )
+  _finish(output, results)
+
+
+def _finish(output: pathlib.Path, results: list[TargetResult]) -> None:
+  """Writes the results and says what came of them."""
+  write_results(output, results)
   for result in results:
     if result.status == 'failed':
       print(f'warning: {result.target}: no reconstruction, {result.reason}', file=sys.stderr)
@@ -126,6 +141,8 @@ def main() -> None:
 
 def _directories() -> tuple[pathlib.Path, list[pathlib.Path]]:
   """The run directory and the observations in it."""
+  if _ANALYTIC.value and _ROUNDS.value is not None:
+    raise UserError('--analytic: takes one round, not --rounds')
   if (_RUN_DIR.value is None) == (_OBSERVATION.value is None):
     raise UserError('give either --run_dir (with --round) or --observation')
   if _NAME.value in ('', '.', '..') or '/' in _NAME.value:
