@@ -94,9 +94,11 @@ def main() -> None:
     'num_classes': len(observation.class_names),
   }
   output = run_dir / 'attacks' / _NAME.value
+  # Seconds, and it may refuse the model: before anything is made.
+  read_off = recover_observation(observation, targets, labels=labels) if _ANALYTIC.value else []
   finished = _prepare(output, document)
   if _ANALYTIC.value:
-    _finish(output, recover_observation(observation, targets, labels=labels))
+    _finish(output, read_off)
     return
   print(attack_flags.description())
   for sentence in sentences:

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from attacks.scoring.scores import score_attack
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.observations import Truth, load_tensors, write_observation, write_truth
 
@@ -103,11 +104,36 @@ def test_interrupted_attack_resumes_to_the_same_bits(run_dir):
   assert not (output / 'checkpoint.safetensors').exists()
 
 
+def test_a_preset_with_changes_on_the_mean_of_all_clients(run_dir):
+  done = _run(
+    run_dir,
+    *('--name=mean', '--targets=aggregate', '--labels=truth', '--preset=inverting_gradients'),
+    *('--iterations=20', '--learning_rate=0.05', '--depth=0,0.5', '--restarts=2'),
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'Geiping' in done.stdout
+  config = json.loads((run_dir / 'attacks' / 'mean' / 'config.json').read_text())
+  settings = config['all_settings']
+  assert settings['optimizer']['signed']
+  assert settings['optimizer']['learning_rate'] == 0.05
+  assert settings['matching']['depth'] == [0.0, 0.5]
+  assert any('only the mean update' in fact for fact in config['threat_model'])
+  # Scored against the images of all clients.
+  scored = score_attack(run_dir, 'mean')
+  assert [row.label for row in scored] == [1, 0]
+  assert all(row.status == 'ok' for row in scored)
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
     (('--labels=cat',), 'error: --labels=cat: use infer, truth or a list'),
     (('--round=7',), 'round_00007: no observation here'),
+    (('--preset=generative',), 'error: --preset=generative: needs --generator'),
+    (('--optimizer=lbfgs', '--signed'), 'error: --signed: lbfgs has no use for it'),
+    (('--rounds=1,1',), 'error: --rounds=1,1: rounds are counted from 1, each once'),
+    (('--tv_weight=-1',), 'error: --tv_weight=-1.0: must not be negative'),
+    (('--analytic',), 'dense'),
   ],
 )
 def test_error_lines(run_dir, arguments, message):
