@@ -12,7 +12,7 @@ from attacks.benchmark import bench_lines
 from binaries import command
 from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.data import Partition, load
-from tff_shadow.execution import LocalWorker, local_worker_context
+from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
   RoundSampler,
   ShadowDefense,
@@ -27,18 +27,24 @@ from tff_shadow.learning.keras_task import restore_eager_keras
 from tff_shadow.learning.plain_loop import PlainLoop
 from tff_shadow.models import build_model, model_from_config, model_to_config
 from tff_shadow.observations import ClientTraining
+from tff_shadow.shadow import SaliencyConfig
 from tff_shadow.shadow.noise_keys import draw_secret
 
 _REPEATS = flags.DEFINE_integer(
   'repeats', 9, 'Pairs of timed runs; the median ratio counts.', lower_bound=1
 )
 _RATIO = NoiseStrength('ratio', 0.3)
+_GIVEN = SaliencyConfig(kind='given')
 _DEFENDED = {
   'isotropic': ShadowNoise('isotropic', _RATIO),
   'diagonal': ShadowNoise('diagonal', _RATIO),
   'correlated': ShadowNoise('correlated', _RATIO),
+  # Without a saliency map of the client's own making: what is left is noise and derivatives.
+  'correlated_given_region': ShadowNoise('correlated', _RATIO, _GIVEN),
   'correlated_local_training': ShadowNoise('correlated', _RATIO, propagation='local_training'),
 }
+# Diagonal noise probes as many batches however many there are.
+_DEFENDED_LARGE = {name: _DEFENDED[name] for name in ('diagonal', 'correlated')}
 _LOCAL = ClientTraining('sgd', 0.05, 0.0, 8, 1, None)
 
 
@@ -60,15 +66,19 @@ def paired_ratio(first: Callable[[], None], second: Callable[[], None], repeats:
   return float(np.median(ratios))
 
 
-def bench_round(worker: LocalWorker) -> None:
+def bench_rounds(clients: int, images: int, noises: dict[str, ShadowNoise], suffix: str) -> None:
   """A TFF round against the same steps in a plain loop, and defended rounds against it.
 
-  9 clients, 576 images of 32 px in batches of 8.
+  Args:
+    clients: Number of clients.
+    images: Of each, 32 px, in batches of 8.
+    noises: The defences by name.
+    suffix: Of the printed names.
   """
   data = load(
     'chest_phantom',
     image_size=32,
-    partition=Partition.parse('sizes:' + '/'.join(['64'] * 9)),
+    partition=Partition.parse('sizes:' + '/'.join([str(images)] * clients)),
     seed=0,
   )
   shape = tuple(data.image_shape)
@@ -83,7 +93,7 @@ def bench_round(worker: LocalWorker) -> None:
   config = model_to_config(model)
   undefended = _round_fn(build_weighted_fed_avg(**arguments), initial, datasets)
   defended = {}
-  for name, noise in _DEFENDED.items():
+  for name, noise in noises.items():
     process = build_shadow_fed_avg(
       **arguments, noise=noise, shadow_model_fn=lambda: model_from_config(config)
     )
@@ -99,12 +109,10 @@ def bench_round(worker: LocalWorker) -> None:
     lambda: loop.train_round(datasets, weights),
     _REPEATS.value,
   )
-  print(f'BENCH tff_round_over_plain {ratio:.2f}', flush=True)
+  print(f'BENCH tff_round_over_plain{suffix} {ratio:.2f}', flush=True)
   for name, defended_round in defended.items():
     ratio = paired_ratio(defended_round, undefended, _REPEATS.value)
-    print(f'BENCH defended_over_undefended_{name} {ratio:.2f}', flush=True)
-  peak = _peak_memory_gib(worker.pid)
-  print(f'BENCH worker_peak_memory_gib {peak:.2f}', flush=True)
+    print(f'BENCH defended_over_undefended_{name}{suffix} {ratio:.2f}', flush=True)
 
 
 def _round_fn(process, weights, datasets) -> Callable[[], None]:
@@ -123,7 +131,9 @@ def _peak_memory_gib(pid: int) -> float:
 def main() -> None:
   """Runs every benchmark."""
   with local_worker_context() as worker:
-    bench_round(worker)
+    bench_rounds(9, 64, _DEFENDED, '')
+    bench_rounds(2, 512, _DEFENDED_LARGE, '_512_images')
+    print(f'BENCH worker_peak_memory_gib {_peak_memory_gib(worker.pid):.2f}', flush=True)
   for line in bench_lines():
     print(line, flush=True)
   own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

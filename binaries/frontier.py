@@ -68,8 +68,8 @@ _ATTACKED = ClientTraining('sgd', 0.05, 0.0, 1, 1, 1)
 _IMAGES = 16
 # The federation of a utility run: images of each client, and rounds, about twice as many as the
 # undefended F1 needs to level off. The phantoms are learned late.
-_CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 32, 'histology_patches': 32}
-_ROUNDS = {'chest_phantom': 50, 'fundus_patches': 16, 'histology_patches': 8}
+_CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 64, 'histology_patches': 32}
+_ROUNDS = {'chest_phantom': 60, 'fundus_patches': 24, 'histology_patches': 8}
 _LAST_ROUNDS = 4
 _NONE = 'none'
 
