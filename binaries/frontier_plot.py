@@ -3,12 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+import matplotlib.figure
 import numpy as np
-from scipy import stats
+
+from attacks.scoring.statistics import mean_interval
 
 _COLORS = {'isotropic': '#c44e52', 'diagonal': '#dd8452', 'correlated': '#4c72b0'}
 _LINES = {'frozen': '-', 'fresh': '--'}
@@ -20,7 +18,8 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   Points are means over seeds with 95 % intervals (t); the strength is written beside each.
   """
   datasets = list(dict.fromkeys(row['dataset'] for row in rows))
-  figure, axes = plt.subplots(1, len(datasets), figsize=(4.6 * len(datasets), 4.2), squeeze=False)
+  figure = matplotlib.figure.Figure(figsize=(4.6 * len(datasets), 4.2))
+  axes = figure.subplots(1, len(datasets), squeeze=False)
   for axis, dataset in zip(axes[0], datasets, strict=True):
     own = [row for row in rows if row['dataset'] == dataset]
     _panel(axis, own)
@@ -30,7 +29,6 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   figure.tight_layout()
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
-  plt.close(figure)
 
 
 def _panel(axis, rows) -> None:
@@ -65,12 +63,6 @@ def _panel(axis, rows) -> None:
 
 def _point(rows) -> tuple[float, float, float, float]:
   """Mean F1 and region PSNR, and the half widths of the intervals: (x, y, y error, x error)."""
-  x = [float(row['f1']) for row in rows]
-  y = [float(row['region_psnr']) for row in rows]
-  return float(np.mean(x)), float(np.mean(y)), _half_width(y), _half_width(x)
-
-
-def _half_width(values: Sequence[float]) -> float:
-  if len(values) < 2:
-    return 0.0
-  return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+  x, y = (mean_interval([float(row[name]) for row in rows]) for name in ('f1', 'region_psnr'))
+  widths = (0.0 if own.high is None else own.high - own.mean for own in (y, x))
+  return x.mean, y.mean, *widths
