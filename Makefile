@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 UV_VERSION := 0.13.9
 
-.PHONY: setup lock lint test demo gate training frontier attack-bench bench clean
+.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench clean
 
 setup: $(STAMP)
 
@@ -79,5 +79,19 @@ attack-bench: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m binaries.bench
 
+# The attack against the same attack in PyTorch, which lives in an environment of its own and is no
+# dependency. PIP_INDEX_URL=... names an index of wheels for the CPU only; the default index may
+# serve those with CUDA, which work too but are large.
+TORCH_VENV := .venv-torch
+TORCH_VERSION := 2.13.0
+
+$(TORCH_VENV)/.torch-$(TORCH_VERSION):
+	$(PYTHON) -m venv --clear $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_VERSION) numpy
+	touch $@
+
+attack-bench-speed: $(STAMP) $(TORCH_VENV)/.torch-$(TORCH_VERSION)
+	$(BIN)/python -m binaries.attack_speed --torch_python=$(TORCH_VENV)/bin/python
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(TORCH_VENV) runs
