@@ -52,9 +52,10 @@ _ATTACK = AttackConfig(
   optimizer=Adam(0.1),
   schedule=ConstantRate(),
 )
-# What torch's threads do at a barrier. Spinning is quicker where the cores are free, and many times
-# slower where other programs want them; the better one of the day is compared with.
-_WAITING = ('active', 'passive')
+# What torch's threads do at a barrier: by default they spin for a while, which is many times slower
+# where other programs want the cores; the better one of the day is compared with. Never 'active':
+# such threads spin on after their turn, and take a core from whoever is timed next.
+_WAITING = (None, 'passive')
 _LOSS_TOLERANCE = 1e-4
 _LEAST_COSINE = 0.999
 # Timing what is so many times slower, such as torch's spinning threads on a busy machine, would
@@ -122,10 +123,12 @@ class _Torch:
 
 
 @contextlib.contextmanager
-def _torch(problem: pathlib.Path, threads: int, waiting: str) -> Iterator[_Torch]:
+def _torch(problem: pathlib.Path, threads: int, waiting: str | None) -> Iterator[_Torch]:
   """Starts the other side on a problem that `write_problem` wrote."""
   arguments = [_TORCH_PYTHON.value, str(_SCRIPT), f'--problem={problem}', f'--threads={threads}']
-  environment = {**os.environ, 'OMP_WAIT_POLICY': waiting}
+  environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+  if waiting:
+    environment['OMP_WAIT_POLICY'] = waiting
   pipe = subprocess.PIPE
   try:
     process = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -238,7 +241,7 @@ def _time(name: str, case: _Case, threads: int, directory: pathlib.Path) -> None
       torch = stack.enter_context(_torch(problem, threads, waiting))
       for variant in torch.variants:
         check_agreement(ours, torch.evaluate(variant, directory / 'seen.npz'))
-        contestants[f'torch, {variant}, {waiting} waiting'] = functools.partial(
+        contestants[f'torch, {variant}, {waiting or "default"} waiting'] = functools.partial(
           torch.seconds, variant
         )
     seconds = take_turns(contestants, case.iterations, _REPEATS.value)

@@ -78,7 +78,15 @@ def test_rows_are_joined_and_drawn(tmp_path):
   )
   lines = (tmp_path / 't.csv').read_text().splitlines()
   assert len(lines) == 2 + 4
-  assert lines[1].startswith('dataset,shape,freshness,strength,seed,f1,f1_undefended,rounds_to_90')
-  assert 'chest_phantom,none,frozen,0,1,0.9100,0.9100,2,30.50,28.50,30.50,28.50,2' in lines
-  assert 'chest_phantom,correlated,frozen,0.3,0,0.8900,0.9000,,20.50,12.50,30.50,28.50,2' in lines
+  assert lines[1].startswith(
+    'dataset,shape,freshness,strength,seed,f1,f1_undefended,'
+    'validation_f1,validation_f1_undefended,rounds_to_90,'
+  )
+  assert (
+    'chest_phantom,none,frozen,0,1,0.9100,0.9100,0.9000,0.9000,2,30.50,28.50,30.50,28.50,2' in lines
+  )
+  assert (
+    'chest_phantom,correlated,frozen,0.3,0,0.8900,0.9000,0.7000,0.9000,,20.50,12.50,30.50,28.50,2'
+    in lines
+  )
   assert (tmp_path / 't.png').stat().st_size > 5000
