@@ -91,7 +91,10 @@ $(TORCH_VENV)/.torch-$(TORCH_VERSION):
 	touch $@
 
 attack-bench-speed: $(STAMP) $(TORCH_VENV)/.torch-$(TORCH_VERSION)
-	$(BIN)/python -m binaries.attack_speed --torch_python=$(TORCH_VENV)/bin/python
+	$(BIN)/python -m binaries.attack_speed --torch_python=$(TORCH_VENV)/bin/python \
+	  --case=conv_small_32_restarts8
+	$(BIN)/python -m binaries.attack_speed --torch_python=$(TORCH_VENV)/bin/python \
+	  --case=resnet18_224
 
 clean:
 	rm -rf $(VENV) $(TORCH_VENV) runs

@@ -14,6 +14,7 @@ from absl import flags
 from attacks.analytic_attack import recover_observation
 from attacks.engine import AttackProgress, attack_observation
 from attacks.results import TargetResult, read_results, write_results
+from attacks.threads import share_cores
 from attacks.threat_model import threat_model, warnings
 from binaries import attack_flags, command
 from binaries.progress import Progress
@@ -56,10 +57,24 @@ _RESUME = flags.DEFINE_bool('resume', False, 'Go on with an interrupted attack.'
 _CHECKPOINT_EVERY_SECS = flags.DEFINE_float(
   'checkpoint_every_secs', 60.0, 'How often an unfinished target is saved.', lower_bound=0
 )
+_OP_THREADS = flags.DEFINE_integer(
+  'op_threads',
+  None,
+  'Threads that share one operation; by default the cores over the lanes that run side by side.',
+  lower_bound=1,
+)
 
 _CHECKPOINT = 'checkpoint.safetensors'
 # These say how a run is done, not what comes out of it.
-_NOT_SETTINGS = ('resume', 'checkpoint_every_secs', 'run_dir', 'observation', 'round', 'name')
+_NOT_SETTINGS = (
+  'resume',
+  'checkpoint_every_secs',
+  'run_dir',
+  'observation',
+  'round',
+  'name',
+  'op_threads',
+)
 
 
 def main() -> None:
@@ -69,6 +84,7 @@ def main() -> None:
   observation = observations[0]
   config = attack_flags.attack_config(tuple(observation.image_shape))
   targets = _targets(observation)
+  share_cores(min(config.lanes, config.restarts * len(targets)), _OP_THREADS.value)
   labels = _labels(run_dir, observation, targets)
   sentences = threat_model(
     observation,

@@ -23,12 +23,14 @@ import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
+from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.labels import label_accuracy
 from attacks.presets import PRESETS
 from attacks.scoring.assignment import assign
 from attacks.scoring.metrics import Quality, measure
 from attacks.scoring.statistics import mean_interval
+from attacks.threads import share_cores
 from binaries import command
 from binaries.progress import Progress
 from tff_shadow.data import EMBEDDED, Partition, load
@@ -90,6 +92,7 @@ def main() -> None:
   cells = list(
     itertools.product(_DATASETS.value, _NORM.value, _STEPS.value, _BATCHES.value, _PRESETS.value)
   )
+  share_cores(AttackConfig().lanes)
   observed: dict = {}
   with local_worker_context(), Progress('attacks', len(cells), 'rows') as progress:
     for count, (dataset, norm, steps, batch, preset) in enumerate(cells):

@@ -28,6 +28,7 @@ from attacks.optimizers import Adam, ConstantRate
 from attacks.parametrizations import PixelParametrization
 from attacks.priors import TotalVariation
 from attacks.rectifiers import ExactRectifier
+from attacks.threads import share_cores
 from binaries import command
 from tff_shadow.errors import UserError
 
@@ -40,7 +41,7 @@ _REPEATS = flags.DEFINE_integer(
 _OP_THREADS = flags.DEFINE_integer(
   'op_threads',
   None,
-  'Threads that share one of our operations; all cores by default. Lanes use all cores anyhow.',
+  'Threads that share one of our operations; by default as in tff-shadow-attack.',
   lower_bound=1,
 )
 _SCRIPT = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'torch_attack.py'
@@ -86,6 +87,9 @@ _CASES = {
   'conv_small_32_restarts8': _Case('conv_small', 32, 8, 10),
   'resnet18_224': _Case('resnet18', 224, 1, 1),
 }
+
+
+_CASE = flags.DEFINE_enum('case', None, sorted(_CASES), 'What is timed.', required=True)
 
 
 class _Torch:
@@ -250,21 +254,21 @@ def _time(name: str, case: _Case, threads: int, directory: pathlib.Path) -> None
 
 
 def main() -> None:
-  """Runs every case."""
-  threads = len(os.sched_getaffinity(0))
-  op_threads = _OP_THREADS.value or threads
+  """Runs one case, for the threads of a process cannot be changed once it works."""
+  name = _CASE.value
+  case, threads = _CASES[name], len(os.sched_getaffinity(0))
   tf.config.threading.set_inter_op_parallelism_threads(threads)
-  tf.config.threading.set_intra_op_parallelism_threads(op_threads)
+  op_threads = share_cores(case.restarts, _OP_THREADS.value)
   print(
     f'# {threads} threads on both sides, {op_threads} for one of our operations;'
     f' load average {os.getloadavg()[0]:.1f}',
     flush=True,
   )
   with tempfile.TemporaryDirectory() as directory:
-    for name, case in _CASES.items():
-      _time(name, case, threads, pathlib.Path(directory))
-  for line in bench_lines():
-    print(line, flush=True)
+    _time(name, case, threads, pathlib.Path(directory))
+  if case.restarts == 1:
+    for line in bench_lines():
+      print(line, flush=True)
 
 
 def run() -> None:

@@ -25,6 +25,7 @@ from absl import flags
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.scoring.metrics import measure
+from attacks.threads import share_cores
 from binaries import command, frontier_plot
 from binaries.progress import Progress
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
@@ -100,6 +101,7 @@ _COLUMNS = (
 def main() -> None:
   """Computes what is missing and writes the table and the plot."""
   _check_flags()
+  share_cores(AttackConfig().lanes)
   cache = pathlib.Path(_CACHE_DIR.value)
   utility = _Table(cache / 'utility.csv', _UTILITY_COLUMNS)
   protection = _Table(cache / 'protection.csv', _PROTECTION_COLUMNS)
