@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from tff_shadow.models import (
   outputs_logits,
 )
 from tff_shadow.observations import ClientObservation, Observation
+
+# More of a client's weights between its steps than this are not kept but computed again.
+CHECKPOINTS_BYTES = 2**30
 
 
 class ClientSimulator:
@@ -121,7 +125,8 @@ class ClientSimulator:
     """Mean over the local steps of their gradients, each at the weights that the earlier ones left.
 
     Exact for SGD with momentum (each gradient counts as often as it is applied). Memory holds the
-    weights of every step, and the activations of one.
+    activations of one step and the weights of every step; if those come to more than
+    `CHECKPOINTS_BYTES`, of about the square root of the steps, which costs one more gradient each.
 
     Args:
       images: [N, H, W, C] in [0, 1], all of the client's images.
@@ -145,9 +150,15 @@ class ClientSimulator:
         segments,
         self._training.learning_rate,
         self._training.momentum,
+        checkpoint_every=self._checkpoint_every(len(steps.batches)),
       )
     scale = self.update_over_gradient(len(steps.batches))
     return [tensor / tf.cast(scale, tensor.dtype) for tensor in moved]
+
+  def _checkpoint_every(self, num_steps: int) -> int:
+    weights_bytes = sum(v.shape.num_elements() * v.dtype.size for v in self.model.trainable_weights)
+    copies = num_steps * (2 if self._training.momentum else 1)
+    return 1 if copies * weights_bytes <= CHECKPOINTS_BYTES else math.ceil(math.sqrt(num_steps))
 
   def gradient_between(
     self,

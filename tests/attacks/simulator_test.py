@@ -151,7 +151,10 @@ def test_several_steps_give_the_mean_gradient():
 
 
 @pytest.mark.parametrize('batch_norm', [False, True])
-def test_mean_gradient_of_large_steps_is_the_observed_one(batch_norm):
+@pytest.mark.parametrize('memory', ['enough', 'short'])
+def test_mean_gradient_of_large_steps_is_the_observed_one(batch_norm, memory, monkeypatch):
+  if memory == 'short':
+    monkeypatch.setattr('attacks.simulator.CHECKPOINTS_BYTES', 0)
   images = smooth_images(2)
   observation = play_round(
     small_model(batch_norm=batch_norm), [(images, [0, 1])], learning_rate=0.5, steps=4, momentum=0.5
@@ -164,6 +167,7 @@ def test_mean_gradient_of_large_steps_is_the_observed_one(batch_norm):
   single = simulator.gradient(tf.constant(images), tf.constant([0, 1]))
   assert float(SquaredMatching()(simulated, observed)) < 1e-6
   assert float(SquaredMatching()(single, observed)) > 0.01
+  assert simulator._checkpoint_every(4) == (1 if memory == 'enough' else 2)
   soft = simulator.mean_gradient(tf.constant(images), tf.constant([[1.0, 0], [0, 1]]), steps)
   assert float(SquaredMatching()(soft, observed)) < 1e-6
 
