@@ -184,6 +184,15 @@ class TestArguments:
     # Nothing is shared where there are none.
     _process(_model(), _noise('correlated'), 'aggregate')
 
+  def test_local_training_must_be_repeatable(self):
+    inputs = tf.keras.Input(_SHAPE)
+    dropped = tf.keras.layers.Dropout(0.5, name='drop')(tf.keras.layers.Flatten()(inputs))
+    model = tf.keras.Model(inputs, tf.keras.layers.Dense(2)(dropped))
+    with pytest.raises(ValueError, match="layer 'drop' draws"):
+      _process(model, _noise('correlated', 'local_training'))
+    # One forward pass, one mask.
+    _process(model, _noise('correlated', 'per_step'))
+
   def test_unknown_sharing(self):
     with pytest.raises(ValueError, match='batch_norm_sharing'):
       build_shadow_fed_avg(

@@ -51,18 +51,9 @@ def build_weighted_fed_avg(
     ValueError: For an unknown `batch_norm_sharing`.
     TypeError: If the aggregator changes the structure of the update, or is not weighted.
   """
-  check_batch_norm_sharing(batch_norm_sharing)
+  initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   server_optimizer_fn = server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0)
   model_aggregator = model_aggregator or tff.aggregators.MeanFactory()
-
-  @tff.tensorflow.computation
-  def initial_model_weights():
-    return tff.learning.models.ModelWeights.from_model(model_fn())
-
-  weights_type = initial_model_weights.type_signature.result
-  share_statistics = batch_norm_sharing == 'aggregate' and any(
-    is_shared_statistic(member) for member in weights_type.non_trainable
-  )
   client_work = build_client_work(
     model_fn,
     client_optimizer_fn,
@@ -83,10 +74,27 @@ def build_weighted_fed_avg(
   )
 
 
-def check_batch_norm_sharing(sharing: str) -> None:
-  """Raises ValueError for an unknown `batch_norm_sharing`."""
-  if sharing not in BATCH_NORM_SHARING:
-    raise ValueError(f'batch_norm_sharing must be one of {BATCH_NORM_SHARING}, found {sharing!r}')
+def initial_weights(
+  model_fn: ModelFn, batch_norm_sharing: BatchNormSharing
+) -> tuple[tff.Computation, bool]:
+  """The computation of the initial model weights, and whether statistics are sent.
+
+  Raises:
+    ValueError: For an unknown `batch_norm_sharing`.
+  """
+  if batch_norm_sharing not in BATCH_NORM_SHARING:
+    raise ValueError(
+      f'batch_norm_sharing must be one of {BATCH_NORM_SHARING}, found {batch_norm_sharing!r}'
+    )
+
+  @tff.tensorflow.computation
+  def initial_model_weights():
+    return tff.learning.models.ModelWeights.from_model(model_fn())
+
+  non_trainable = initial_model_weights.type_signature.result.non_trainable
+  return initial_model_weights, batch_norm_sharing == 'aggregate' and any(
+    is_shared_statistic(member) for member in non_trainable
+  )
 
 
 def compose(

@@ -18,11 +18,10 @@ from tff_shadow.aggregators.shadow_noise import DEFAULT_FLOOR, squared_norm
 from tff_shadow.learning.client_work import (
   ModelFn,
   client_result,
-  is_shared_statistic,
   train_locally,
   wire_client_work,
 )
-from tff_shadow.learning.fed_avg import check_batch_norm_sharing, compose
+from tff_shadow.learning.fed_avg import compose, initial_weights
 from tff_shadow.observations import BatchNormSharing
 from tff_shadow.shadow import RegionMap, SaliencyConfig, build_region_map
 from tff_shadow.shadow.noise_keys import NOISE_KEY
@@ -143,27 +142,20 @@ def build_shadow_fed_avg(
     region map could not be computed and was taken as the whole image.
 
   Raises:
-    ValueError: For an unknown `batch_norm_sharing`, or if 'per_step' cannot be used with the
-      optimiser or the shared statistics.
+    ValueError: For an unknown `batch_norm_sharing`, if 'per_step' cannot be used with the
+      optimiser or the shared statistics, or 'local_training' with a model that draws at random.
   """
-  check_batch_norm_sharing(batch_norm_sharing)
-
-  @tff.tensorflow.computation
-  def initial_model_weights():
-    return tff.learning.models.ModelWeights.from_model(model_fn())
-
-  weights_type = initial_model_weights.type_signature.result
-  share_statistics = batch_norm_sharing == 'aggregate' and any(
-    is_shared_statistic(member) for member in weights_type.non_trainable
-  )
+  initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   if noise.needs_shadow and noise.propagation == 'per_step':
     _check_per_step(client_optimizer_fn, share_statistics)
+  if noise.training_draws and noise.propagation == 'local_training':
+    _check_repeatable(shadow_model_fn)
   client_work, update_type = _build_client_work(
     model_fn,
     shadow_model_fn,
     client_optimizer_fn,
     noise,
-    weights_type,
+    initial_model_weights.type_signature.result,
     client_weighting,
     share_statistics,
     metrics_aggregator or tff.learning.metrics.sum_then_finalize,
@@ -191,6 +183,21 @@ def _check_per_step(optimizer: tff.learning.optimizers.Optimizer, share_statisti
     raise ValueError(
       "propagation 'per_step' does not see the BatchNorm statistics that are sent; use"
       " 'local_training', or batch_norm_sharing 'local' or 'frozen'"
+    )
+
+
+def _check_repeatable(shadow_model_fn: Callable[[], tf.keras.Model]) -> None:
+  with tf.Graph().as_default():
+    layers = list(shadow_model_fn()._flatten_layers())
+  random = [
+    layer.name
+    for layer in layers
+    if isinstance(layer, tf.keras.__internal__.layers.BaseRandomLayer)
+  ]
+  if random:
+    raise ValueError(
+      f"propagation 'local_training' compares copies of the training, but layer {random[0]!r} draws"
+      " anew in each; use 'per_step', or a model without it"
     )
 
 
