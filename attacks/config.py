@@ -22,6 +22,8 @@ from tff_shadow.errors import UserError
 Xla = Literal['auto', 'on', 'off']
 Simulation = Literal['exact', 'between']
 SIMULATIONS: tuple[Simulation, ...] = ('exact', 'between')
+Combination = Literal['best', 'mean']
+COMBINATIONS: tuple[Combination, ...] = ('best', 'mean')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,10 @@ class AttackConfig:
     label_rule: How labels are inferred; see `labels.infer_labels`.
     joint_labels: Whether labels are optimised with the images, from inferred ones.
     iterations: Optimiser steps per restart.
-    restarts: Starts per target; the one with the least matching loss is the result.
+    restarts: Starts per target.
+    combination: What the restarts make together: 'best', the one of least matching loss, or 'mean',
+      the mean over all of them, once the images of each are put into the order of the best one's.
+      What the update leaves open differs between restarts, and the mean errs by less.
     lanes: At most so many restarts and targets are attacked side by side.
     seed: Decides all start images.
     xla: Whether the step is compiled by XLA; 'auto' measures.
@@ -82,6 +87,7 @@ class AttackConfig:
   joint_labels: bool = False
   iterations: int = 500
   restarts: int = 1
+  combination: Combination = 'best'
   lanes: int = 16
   seed: int = 0
   xla: Xla = 'auto'

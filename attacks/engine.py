@@ -12,6 +12,7 @@ from attacks.checkpoints import Checkpoint, FinishedLane, read_checkpoint, write
 from attacks.config import AttackConfig
 from attacks.labels import Labels
 from attacks.results import TargetResult
+from attacks.scoring.assignment import in_order
 from attacks.solver import Evidence, Solver, SolverState, choose_xla
 from attacks.targets import Target, TargetFailed, Targets
 from tff_shadow.observations import Observation
@@ -151,7 +152,9 @@ class _Attack:
       )
     chosen = None if reason else min(sound, key=lambda k: restarts[k].loss)
     values = () if labels is None else labels.values
-    attacked = {} if reason else {'attack': restarts[chosen].images}
+    attacked = {}
+    if not reason:
+      attacked['attack'] = self._combined([(restarts[k].loss, restarts[k].images) for k in sound])
     return TargetResult(
       target=target.name,
       images=target.num_images,
@@ -305,7 +308,7 @@ class _Attack:
       self._solvers[key] = Solver(self._known.simulators, group[0].steps, config, matching=False)
     control = self._solvers[key]
     nothing = tf.zeros((1, group[0].num_images), tf.int32)
-    best: dict[str, tuple[float, np.ndarray]] = {}
+    found: dict[str, list[tuple[float, np.ndarray]]] = {}
     for first in range(0, config.restarts, config.lanes):
       restarts = range(first, min(first + config.lanes, config.restarts))
       lanes = [(target, restart) for target in group for restart in restarts]
@@ -317,16 +320,21 @@ class _Attack:
       # The prior's weight may fall with the iterations, and with it the loss: the last images.
       images = control.images(state).numpy().astype(np.float32)
       for index, (target, _) in enumerate(lanes):
-        loss = float(state.best_loss[index])
-        if target.name not in best or loss < best[target.name][0]:
-          best[target.name] = (loss, images[index])
+        found.setdefault(target.name, []).append((float(state.best_loss[index]), images[index]))
     return {
       target.name: {
-        'prior_only': best[target.name][1],
+        'prior_only': self._combined(found[target.name]),
         'mean_image': np.repeat(mean[None], target.num_images, axis=0),
       }
       for target in group
     }
+
+  def _combined(self, restarts: list[tuple[float, np.ndarray]]) -> np.ndarray:
+    """The images [B, H, W, C] that restarts make together, each a loss and its images."""
+    best = min(restarts, key=lambda restart: restart[0])[1]
+    if self._config.combination == 'best':
+      return best
+    return np.mean([in_order(images, best) for _, images in restarts], axis=0)
 
 
 def _lane_name(target: Target, restart: int) -> str:

@@ -126,11 +126,26 @@ def _shadow_pixels() -> AttackConfig:
   )
 
 
+def _best_batch() -> AttackConfig:
+  return AttackConfig(
+    total_variation=TotalVariation(weight=0.5, decay=0.02),
+    optimizer=Adam(0.2),
+    start=MeanImageStart(noise=0.1),
+    restarts=4,
+    combination='mean',
+  )
+
+
 PRESETS: dict[str, Preset] = {
   'best': Preset(
     'The strongest found here for fresh convolutional nets: damped frequencies instead of pixels,'
     ' a surrogate for the derivative of rectifiers, layers balanced.',
     AttackConfig,
+  ),
+  'best_batch': Preset(
+    'The same for batches of several images: starts further apart, shorter steps, a stronger prior'
+    ' at first, and the mean of four restarts.',
+    _best_batch,
   ),
   'dlg': Preset(
     'Zhu, Liu and Han 2019, "Deep leakage from gradients": squared distance, L-BFGS, labels'

@@ -28,7 +28,7 @@ class TargetResult:
     labels_source: Where they came from; None likewise.
     status: 'failed' if there is no result; never scored as one.
     reason: Why it failed.
-    loss: Matching loss of the chosen candidate.
+    loss: Matching loss of the chosen restart.
     restart_losses: Of the best candidate of each restart; None for one that diverged.
     chosen_restart: The restart of least loss.
     iterations: Optimiser steps, over all restarts.

@@ -27,7 +27,7 @@ from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.labels import label_accuracy
 from attacks.presets import PRESETS
-from attacks.scoring.assignment import assign
+from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import Quality, measure
 from attacks.scoring.statistics import mean_interval
 from attacks.threads import share_cores
@@ -187,10 +187,8 @@ def _no_result(reason: str) -> dict:
 
 def _qualities(images: np.ndarray, own: Truth) -> list[Quality]:
   """Of every true image, by the best one-to-one assignment."""
-  matched = assign(images, own.images)
-  return [
-    measure(images[matched[k]], own.images[k], own.regions[k]) for k in range(len(own.images))
-  ]
+  matched = in_order(images, own.images)
+  return [measure(*triple) for triple in zip(matched, own.images, own.regions, strict=True)]
 
 
 def _read_rows(path: pathlib.Path) -> list[dict]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from attacks.config import SIMULATIONS, AttackConfig
+from attacks.config import COMBINATIONS, SIMULATIONS, AttackConfig
 from attacks.generators import DeepImagePrior, GenerativePrior, load_generator
 from attacks.initialization import STARTS
 from attacks.labels import LABEL_RULES
@@ -94,6 +94,12 @@ _ENUMS: dict[str, tuple[str, str | None, Any, str]] = {
     None,
     SIMULATIONS,
     'Several local steps: one after another, or one gradient between old and new weights.',
+  ),
+  'combination': (
+    'combination',
+    None,
+    COMBINATIONS,
+    'Of the restarts: the one of least loss, or their mean once their images are aligned.',
   ),
   'label_rule': ('label_rule', None, LABEL_RULES, 'How labels are inferred.'),
   'xla': ('xla', None, ('auto', 'on', 'off'), 'Compile steps; auto measures.'),

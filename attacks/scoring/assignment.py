@@ -36,3 +36,9 @@ def assign(reconstructions: np.ndarray, truths: np.ndarray) -> dict[int, int]:
   """
   rows, columns = optimize.linear_sum_assignment(mse_matrix(reconstructions, truths))
   return {int(truth): int(row) for row, truth in sorted(zip(rows, columns, strict=True))}
+
+
+def in_order(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+  """`images` [N, H, W, C] in the order that comes nearest to `reference` [N, H, W, C]."""
+  order = assign(images, reference)
+  return images[[order[k] for k in range(len(reference))]]

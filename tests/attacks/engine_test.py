@@ -43,6 +43,25 @@ def test_chooses_by_its_own_loss_and_returns_the_image_of_that_loss(observation)
   assert result.restart_losses[result.chosen_restart] == result.loss
 
 
+def test_restarts_may_be_averaged():
+  images = smooth_images(3)
+  observation = play_round(small_model(), [(images, [1, 0, 1])])
+  labels = {'client_00': [1, 0, 1]}
+  seen = []
+  for combination in ('best', 'mean'):
+    config = dataclasses.replace(_SHORT, restarts=3, combination=combination)
+    seen.append(attack_observation(observation, config, labels=labels)[0])
+  best, mean = seen
+  assert best.restart_losses == mean.restart_losses
+  assert best.loss == mean.loss
+  assert np.abs(mean.reconstructions['attack'] - best.reconstructions['attack']).max() > 1e-3
+  single = dataclasses.replace(_SHORT, restarts=1)
+  alone = attack_observation(observation, single, labels=labels)[0].reconstructions['attack']
+  same = dataclasses.replace(single, combination='mean')
+  again = attack_observation(observation, same, labels=labels)[0].reconstructions['attack']
+  np.testing.assert_array_equal(alone, again)
+
+
 def test_control_does_not_look_at_the_update(observation):
   client = observation.clients[0]
   other = dataclasses.replace(

@@ -61,3 +61,9 @@ def test_rejects_other_shapes_and_non_finite_values():
     assignment.assign(np.zeros((1, 7, 7, 3)), np.zeros((1, 7, 7, 1)))
   with pytest.raises(ValueError, match='finite'):
     assignment.assign(np.full((1, 7, 7, 1), np.inf), np.zeros((1, 7, 7, 1)))
+
+
+def test_in_order_undoes_a_permutation():
+  reference = _images(5, 0)
+  shuffled = reference[[3, 0, 4, 1, 2]] + 0.01
+  np.testing.assert_allclose(assignment.in_order(shuffled, reference), reference + 0.01)
