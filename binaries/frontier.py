@@ -1,9 +1,12 @@
 """Protection against utility of shadow noise: results/frontier.csv and docs/frontier.png.
 
-Every row is a data set, a noise shape, its freshness, a strength (noise over update norm) and a
-seed. Utility: 9 clients, full local epochs of batches of 8, BatchNorm statistics kept by each
-client; F1 on test and on validation as the mean over the last third of the rounds, and the rounds
-until the F1 of validation reaches 90 % of the undefended one.
+Every row is a data set, a noise shape, its freshness, a strength and a seed. A strength is the
+ratio of noise to update norm, or for correlated noise also scale:S, the same as noise of standard
+deviation S in the region of the images.
+
+Utility: 9 clients, full local epochs of batches of 8, BatchNorm statistics kept by each client; F1
+on test and on validation as the mean over the last third of the rounds, and the rounds until the F1
+of validation reaches 90 % of the undefended one.
 Protection: 16 clients that send one step on one image in round 1, attacked with the default
 inversion; a single round, so freshness does not enter.
 
@@ -62,7 +65,11 @@ _PARTS = flags.DEFINE_list(
 _DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
 _SHAPES = flags.DEFINE_list('shapes', list(NOISE_SHAPES), 'Noise shapes.')
 _FRESHNESS = flags.DEFINE_list('freshness', ['frozen', 'fresh'], 'frozen, fresh.')
-_STRENGTHS = flags.DEFINE_list('strengths', ['0.1', '0.3', '1.0', '3.0'], 'Noise over update norm.')
+_STRENGTHS = flags.DEFINE_list(
+  'strengths',
+  ['0.1', '0.3', '1.0', '3.0', 'scale:0.1', 'scale:0.2'],
+  'Noise over update norm; or scale:S, in image units, for correlated noise alone.',
+)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
 # Group normalisation takes twice the time of a step and more rounds.
@@ -149,9 +156,7 @@ def _compute_utility(table: _Table) -> None:
     cells.append((dataset, str(seed), _NONE, '0', 'frozen'))
     cells += [
       (dataset, str(seed), shape, strength, freshness)
-      for shape, strength, freshness in itertools.product(
-        _SHAPES.value, _STRENGTHS.value, _FRESHNESS.value
-      )
+      for (shape, strength), freshness in itertools.product(_defences(), _FRESHNESS.value)
     ]
   done = table.done((*_KEY, 'freshness'))
   with Progress('utility', len(cells), 'cells') as progress:
@@ -170,7 +175,7 @@ def _compute_protection(table: _Table) -> None:
   done = table.done(_KEY)
   with Progress('protection', len(cells), 'cells') as progress:
     for count, (dataset, seed) in enumerate(cells):
-      wanted = [(_NONE, '0'), *itertools.product(_SHAPES.value, _STRENGTHS.value)]
+      wanted = [(_NONE, '0'), *_defences()]
       missing = [key for key in wanted if (dataset, str(seed), *key) not in done]
       if missing:
         for key, values in _protection(dataset, seed, missing):
@@ -187,7 +192,21 @@ def _compute_protection(table: _Table) -> None:
 def _noise(shape: str, strength: str) -> ShadowNoise | None:
   if shape == _NONE:
     return None
-  return ShadowNoise(shape, NoiseStrength('ratio', float(strength)), SaliencyConfig(kind='given'))
+  return ShadowNoise(shape, _strength(strength), SaliencyConfig(kind='given'))
+
+
+def _strength(text: str) -> NoiseStrength:
+  """Raises `ValueError` for text that is no strength."""
+  kind, _, value = text.rpartition(':')
+  if kind not in ('', 'scale'):
+    raise ValueError('must be a ratio or scale:S')
+  return NoiseStrength(kind or 'ratio', float(value))
+
+
+def _defences() -> list[tuple[str, str]]:
+  """Pairs (shape, strength); the scale of the other shapes is in other units."""
+  pairs = itertools.product(_SHAPES.value, _STRENGTHS.value)
+  return [(a, b) for a, b in pairs if a == 'correlated' or _strength(b).kind == 'ratio']
 
 
 def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
@@ -221,15 +240,17 @@ def _last(rounds: int) -> int:
 def _protection(dataset, seed, keys):
   """Yields each (shape, strength) with PSNR and region PSNR in dB of the attack on every image.
 
-  Noise of a ratio is proportional to it, so one run with ratio 1 stands for all strengths.
+  Noise is proportional to its strength, so one run with strength 1 stands for all of a kind.
   """
   data = _load(dataset, f'iid:{_IMAGES}', seed)
   clean, truth = _observe(data, seed, None)
-  observe = functools.cache(lambda shape: _observe(data, seed, _noise(shape, '1.0'))[0])
+  observe = functools.cache(lambda shape, unit: _observe(data, seed, _noise(shape, unit))[0])
   for shape, strength in keys:
     observation = clean
     if shape != _NONE:
-      observation = with_noise_scaled(clean, observe(shape), float(strength))
+      own = _strength(strength)
+      unit = '1.0' if own.kind == 'ratio' else f'{own.kind}:1.0'
+      observation = with_noise_scaled(clean, observe(shape, unit), own.value)
     values = []
     for result in attack_observation(observation, AttackConfig(seed=seed)):
       if result.status != 'ok':
@@ -340,7 +361,7 @@ def _check_flags() -> None:
         raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
   for value in _STRENGTHS.value:
     try:
-      NoiseStrength('ratio', float(value))
+      _strength(value)
     except ValueError as error:
       raise UserError(f'--strengths={value}: {error}') from error
 

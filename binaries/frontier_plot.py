@@ -8,7 +8,12 @@ import numpy as np
 
 from attacks.scoring.statistics import mean_interval
 
-_COLORS = {'isotropic': '#c44e52', 'diagonal': '#dd8452', 'correlated': '#4c72b0'}
+_COLORS = {
+  ('isotropic', 'ratio'): '#c44e52',
+  ('diagonal', 'ratio'): '#dd8452',
+  ('correlated', 'ratio'): '#4c72b0',
+  ('correlated', 'scale'): '#55a868',
+}
 _LINES = {'frozen': '-', 'fresh': '--'}
 
 
@@ -34,10 +39,10 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
 def _panel(axis, rows) -> None:
   clean = [row for row in rows if row['shape'] == 'none']
   axis.errorbar(*_point(clean), fmt='k*', markersize=11, label='no defence')
-  for shape, color in _COLORS.items():
+  for (shape, kind), color in _COLORS.items():
     for freshness, line in _LINES.items():
       own = [row for row in rows if (row['shape'], row['freshness']) == (shape, freshness)]
-      strengths = sorted({row['strength'] for row in own}, key=float)
+      strengths = sorted({row['strength'] for row in own if _kind(row) == kind}, key=_value)
       if not strengths:
         continue
       points = [_point([row for row in own if row['strength'] == s]) for s in strengths]
@@ -53,12 +58,22 @@ def _panel(axis, rows) -> None:
         markersize=4,
         linewidth=1,
         elinewidth=0.6,
-        label=f'{shape}, {freshness}',
+        label=f'{shape} ({kind}), {freshness}',
       )
       for strength, at_x, at_y in zip(strengths, x, y, strict=True):
-        axis.annotate(strength, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
+        axis.annotate(
+          _value(strength), (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points'
+        )
   axis.set_xlabel('test F1')
   axis.grid(alpha=0.3)
+
+
+def _kind(row: dict) -> str:
+  return row['strength'].rpartition(':')[0] or 'ratio'
+
+
+def _value(strength: str) -> float:
+  return float(strength.rpartition(':')[2])
 
 
 def _point(rows) -> tuple[float, float, float, float]:

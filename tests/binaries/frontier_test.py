@@ -37,6 +37,7 @@ def test_noise_of_a_ratio_is_proportional_to_it(shape):
   [
     ('--datasets=mnist', 'error: --datasets=mnist'),
     ('--strengths=-1', 'error: --strengths=-1'),
+    ('--strengths=norm:1', 'error: --strengths=norm:1'),
     ('--parts=all', 'error: --parts=all'),
   ],
 )
@@ -61,9 +62,12 @@ def test_rows_are_joined_and_drawn(tmp_path):
   for seed in (0, 1):
     utility += [f'chest_phantom,{seed},none,0,frozen,0.9{seed}00,0.5 0.82 0.9']
     utility += [f'chest_phantom,{seed},correlated,0.3,frozen,0.8900,0.5 0.7 0.7']
+    utility += [f'chest_phantom,{seed},correlated,scale:0.1,frozen,0.9000,0.5 0.7 0.9']
     for image in (0, 1):
       protection += [f'chest_phantom,{seed},none,0,{image},{30 + image},{28 + image}']
-      protection += [f'chest_phantom,{seed},correlated,0.3,{image},{20 + image},{12 + image}']
+      for strength in ('0.3', 'scale:0.1'):
+        row = f'chest_phantom,{seed},correlated,{strength},{image},{20 + image},{12 + image}'
+        protection.append(row)
   utility += ['chest_phantom,2,none,0,frozen,0.9000,0.9']
   (cache / 'utility.csv').write_text('\n'.join(utility) + '\n')
   (cache / 'protection.csv').write_text('\n'.join(protection) + '\n')
@@ -77,7 +81,7 @@ def test_rows_are_joined_and_drawn(tmp_path):
     timeout=120,
   )
   lines = (tmp_path / 't.csv').read_text().splitlines()
-  assert len(lines) == 2 + 4
+  assert len(lines) == 2 + 6
   assert lines[1].startswith(
     'dataset,shape,freshness,strength,seed,f1,f1_undefended,'
     'validation_f1,validation_f1_undefended,rounds_to_90,'
