@@ -34,6 +34,7 @@ _REPEATS = flags.DEFINE_integer(
   'repeats', 9, 'Pairs of timed runs; the median ratio counts.', lower_bound=1
 )
 _RATIO = NoiseStrength('ratio', 0.3)
+_SCALE = NoiseStrength('scale', 0.1)
 _GIVEN = SaliencyConfig(kind='given')
 _DEFENDED = {
   'isotropic': ShadowNoise('isotropic', _RATIO),
@@ -42,6 +43,8 @@ _DEFENDED = {
   # Without a saliency map of the client's own making: what is left is noise and derivatives.
   'correlated_given_region': ShadowNoise('correlated', _RATIO, _GIVEN),
   'correlated_local_training': ShadowNoise('correlated', _RATIO, propagation='local_training'),
+  'correlated_images': ShadowNoise('correlated', _SCALE, propagation='images'),
+  'correlated_images_given_region': ShadowNoise('correlated', _SCALE, _GIVEN, 'images'),
 }
 # Diagonal noise probes as many batches however many there are.
 _DEFENDED_LARGE = {name: _DEFENDED[name] for name in ('diagonal', 'correlated')}

@@ -1,8 +1,8 @@
 """Protection against utility of shadow noise: results/frontier.csv and docs/frontier.png.
 
 Every row is a data set, a noise shape, its freshness, a strength and a seed. A strength is the
-ratio of noise to update norm, or for correlated noise also scale:S, the same as noise of standard
-deviation S in the region of the images.
+ratio of noise to update norm, or for correlated noise also scale:S, the linear part of what noise
+of standard deviation S in the region of the images does, and images:S, that noise itself.
 
 Utility: 9 clients, full local epochs of batches of 8, BatchNorm statistics kept by each client; F1
 on test and on validation as the mean over the last third of the rounds, and the rounds until the F1
@@ -67,8 +67,8 @@ _SHAPES = flags.DEFINE_list('shapes', list(NOISE_SHAPES), 'Noise shapes.')
 _FRESHNESS = flags.DEFINE_list('freshness', ['frozen', 'fresh'], 'frozen, fresh.')
 _STRENGTHS = flags.DEFINE_list(
   'strengths',
-  ['0.1', '0.3', '1.0', '3.0', 'scale:0.1', 'scale:0.2'],
-  'Noise over update norm; or scale:S, in image units, for correlated noise alone.',
+  ['0.1', '0.3', '1.0', '3.0', 'scale:0.1', 'images:0.1', 'images:0.2'],
+  'Noise over update norm; or scale:S and images:S, in image units, for correlated noise alone.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
@@ -192,21 +192,27 @@ def _compute_protection(table: _Table) -> None:
 def _noise(shape: str, strength: str) -> ShadowNoise | None:
   if shape == _NONE:
     return None
-  return ShadowNoise(shape, _strength(strength), SaliencyConfig(kind='given'))
+  kind, value = _strength(strength)
+  return ShadowNoise(
+    shape,
+    NoiseStrength('ratio' if kind == 'ratio' else 'scale', value),
+    SaliencyConfig(kind='given'),
+    propagation='images' if kind == 'images' else 'per_step',
+  )
 
 
-def _strength(text: str) -> NoiseStrength:
-  """Raises `ValueError` for text that is no strength."""
+def _strength(text: str) -> tuple[str, float]:
+  """Kind and value; raises `ValueError` for text that is no strength."""
   kind, _, value = text.rpartition(':')
-  if kind not in ('', 'scale'):
-    raise ValueError('must be a ratio or scale:S')
-  return NoiseStrength(kind or 'ratio', float(value))
+  if kind not in ('', 'scale', 'images'):
+    raise ValueError('must be a ratio, scale:S or images:S')
+  return kind or 'ratio', NoiseStrength('scale', float(value)).value
 
 
 def _defences() -> list[tuple[str, str]]:
   """Pairs (shape, strength); the scale of the other shapes is in other units."""
   pairs = itertools.product(_SHAPES.value, _STRENGTHS.value)
-  return [(a, b) for a, b in pairs if a == 'correlated' or _strength(b).kind == 'ratio']
+  return [(a, b) for a, b in pairs if a == 'correlated' or _strength(b)[0] == 'ratio']
 
 
 def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
@@ -240,7 +246,7 @@ def _last(rounds: int) -> int:
 def _protection(dataset, seed, keys):
   """Yields each (shape, strength) with PSNR and region PSNR in dB of the attack on every image.
 
-  Noise is proportional to its strength, so one run with strength 1 stands for all of a kind.
+  Noise that is added is proportional to its strength, so one run with strength 1 stands for all.
   """
   data = _load(dataset, f'iid:{_IMAGES}', seed)
   clean, truth = _observe(data, seed, None)
@@ -248,9 +254,12 @@ def _protection(dataset, seed, keys):
   for shape, strength in keys:
     observation = clean
     if shape != _NONE:
-      own = _strength(strength)
-      unit = '1.0' if own.kind == 'ratio' else f'{own.kind}:1.0'
-      observation = with_noise_scaled(clean, observe(shape, unit), own.value)
+      kind, value = _strength(strength)
+      if kind == 'images':
+        observation = observe(shape, strength)
+      else:
+        unit = '1.0' if kind == 'ratio' else f'{kind}:1.0'
+        observation = with_noise_scaled(clean, observe(shape, unit), value)
     values = []
     for result in attack_observation(observation, AttackConfig(seed=seed)):
       if result.status != 'ok':

@@ -13,6 +13,7 @@ _COLORS = {
   ('diagonal', 'ratio'): '#dd8452',
   ('correlated', 'ratio'): '#4c72b0',
   ('correlated', 'scale'): '#55a868',
+  ('correlated', 'images'): '#8172b3',
 }
 _LINES = {'frozen': '-', 'fresh': '--'}
 

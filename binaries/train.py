@@ -21,6 +21,7 @@ from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
+  PROPAGATIONS,
   RoundReport,
   ShadowDefense,
   ShadowNoise,
@@ -129,9 +130,10 @@ _REPRODUCIBLE_NOISE = flags.DEFINE_bool(
 _PROPAGATION = flags.DEFINE_enum(
   'propagation',
   'per_step',
-  ['per_step', 'local_training'],
+  PROPAGATIONS,
   'How far the shadow follows the region: into each local step, or through the whole local training'
-  ' (trains two more copies).',
+  ' (trains two more copies). Or images: correlated noise of an absolute strength is put into the'
+  ' images themselves.',
 )
 _PROBES = flags.DEFINE_integer('probes', 8, 'Draws for the diagonal shape.', lower_bound=1)
 _SALIENCY = flags.DEFINE_enum(
@@ -250,6 +252,13 @@ def _noise() -> ShadowNoise | None:
     strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)
   except ValueError as error:
     raise UserError(f'--noise_strength={_NOISE_STRENGTH.value}: {error}') from error
+  try:
+    return _shadow_noise(strength)
+  except ValueError as error:
+    raise UserError(f'--propagation={_PROPAGATION.value}: {error}') from error
+
+
+def _shadow_noise(strength: NoiseStrength) -> ShadowNoise:
   return ShadowNoise(
     shape=_NOISE_SHAPE.value,
     strength=strength,

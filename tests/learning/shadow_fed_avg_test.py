@@ -136,11 +136,14 @@ def _one_round(process, weights, datasets):
 
 
 class TestTypes:
-  @pytest.mark.parametrize(('shape', 'propagation'), [_ALL[0], _ALL[2], _ALL[3]])
+  @pytest.mark.parametrize(
+    ('shape', 'propagation'), [_ALL[0], _ALL[2], _ALL[3], ('correlated', 'images')]
+  )
   def test_only_the_noised_update_and_scalars_leave_a_client(self, shape, propagation):
     model = _model()
     plain = build_weighted_fed_avg(keras_model_fn(model, _SHAPE), _SGD)
-    process = _process(model, _noise(shape, propagation, saliency=_GIVEN, probes=2))
+    kind = 'scale' if propagation == 'images' else 'ratio'
+    process = _process(model, _noise(shape, propagation, kind, saliency=_GIVEN, probes=2))
 
     def leaves(computation):
       form = tff.backends.mapreduce.get_map_reduce_form_for_computation(computation)
@@ -183,6 +186,11 @@ class TestArguments:
       _process(_model('batch'), _noise('correlated'), 'aggregate')
     # Nothing is shared where there are none.
     _process(_model(), _noise('correlated'), 'aggregate')
+
+  @pytest.mark.parametrize(('shape', 'kind'), [('correlated', 'ratio'), ('diagonal', 'scale')])
+  def test_noise_in_the_images_is_correlated_and_absolute(self, shape, kind):
+    with pytest.raises(ValueError, match="'images' needs correlated noise"):
+      _noise(shape, 'images', kind)
 
   def test_local_training_must_be_repeatable(self):
     inputs = tf.keras.Input(_SHAPE)
@@ -266,6 +274,37 @@ class TestExecution:
     atol = 1e-3 * np.abs(expected).max()
     np.testing.assert_allclose(sent - clean, expected, atol=atol)
     np.testing.assert_array_equal(observation['weights'], [8.0])
+
+  @pytest.mark.parametrize(('kind', 'value'), [('scale', 0.2), ('region_psnr', 14.0)])
+  def test_noise_in_the_images_is_a_training_on_noised_images(self, kind, value):
+    model, examples = _model('batch'), _examples()
+    # The error to be guaranteed is that over the region: a weak map asks for stronger noise.
+    examples['region'][:4] *= 0.5
+    weights = model_weights(model)
+    # Momentum, which derivatives per step cannot follow.
+    optimizer = tff.learning.optimizers.build_sgdm(_RATE, momentum=0.5)
+    noise = _noise('correlated', 'images', kind, value, _GIVEN)
+    fields = ('x', 'y', 'noise_key', 'region')
+    sent = _one_round(
+      _process(model, noise, 'aggregate', optimizer), weights, [_dataset(examples, fields)]
+    )
+    scale = value if kind == 'scale' else 10 ** (-value / 20) / np.repeat([0.5, 1.0], 4)
+    keys = tf.constant(examples['noise_key'])
+    noised = dict(examples)
+    drawn = region_noise(examples['region'], keys, 1, 'normal').numpy()
+    shift = np.reshape(scale, (-1, 1, 1, 1)) * drawn
+    noised['x'] = (examples['x'] + shift).astype(np.float32)
+    restore_eager_keras(model)
+    plain = build_weighted_fed_avg(keras_model_fn(model, _SHAPE, 'aggregate'), optimizer)
+    expected, clean = (
+      _one_round(plain, weights, [_dataset(own, ('x', 'y'))]) for own in (noised, examples)
+    )
+    actual, wanted, other = (
+      _flat(output.state.global_model_weights) for output in (sent, expected, clean)
+    )
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+    assert np.abs(actual - other).max() > 1e-3
+    assert sent.metrics['aggregator']['noise_to_signal'] == 0.0
 
   @pytest.mark.parametrize('saliency', [_UNIFORM, _GIVEN])
   def test_one_step_equals_the_derivative_of_the_update(self, saliency):

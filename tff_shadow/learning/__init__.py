@@ -7,6 +7,7 @@ from tff_shadow.learning.keras_task import input_spec, keras_model_fn, model_wei
 from tff_shadow.learning.round_sampler import RoundSampler
 from tff_shadow.learning.settings import ShadowDefense, TrainingSettings
 from tff_shadow.learning.shadow_fed_avg import (
+  PROPAGATIONS,
   ShadowNoise,
   build_shadow_fed_avg,
   shadow_input_spec,
@@ -17,6 +18,7 @@ from tff_shadow.learning.training import (
 )
 
 __all__ = [
+  'PROPAGATIONS',
   'RoundReport',
   'RoundSampler',
   'ShadowDefense',

@@ -28,7 +28,8 @@ from tff_shadow.shadow.noise_keys import NOISE_KEY
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
 
 REGION = 'region'
-Propagation = Literal['per_step', 'local_training']
+Propagation = Literal['per_step', 'local_training', 'images']
+PROPAGATIONS: tuple[Propagation, ...] = ('per_step', 'local_training', 'images')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,17 @@ class ShadowNoise:
       its echo in later steps; needs plain SGD. 'local_training': through the whole local training,
       by the central difference (U(x + eps m v) - U(x - eps m v)) / (2 eps), zero-mean by
       construction, which trains two more copies for every draw.
+      'images', for correlated noise of an absolute strength: the training runs on x + tau m v
+      itself, so that all that is sent, BatchNorm statistics too, depends on those images alone. The
+      other two add the linear part of that, tau J(m v). Frozen, it is the gradient of
+      tau <m v, dloss/dx>, which training can lower without end by making the model more sensitive:
+      over many rounds it spoils the model where 'images', whose loss is bounded, does not.
     probes: Rademacher draws for the diagonal; 8 recover about 90 % of what exact ones would gain.
       With 'per_step' each is one batch's, at the initial weights, one batch after another and round
       again if there are fewer, so that their cost does not grow with the client's data.
     epsilon: Of the central difference, in image units.
-    floor: Share of the noise's energy that is isotropic.
+    floor: Share of the noise's energy that is isotropic; none with 'images', where the update has
+      nothing else in it that noise would have to cover.
     local_epochs: How often a client's data repeats each image; only 'region_psnr' needs it.
   """
 
@@ -64,12 +71,29 @@ class ShadowNoise:
 
   def __post_init__(self):
     """Raises ValueError for settings that fit no noise."""
-    if self.propagation not in ('per_step', 'local_training'):
-      raise ValueError(f'propagation must be per_step or local_training, found {self.propagation}')
+    if self.propagation not in PROPAGATIONS:
+      raise ValueError(f'propagation must be one of {PROPAGATIONS}, found {self.propagation!r}')
+    if self.in_images and (self.shape != 'correlated' or self.strength.kind == 'ratio'):
+      raise ValueError(
+        "propagation 'images' needs correlated noise of strength 'scale' or 'region_psnr', found"
+        f' {self.shape} of {self.strength.kind!r}'
+      )
     if self.probes < 1 or self.local_epochs < 1:
       raise ValueError('probes and local_epochs must be at least 1')
     if not 0 < self.epsilon < float('inf'):
       raise ValueError(f'epsilon must be finite and above 0, found {self.epsilon}')
+
+  @property
+  def in_images(self) -> bool:
+    """Whether the noise is in the images, and none is added to the update."""
+    return self.propagation == 'images'
+
+  @property
+  def added(self) -> tuple[NoiseShape, NoiseStrength]:
+    """Shape and strength of what is added to the update."""
+    if self.in_images:
+      return 'isotropic', NoiseStrength('ratio', 0.0)
+    return self.shape, self.strength
 
   @property
   def needs_shadow(self) -> bool:
@@ -84,7 +108,7 @@ class ShadowNoise:
   @property
   def training_draws(self) -> int:
     """Draws of v per image along which the local training is differentiated."""
-    if not self.needs_shadow or self.probes_batches:
+    if not self.needs_shadow or self.probes_batches or self.in_images:
       return 0
     return 1 if self.shape == 'correlated' else self.probes
 
@@ -165,7 +189,7 @@ def build_shadow_fed_avg(
     initial_model_weights,
     model_distributor,
     client_work,
-    shadow_noise_factory(noise.shape, noise.strength, model_aggregator, floor=noise.floor),
+    shadow_noise_factory(*noise.added, model_aggregator, floor=noise.floor),
     server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0),
     update_type,
     share_statistics,
@@ -234,7 +258,7 @@ def _build_client_work(
 
   result_type = client_update.type_signature.result[0]
   update_type = result_type.update.update
-  expected = shaped_update_type(update_type, noise.shape)
+  expected = shaped_update_type(update_type, noise.added[0])
   if not expected.is_equivalent_to(result_type.update):
     raise AssertionError(f'{result_type.update} is not {expected}')
   return wire_client_work(client_update, metrics_aggregation, ('maps_fell_back',)), update_type
@@ -298,7 +322,9 @@ class _ShadowWork:
       sensitivity_energy=tf.zeros(()),
       shape=(),
     )
-    if self._noise.shape == 'correlated':
+    if self._noise.in_images:
+      pass
+    elif self._noise.shape == 'correlated':
       direction = direction or self._differences(updates)[0]
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
     elif self._noise.needs_shadow:
@@ -379,6 +405,20 @@ class _ShadowWork:
   def _rate(self):
     return self._optimizer.initialize(tf.TensorSpec((), tf.float32))['learning_rate']
 
+  def _scale_in_images(self, maps):
+    """Tau of every image [B, 1, 1, 1]; see `NoiseStrength`."""
+    sums = [tf.reduce_sum(maps**power, (1, 2, 3), keepdims=True) for power in (2, 4)]
+    squared = self._noise.strength.squared_scale(
+      'correlated',
+      update_energy=tf.zeros(()),
+      shape_energy=tf.zeros(()),
+      sensitivity_energy=tf.zeros(()),
+      region_energy=sums[0],
+      region_fourth_moment=sums[1],
+      num_weights=0,
+    )
+    return tf.sqrt(squared)
+
   def _gradients(self, batch):
     """Gradients of all copies on a batch, and what is added to the sums of `run`."""
     images = batch['x']
@@ -386,7 +426,11 @@ class _ShadowWork:
     energy = fourth_moment = tf.zeros(())
     fell_back = tf.zeros((), tf.int32)
     directions = []
-    if self._noise.training_draws or self._noise.strength.kind == 'region_psnr':
+    if self._noise.in_images:
+      maps, fell_back = self._maps(batch)
+      noise = region_noise(maps, batch[NOISE_KEY], images.shape[-1], 'normal')
+      images += self._scale_in_images(maps) * noise
+    elif self._noise.training_draws or self._noise.strength.kind == 'region_psnr':
       maps, fell_back = self._maps(batch)
       channels = images.shape[-1]
       energy = channels * squared_norm([maps])
