@@ -114,7 +114,7 @@ _NOISE_STRENGTH_KIND = flags.DEFINE_enum(
   ' unbiased attacker exceeds over the region. With ratio the scale follows the update from round'
   ' to round, so that frozen noise can be told apart from the image by comparing rounds.',
 )
-_NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 10.0, 'See --noise_strength_kind.')
+_NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 20.0, 'See --noise_strength_kind.')
 _NOISE_FRESHNESS = flags.DEFINE_enum(
   'noise_freshness',
   'frozen',
@@ -129,11 +129,11 @@ _REPRODUCIBLE_NOISE = flags.DEFINE_bool(
 )
 _PROPAGATION = flags.DEFINE_enum(
   'propagation',
-  'per_step',
+  None,
   PROPAGATIONS,
   'How far the shadow follows the region: into each local step, or through the whole local training'
   ' (trains two more copies). Or images: correlated noise of an absolute strength is put into the'
-  ' images themselves.',
+  ' images themselves. By default images where it can be, else per_step.',
 )
 _PROBES = flags.DEFINE_integer('probes', 8, 'Draws for the diagonal shape.', lower_bound=1)
 _SALIENCY = flags.DEFINE_enum(
@@ -255,10 +255,11 @@ def _noise() -> ShadowNoise | None:
   try:
     return _shadow_noise(strength)
   except ValueError as error:
-    raise UserError(f'--propagation={_PROPAGATION.value}: {error}') from error
+    raise UserError(f'--defense=shadow: {error}') from error
 
 
 def _shadow_noise(strength: NoiseStrength) -> ShadowNoise:
+  in_images = _NOISE_SHAPE.value == 'correlated' and strength.kind != 'ratio'
   return ShadowNoise(
     shape=_NOISE_SHAPE.value,
     strength=strength,
@@ -267,7 +268,7 @@ def _shadow_noise(strength: NoiseStrength) -> ShadowNoise:
       layer=_SALIENCY_LAYER.value,
       top_fraction=_SALIENCY_TOP_FRACTION.value,
     ),
-    propagation=_PROPAGATION.value,
+    propagation=_PROPAGATION.value or ('images' if in_images else 'per_step'),
     probes=_PROBES.value,
     local_epochs=_LOCAL_EPOCHS.value,
   )

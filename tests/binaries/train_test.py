@@ -61,6 +61,9 @@ def test_own_keras_model(tmp_path):
   assert (tmp_path / 'run' / 'model.keras').is_file()
 
 
+_PER_STEP = {'defense': 'shadow', 'propagation': 'per_step'}
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
@@ -81,8 +84,9 @@ def test_own_keras_model(tmp_path):
     ({'defense': 'shadow', 'noise_strength': float('nan')}, '--noise_strength=nan'),
     ({'defense': 'shadow', 'saliency_layer': 'nowhere'}, 'nowhere'),
     ({'defense': 'shadow', 'saliency_top_fraction': 1.5}, '1.5'),
-    ({'defense': 'shadow', 'client_momentum': 0.9}, '--defense=shadow: .*per_step'),
-    ({'defense': 'shadow', 'norm': 'batch'}, '--defense=shadow: .*BatchNorm'),
+    (_PER_STEP | {'client_momentum': 0.9}, '--defense=shadow: .*per_step'),
+    (_PER_STEP | {'norm': 'batch'}, '--defense=shadow: .*BatchNorm'),
+    ({'defense': 'shadow', 'propagation': 'images', 'noise_shape': 'diagonal'}, 'correlated noise'),
   ],
 )
 def test_bad_flags_name_themselves_and_write_nothing(tmp_path, changes, message):
