@@ -163,7 +163,8 @@ def build_shadow_fed_avg(
 
   Returns:
     A `LearningProcess`. Its client work also reports `maps_fell_back`, the number of images whose
-    region map could not be computed and was taken as the whole image.
+    region map could not be computed and was taken as the whole image. With 'images' the
+    aggregator's noise_to_signal and cosine are 0 and 1, for nothing is added to the update.
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`, if 'per_step' cannot be used with the
