@@ -19,9 +19,10 @@ _LINES = {'frozen': '-', 'fresh': '--'}
 
 
 def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
-  """Draws region PSNR over F1, one panel a data set, one line a shape and freshness.
+  """Draws the change of region PSNR over that of F1, a panel a data set, a line a shape.
 
-  Points are means over seeds with 95 % intervals (t); the strength is written beside each.
+  Both are against the undefended run of the same seed: means over seeds with 95 % intervals (t).
+  The strength is written beside each point.
   """
   datasets = list(dict.fromkeys(row['dataset'] for row in rows))
   figure = matplotlib.figure.Figure(figsize=(4.6 * len(datasets), 4.2))
@@ -30,16 +31,20 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
     own = [row for row in rows if row['dataset'] == dataset]
     _panel(axis, own)
     axis.set_title(dataset)
-  axes[0][0].set_ylabel('region PSNR of the attack (dB): lower protects more')
-  axes[0][-1].legend(fontsize=7, loc='best')
+  axes[0][0].set_ylabel('change of region PSNR (dB): lower protects more')
+  # A panel may lack a line that another has.
+  handles = {}
+  for axis in axes[0]:
+    for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+      handles.setdefault(label, handle)
+  axes[0][-1].legend(handles.values(), handles, fontsize=7, loc='best')
   figure.tight_layout()
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
 
 
 def _panel(axis, rows) -> None:
-  clean = [row for row in rows if row['shape'] == 'none']
-  axis.errorbar(*_point(clean), fmt='k*', markersize=11, label='no defence')
+  axis.plot(0, 0, 'k*', markersize=11, label='no defence')
   for (shape, kind), color in _COLORS.items():
     for freshness, line in _LINES.items():
       own = [row for row in rows if (row['shape'], row['freshness']) == (shape, freshness)]
@@ -65,7 +70,7 @@ def _panel(axis, rows) -> None:
         axis.annotate(
           _value(strength), (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points'
         )
-  axis.set_xlabel('test F1')
+  axis.set_xlabel('change of test F1')
   axis.grid(alpha=0.3)
 
 
@@ -78,7 +83,10 @@ def _value(strength: str) -> float:
 
 
 def _point(rows) -> tuple[float, float, float, float]:
-  """Mean F1 and region PSNR, and the half widths of the intervals: (x, y, y error, x error)."""
-  x, y = (mean_interval([float(row[name]) for row in rows]) for name in ('f1', 'region_psnr'))
+  """Mean changes and the half widths of their intervals: (F1, region PSNR, y error, x error)."""
+  x, y = (
+    mean_interval([float(row[name]) - float(row[f'{name}_undefended']) for row in rows])
+    for name in ('f1', 'region_psnr')
+  )
   widths = (0.0 if own.high is None else own.high - own.mean for own in (y, x))
   return x.mean, y.mean, *widths
