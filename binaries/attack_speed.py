@@ -89,7 +89,7 @@ _CASES = {
 }
 
 
-_CASE = flags.DEFINE_enum('case', None, sorted(_CASES), 'What is timed.', required=True)
+_CASE = flags.DEFINE_enum('case', 'conv_small_32_restarts8', sorted(_CASES), 'What is timed.')
 
 
 class _Torch:
