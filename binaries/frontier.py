@@ -203,10 +203,10 @@ def _noise(shape: str, strength: str) -> ShadowNoise | None:
 
 def _strength(text: str) -> tuple[str, float]:
   """Kind and value; raises `ValueError` for text that is no strength."""
-  kind, _, value = text.rpartition(':')
-  if kind not in ('', 'scale', 'images'):
+  kind, value = frontier_plot.split_strength(text)
+  if kind not in ('ratio', 'scale', 'images') or text.startswith('ratio:'):
     raise ValueError('must be a ratio, scale:S or images:S')
-  return kind or 'ratio', NoiseStrength('scale', float(value)).value
+  return kind, NoiseStrength('scale', value).value
 
 
 def _defences() -> list[tuple[str, str]]:

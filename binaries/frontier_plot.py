@@ -48,7 +48,8 @@ def _panel(axis, rows) -> None:
   for (shape, kind), color in _COLORS.items():
     for freshness, line in _LINES.items():
       own = [row for row in rows if (row['shape'], row['freshness']) == (shape, freshness)]
-      strengths = sorted({row['strength'] for row in own if _kind(row) == kind}, key=_value)
+      strengths = {row['strength'] for row in own}
+      strengths = sorted((s for s in strengths if split_strength(s)[0] == kind), key=split_strength)
       if not strengths:
         continue
       points = [_point([row for row in own if row['strength'] == s]) for s in strengths]
@@ -67,19 +68,16 @@ def _panel(axis, rows) -> None:
         label=f'{shape} ({kind}), {freshness}',
       )
       for strength, at_x, at_y in zip(strengths, x, y, strict=True):
-        axis.annotate(
-          _value(strength), (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points'
-        )
+        _, value = split_strength(strength)
+        axis.annotate(value, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
   axis.set_xlabel('change of test F1')
   axis.grid(alpha=0.3)
 
 
-def _kind(row: dict) -> str:
-  return row['strength'].rpartition(':')[0] or 'ratio'
-
-
-def _value(strength: str) -> float:
-  return float(strength.rpartition(':')[2])
+def split_strength(text: str) -> tuple[str, float]:
+  """Kind and value of '0.3', a ratio, or of 'scale:0.1'; raises `ValueError` without a number."""
+  kind, _, value = text.rpartition(':')
+  return kind or 'ratio', float(value)
 
 
 def _point(rows) -> tuple[float, float, float, float]:

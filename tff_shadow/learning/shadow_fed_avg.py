@@ -323,19 +323,18 @@ class _ShadowWork:
       sensitivity_energy=tf.zeros(()),
       shape=(),
     )
-    if self._noise.in_images:
-      pass
-    elif self._noise.shape == 'correlated':
+    added_shape, _ = self._noise.added
+    if added_shape == 'correlated':
       direction = direction or self._differences(updates)[0]
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
-    elif self._noise.needs_shadow:
+    elif self._noise.needs_shadow and not self._noise.in_images:
       if self._noise.probes_batches:
         squared, probed_fell_back = self._probe(initial_weights, dataset, num_steps)
         fell_back = tf.maximum(fell_back, probed_fell_back)
       else:
         squared = _mean_squares(self._differences(updates))
       shaped['sensitivity_energy'] = tf.add_n([tf.reduce_sum(tensor) for tensor in squared])
-      if self._noise.shape == 'diagonal':
+      if added_shape == 'diagonal':
         shaped['shape'] = tf.nest.pack_sequence_as(update, squared)
     return (
       tff.learning.templates.ClientResult(shaped, result.update_weight),
