@@ -1,18 +1,16 @@
 """The statistics of BatchNorm: what a client's update says of them, and those of a simulation."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import numpy as np
 import tensorflow as tf
 
 from tff_shadow.errors import UserError
-from tff_shadow.models import batch_norm_layers, model_from_config
+from tff_shadow.models import (
+  collect_statistics,
+  inputs_of_layers,
+  model_from_config,
+  training_batch_norm_layers,
+)
 from tff_shadow.observations import ClientObservation, ClientTraining, Observation
-
-# (mean, variance) of each layer; the variance is the biased one, that the layer normalises with.
-Statistics = list[tuple[tf.Tensor, tf.Tensor]]
 
 
 def observed_statistics(
@@ -45,7 +43,7 @@ def observed_statistics(
   if not sizes:
     return None
   model = model_from_config(observation.model_config)
-  layers = _training_layers(model)
+  layers = training_batch_norm_layers(model)
   if not layers:
     return None
   for layer in layers:
@@ -120,92 +118,13 @@ def proxy_statistics(
   ]
 
 
-@contextlib.contextmanager
-def collect_statistics(model: tf.keras.Model) -> Iterator[Statistics]:
-  """Gives the batch statistics of one forward pass of `model` made inside the context.
-
-  Inside a `tf.function`, the context and every use of the tensors belong in the same function. No
-  other thread may call the model meanwhile.
-
-  Args:
-    model: Its layers may have had their `call` replaced.
-
-  Yields:
-    A list, filled when the context ends: the (mean, biased variance) of the inputs of every
-    BatchNorm layer that trains, in the order of `batch_norm_layers`; in float32 or better, of the
-    shape of the layer's running statistics, and differentiable.
-
-  Raises:
-    UserError: If the pass calls a layer more than once or not at all.
-  """
-  statistics: Statistics = []
-  with _inputs_of_layers(model) as inputs:
-    yield statistics
-  statistics += [
-    _moments(layer, tensor) for layer, tensor in zip(_training_layers(model), inputs, strict=True)
-  ]
-
-
-@contextlib.contextmanager
-def _inputs_of_layers(model: tf.keras.Model) -> Iterator[list[tf.Tensor]]:
-  """Gives the inputs of every BatchNorm layer that trains, once the context has ended."""
-  layers = _training_layers(model)
-  seen: dict[int, list[tf.Tensor]] = {id(layer): [] for layer in layers}
-  replaced: dict[int, Any] = {id(layer): vars(layer).get('call') for layer in layers}
-  inputs: list[tf.Tensor] = []
-  try:
-    for layer in layers:
-      layer.call = _recording(layer.call, seen[id(layer)])
-    yield inputs
-  finally:
-    for layer in layers:
-      if replaced[id(layer)] is None:
-        del layer.call
-      else:
-        layer.call = replaced[id(layer)]
-  for layer in layers:
-    calls = seen[id(layer)]
-    if len(calls) != 1:
-      raise UserError(
-        f'model: BatchNorm layer {layer.name!r} is called {len(calls)} times in a forward pass, so'
-        ' its statistics are not those of one batch and cannot be matched'
-      )
-    inputs.append(calls[0])
-
-
-def _recording(call: Callable[..., tf.Tensor], calls: list[tf.Tensor]) -> Callable[..., tf.Tensor]:
-  def recording_call(inputs: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
-    calls.append(inputs)
-    return call(inputs, *args, **kwargs)
-
-  return recording_call
-
-
-def _moments(
-  layer: tf.keras.layers.BatchNormalization, inputs: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-  # Not `tf.nn.moments`, whose stopped gradient drops a term of the second derivative.
-  if inputs.dtype in (tf.float16, tf.bfloat16):
-    inputs = tf.cast(inputs, tf.float32)
-  axes = [axis for axis in range(inputs.shape.rank) if axis not in layer.axis]
-  mean = tf.reduce_mean(inputs, axes, keepdims=True)
-  variance = tf.reduce_mean(tf.square(inputs - mean), axes)
-  shape = layer.moving_mean.shape
-  return tf.reshape(mean, shape), tf.reshape(variance, shape)
-
-
-def _training_layers(model: tf.keras.Model) -> list[tf.keras.layers.BatchNormalization]:
-  """A frozen layer ignores the batch, and its running statistics stay."""
-  return [layer for layer in batch_norm_layers(model) if layer.trainable]
-
-
 def _values_per_image(model: tf.keras.Model, image_shape: tuple[int, int, int]) -> list[int]:
   """How many values of a channel one image adds to each layer's mean."""
-  with _inputs_of_layers(model) as inputs:
+  with inputs_of_layers(model) as inputs:
     model(_as_input(model, np.zeros((1, *image_shape))), training=True)
   return [
     int(np.prod([n for axis, n in enumerate(tensor.shape) if axis not in layer.axis]))
-    for layer, tensor in zip(_training_layers(model), inputs, strict=True)
+    for layer, tensor in zip(training_batch_norm_layers(model), inputs, strict=True)
   ]
 
 

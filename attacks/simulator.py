@@ -8,15 +8,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from attacks.batch_norm_statistics import Statistics, collect_statistics
 from attacks.functional_model import FunctionalModel
 from attacks.local_steps import LocalSteps
 from attacks.rectifiers import replace_relus, surrogate_relu
 from attacks.unrolled import unrolled_sgd
 from tff_shadow.errors import UserError
 from tff_shadow.models import (
+  Statistics,
   batch_norm_layers,
   classification_loss,
+  collect_statistics,
   freeze_batch_norm,
   model_from_config,
   outputs_logits,

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks.batch_norm_statistics import (
-  collect_statistics,
-  observed_statistics,
-  proxy_statistics,
-)
+from attacks.batch_norm_statistics import observed_statistics, proxy_statistics
 from attacks.priors import BatchNormStatistics
 from attacks.simulator import ClientSimulator
 from tests.attacks.observed_rounds import play_round, smooth_images
 from tff_shadow.errors import UserError
-from tff_shadow.models import batch_norm_layers, build_model, model_from_config
+from tff_shadow.models import (
+  batch_norm_layers,
+  build_model,
+  collect_statistics,
+  model_from_config,
+)
 from tff_shadow.observations import WeightArrays
 
 _SHAPE = (8, 8, 1)

@@ -1,5 +1,11 @@
 """Keras task models: built here, or a user's own."""
 
+from tff_shadow.models.batch_norm import (
+  Statistics,
+  collect_statistics,
+  inputs_of_layers,
+  training_batch_norm_layers,
+)
 from tff_shadow.models.keras_files import (
   batch_norm_layers,
   check_model,
@@ -17,14 +23,18 @@ __all__ = [
   'MODELS',
   'NORMS',
   'Norm',
+  'Statistics',
   'batch_norm_layers',
   'build_model',
   'check_model',
   'classification_loss',
+  'collect_statistics',
   'freeze_batch_norm',
+  'inputs_of_layers',
   'load_keras_file',
   'model_from_config',
   'model_to_config',
   'outputs_logits',
   'read_keras_file',
+  'training_batch_norm_layers',
 ]
