@@ -9,8 +9,6 @@ import numpy as np
 import tensorflow as tf
 
 from attacks.parametrizations import AllActive
-from tff_shadow.errors import UserError
-from tff_shadow.models import read_keras_file
 
 # (weights, inputs, training) -> outputs, as `attacks.functional_model.FunctionalModel`.
 FunctionalGenerator = Callable[[Sequence[tf.Tensor], tf.Tensor, bool], tf.Tensor]
@@ -19,9 +17,6 @@ _NORM_EPSILON = 1e-5
 _SLOPE = 0.2
 _COARSEST = 8
 _SKIP_CHANNELS = 4
-# Of `load_generator`.
-_CHECKED_LATENTS = 4
-_RANGE_TOLERANCE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +116,8 @@ class GenerativePrior:
   5,000 steps, the latents at learning rate 1e-2, the weights at 1e-4.
 
   Attributes:
-    generator: Latents [N, ...] -> images [N, H, W, C] in [0, 1] (`load_generator`); is not changed.
+    generator: Latents [N, ...] -> images [N, H, W, C] in [0, 1], as `models.load_generator` checks;
+      is not changed.
     functional: Calls it with other weights; a `FunctionalModel` of it by default.
     source: Where it came from, for the record.
     weight_share: The share of the iterations, at the end, in which the weights move; 0 for never.
@@ -199,47 +195,6 @@ class GenerativePrior:
       'latents': filled(parameters['latents'], tf.logical_or(self.latents_last, ~last)),
       'weights': filled(parameters['weights'], last),
     }
-
-
-def load_generator(path: str, image_shape: tuple[int, int, int]) -> tf.keras.Model:
-  """Loads a generator from a `.keras` file, in safe mode, and checks that it fits the data.
-
-  Args:
-    path: The file.
-    image_shape: (H, W, C) of the data.
-
-  Returns:
-    The model.
-
-  Raises:
-    UserError: If the file cannot be loaded, or the model does not map one latent of a fixed shape
-      to an image of this shape in [0, 1].
-  """
-  source = f'--generator={path}'
-  model = read_keras_file(path, source=source)
-  if any(isinstance(layer, tf.keras.layers.Lambda) for layer in model._flatten_layers()):
-    raise UserError(f'{source}: contains a Lambda layer, which is code and is not loaded')
-  if len(model.inputs or ()) != 1 or len(model.outputs or ()) != 1:
-    raise UserError(f'{source}: needs exactly one input, the latent, and one output, the image')
-  latent_shape = model.inputs[0].shape[1:]
-  if not latent_shape.is_fully_defined():
-    raise UserError(f'{source}: the shape of its latent, {tuple(latent_shape)}, is not fixed')
-  latents = tf.random.stateless_normal((_CHECKED_LATENTS, *latent_shape), (0, 0), alg='philox')
-  images = model(tf.cast(latents, model.inputs[0].dtype), training=False).numpy()
-  if images.shape[1:] != tuple(image_shape):
-    raise UserError(
-      f'{source}: gives images of shape {images.shape[1:]}, the data has {tuple(image_shape)}; set'
-      ' --image_size and --color to match'
-    )
-  if not np.isfinite(images).all():
-    raise UserError(f'{source}: gives images that are not finite')
-  low, high = float(images.min()), float(images.max())
-  if low < -_RANGE_TOLERANCE or high > 1 + _RANGE_TOLERANCE:
-    raise UserError(
-      f'{source}: gives pixel values from {low:.3g} to {high:.3g}; they must lie in [0, 1], as a'
-      ' sigmoid at the end would make them'
-    )
-  return model
 
 
 class _Draws:

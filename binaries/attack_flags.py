@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from attacks.config import COMBINATIONS, SIMULATIONS, AttackConfig
-from attacks.generators import DeepImagePrior, GenerativePrior, load_generator
+from attacks.generators import DeepImagePrior, GenerativePrior
 from attacks.initialization import STARTS
 from attacks.labels import LABEL_RULES
 from attacks.matching import MATCHINGS
@@ -17,6 +17,7 @@ from attacks.presets import PRESETS
 from attacks.priors import VARIATION_COLORS, VARIATION_KINDS
 from attacks.rectifiers import RECTIFIERS
 from tff_shadow.errors import UserError
+from tff_shadow.models import load_generator
 
 _DEEP = 'deep_image_prior'
 

@@ -1,4 +1,4 @@
-"""Keras task models: built here, or a user's own."""
+"""Keras models: task models built here or a user's own, and a user's own generator."""
 
 from tff_shadow.models.batch_norm import (
   Statistics,
@@ -6,6 +6,7 @@ from tff_shadow.models.batch_norm import (
   inputs_of_layers,
   training_batch_norm_layers,
 )
+from tff_shadow.models.generator_files import load_generator
 from tff_shadow.models.keras_files import (
   batch_norm_layers,
   check_model,
@@ -31,6 +32,7 @@ __all__ = [
   'collect_statistics',
   'freeze_batch_norm',
   'inputs_of_layers',
+  'load_generator',
   'load_keras_file',
   'model_from_config',
   'model_to_config',
