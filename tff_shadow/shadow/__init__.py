@@ -1,5 +1,7 @@
 """The shadow: what of an image would leak, and where."""
 
+from tff_shadow.shadow.generator import build_generator, synthesis_variables
+from tff_shadow.shadow.latents import FittedLatents, LatentFit, fit_latents
 from tff_shadow.shadow.region_maps import (
   RegionMap,
   RegionMaps,
@@ -17,13 +19,18 @@ from tff_shadow.shadow.saliency import (
 
 __all__ = [
   'KINDS',
+  'FittedLatents',
+  'LatentFit',
   'RegionMap',
   'RegionMaps',
   'SaliencyConfig',
+  'build_generator',
   'build_region_map',
   'build_score_fn',
+  'fit_latents',
   'given_region_map',
   'maps_from_scores',
   'soft_top_fraction',
+  'synthesis_variables',
   'uniform_region_map',
 ]
