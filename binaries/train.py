@@ -15,7 +15,7 @@ import warnings
 import tensorflow_federated as tff
 from absl import flags
 
-from binaries import command, data_flags, run_directory
+from binaries import command, data_flags, published_flags, run_directory
 from binaries.progress import Progress
 from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
 from tff_shadow.errors import UserError
@@ -96,8 +96,9 @@ _MAX_CONCURRENT_CLIENTS = flags.DEFINE_integer(
 _DEFENSE = flags.DEFINE_enum(
   'defense',
   'none',
-  ['none', 'shadow'],
-  "none, or shadow: noise on each client's update, shaped by its shadow model.",
+  ['none', 'shadow', 'published'],
+  "none. shadow: noise on each client's update, shaped by its shadow model. published: noise on its"
+  ' images, as Jiang, Ma and Yang 2025 (the flags --published_...).',
 )
 _NOISE_SHAPE = flags.DEFINE_enum(
   'noise_shape',
@@ -160,9 +161,9 @@ _MAY_CHANGE = frozenset(
     'save_every_rounds',
     'max_concurrent_clients',
     'data_dir',
+    'published_latents',
   }
 )
-
 
 _SECRETS = 'client_state/secrets.json'
 
@@ -179,6 +180,7 @@ def main() -> None:
   data = data_flags.load_data(seed=_SEED.value)
   model = _build_model(data)
   noise = _noise()
+  published = published_flags.published_settings() if _DEFENSE.value == 'published' else None
   if noise and noise.saliency.kind not in ('given', 'uniform'):
     build_region_map(noise.saliency, model)  # A layer that does not exist is told before all else.
   settings = TrainingSettings(
@@ -198,10 +200,15 @@ def main() -> None:
     observed_rounds=observed_rounds,
     seed=_SEED.value,
   )
-  if noise:
+  secrets = None
+  if noise or (published and published.map_kind == 'white'):
     secrets = _client_secrets(run_dir / _SECRETS, list(data.clients))
+  defense = None
+  if noise:
     defense = ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets)
-    settings = dataclasses.replace(settings, defense=defense)
+  elif published:
+    defense = published_flags.published_defense(published, data, seed=_SEED.value, secrets=secrets)
+  settings = dataclasses.replace(settings, defense=defense)
   # Before the directory is claimed, for it tells what does not go together.
   training = TrainingRun(
     data,
@@ -216,25 +223,29 @@ def main() -> None:
     'flags': {
       **command.flag_values(sys.modules[__name__]),
       **command.flag_values(data_flags),
+      **command.flag_values(published_flags),
     },
     'dataset': data.name,
     'data_sha256': data.digest(),
     'model_sha256': _model_digest(model),
   }
-  run_directory.claim(run_dir, config, resume=_RESUME.value, may_change=_MAY_CHANGE)
-  if noise and not _RESUME.value:
+  # The published schedules run over all rounds.
+  may_change = _MAY_CHANGE - {'rounds'} if published else _MAY_CHANGE
+  run_directory.claim(run_dir, config, resume=_RESUME.value, may_change=may_change)
+  if secrets and not _RESUME.value:
     write_client_secrets(run_dir / _SECRETS, secrets)
   with (
     local_worker_context(
       log_path=run_dir / 'worker.log', max_concurrent_calls=_MAX_CONCURRENT_CLIENTS.value
     ),
+    Progress('latents', sum(map(len, data.clients.values())), 'images') as latents,
     Progress('round', _ROUNDS.value, 'rounds') as progress,
   ):
 
     def report(done: RoundReport) -> None:
       progress.update(done.round_num, _figures(done.metrics))
 
-    training.train(resume=_RESUME.value, report=report)
+    training.train(resume=_RESUME.value, report=report, report_latents=latents.update)
   model.save(run_dir / 'model.keras')
   test = evaluate(model, data.test.float_images(), data.test.labels)
   command.write_json(run_dir / 'test.json', test)
@@ -246,7 +257,7 @@ def main() -> None:
 
 
 def _noise() -> ShadowNoise | None:
-  if _DEFENSE.value == 'none':
+  if _DEFENSE.value != 'shadow':
     return None
   try:
     strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)

@@ -22,12 +22,14 @@ class LocalTask:
   Attributes:
     client_id: The client.
     dataset: Batches of OrderedDict(x, y).
+    order: int64 [M], which of the client's examples these are, one after another.
     truth: Its distinct images, in order of first use.
     num_steps: Local steps.
   """
 
   client_id: str
   dataset: tf.data.Dataset
+  order: np.ndarray
   truth: Truth
   num_steps: int
 
@@ -66,7 +68,7 @@ class RoundSampler:
     used = examples.take(distinct)
     position = np.empty(len(examples), np.int64)
     position[distinct] = np.arange(len(distinct))
-    defense = self._settings.defense
+    defense = self._settings.shadow_defense
     keys = None
     if defense is not None:
       keys = image_keys(defense.secrets[client_id], distinct, None if defense.frozen else round_num)
@@ -80,6 +82,7 @@ class RoundSampler:
         with_regions=defense is not None and defense.noise.saliency.kind == 'given',
         noise_keys=keys,
       ),
+      order,
       Truth(used.float_images(), used.labels, used.float_regions()),
       -(-len(order) // local.batch_size),
     )

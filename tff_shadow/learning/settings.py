@@ -5,6 +5,7 @@ from typing import Any
 
 from tff_shadow.learning.shadow_fed_avg import ShadowNoise
 from tff_shadow.observations import BatchNormSharing, ClientTraining
+from tff_shadow.published import PublishedDefense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TrainingSettings:
     batch_norm_sharing: See `build_weighted_fed_avg`.
     observed_rounds: Rounds whose observation is written.
     seed: Decides client sampling and the order of the local training.
-    defense: Shadow noise, or None.
+    defense: Shadow noise, the published defence, or None.
   """
 
   rounds: int
@@ -52,4 +53,9 @@ class TrainingSettings:
   batch_norm_sharing: BatchNormSharing = 'aggregate'
   observed_rounds: tuple[int, ...] = (1,)
   seed: int = 0
-  defense: ShadowDefense | None = None
+  defense: ShadowDefense | PublishedDefense | None = None
+
+  @property
+  def shadow_defense(self) -> ShadowDefense | None:
+    """The defence if it is noise in the round itself."""
+    return self.defense if isinstance(self.defense, ShadowDefense) else None

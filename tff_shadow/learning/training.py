@@ -19,7 +19,7 @@ from tff_shadow.errors import UserError
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import keras_model_fn, model_weights, restore_eager_keras
-from tff_shadow.learning.round_sampler import RoundSampler
+from tff_shadow.learning.round_sampler import LocalTask, RoundSampler
 from tff_shadow.learning.run_state import RunState
 from tff_shadow.learning.settings import TrainingSettings
 from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
@@ -32,6 +32,7 @@ from tff_shadow.observations import (
   write_observation,
   write_truth,
 )
+from tff_shadow.published import ClientShadows, PublishedDefense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,8 @@ class TrainingRun:
       data: The clients and the validation split.
       model: Architecture and initial weights; changed by `train` to the trained weights.
       settings: See there.
-      run_dir: Takes state/, metrics.csv, tensorboard/, observations/ and truth/.
+      run_dir: Takes state/, metrics.csv, tensorboard/, observations/ and truth/, and what the
+        clients of the published defence keep in client_state/.
       evaluate_every_rounds: Validation metrics are computed in rounds divisible by it and the last.
       save_every_rounds: The state is saved in rounds divisible by it and the last.
     """
@@ -94,11 +96,16 @@ class TrainingRun:
     self._tapped_process = self._build(observation_tap_factory(mean)) if observed else None
     self._process = self._build(mean) if len(observed) < settings.rounds else self._tapped_process
     restore_eager_keras(model)
+    self._shadows = self._build_shadows()
     self._validation_images = data.validation.float_images()
     self._public_mean_image = self._validation_images.mean(axis=0)
 
   def train(
-    self, *, resume: bool, report: Callable[[RoundReport], None] = lambda report: None
+    self,
+    *,
+    resume: bool,
+    report: Callable[[RoundReport], None] = lambda report: None,
+    report_latents: Callable[[int], None] = lambda images: None,
   ) -> None:
     """Runs the rounds that are not done yet; the model then holds the trained weights.
 
@@ -107,12 +114,16 @@ class TrainingRun:
     Args:
       resume: Continue from the newest saved state instead of the initial weights.
       report: Called after every round.
+      report_latents: Before the first round of the published defence, called with the number of
+        training images whose latents are fitted.
 
     Raises:
       UserError: If there is no state to resume from, or all clients of a round were dropped.
     """
     run_state = RunState(self._run_dir / 'state')
     state, done = self._start(run_state, resume)
+    if self._shadows:
+      self._shadows.fit_latents(report_latents)
     managers = self._release_managers()
     try:
       for round_num in range(done + 1, self._settings.rounds + 1):
@@ -124,10 +135,10 @@ class TrainingRun:
           asyncio.run(manager.release(metrics, round_num))
         done = round_num
         if round_num % self._save_every == 0 or round_num == self._settings.rounds:
-          run_state.save(state, round_num)
+          self._save(run_state, state, round_num)
         report(RoundReport(round_num, time.monotonic() - started, metrics, dropped))
     except (KeyboardInterrupt, UserError):
-      run_state.save(state, done)
+      self._save(run_state, state, done)
       raise
     self._load_into_model(state)
 
@@ -144,13 +155,13 @@ class TrainingRun:
       'model_aggregator': aggregator,
       'batch_norm_sharing': settings.batch_norm_sharing,
     }
-    if settings.defense is None:
+    if settings.shadow_defense is None:
       return build_weighted_fed_avg(**arguments)
     config = model_to_config(self._model)
     try:
       return build_shadow_fed_avg(
         **arguments,
-        noise=settings.defense.noise,
+        noise=settings.shadow_defense.noise,
         shadow_model_fn=lambda: model_from_config(config),
       )
     except ValueError as error:
@@ -159,10 +170,33 @@ class TrainingRun:
   def _start(self, run_state: RunState, resume: bool) -> tuple[Any, int]:
     state = self._process.initialize()
     if resume:
-      return run_state.load_latest(state)
+      state, done = run_state.load_latest(state)
+      if self._shadows:
+        self._shadows.load(done)
+      return state, done
     state = self._process.set_model_weights(state, self._initial_weights)
-    run_state.save(state, 0)
+    self._save(run_state, state, 0)
     return state, 0
+
+  def _save(self, run_state: RunState, state: Any, round_num: int) -> None:
+    """The clients' part first: a round whose state is there has all it needs."""
+    if self._shadows:
+      self._shadows.save(round_num)
+    run_state.save(state, round_num)
+
+  def _build_shadows(self) -> ClientShadows | None:
+    settings = self._settings
+    if not isinstance(settings.defense, PublishedDefense):
+      return None
+    return ClientShadows(
+      settings.defense,
+      self._data,
+      self._model,
+      settings.rounds,
+      settings.client_training,
+      settings.batch_norm_sharing,
+      self._run_dir / 'client_state',
+    )
 
   def _release_managers(self) -> list[tff.program.ReleaseManager]:
     return [
@@ -176,7 +210,10 @@ class TrainingRun:
     tasks = self._sampler.sample(round_num)
     observed = round_num in self._settings.observed_rounds
     process = self._tapped_process if observed else self._process
-    output = process.next(state, [task.dataset for task in tasks])
+    datasets, metrics = self._client_data(tasks, state, round_num)
+    output = process.next(state, datasets)
+    if self._shadows:
+      self._shadows.commit()
     work = output.metrics['client_work']
     flags = np.asarray(work['non_finite'])
     dropped = tuple(t.client_id for t, flag in zip(tasks, flags, strict=True) if flag)
@@ -189,19 +226,39 @@ class TrainingRun:
       logging.warning('round %d: the update of %s was not finite; dropped it', round_num, client_id)
     if observed:
       self._log(round_num, state, tasks, flags, self._observed(output.metrics['aggregator']))
-    metrics = collections.OrderedDict(
-      (f'train/{name}', float(value)) for name, value in sorted(work['train'].items())
-    )
+    metrics.update((f'train/{name}', float(value)) for name, value in sorted(work['train'].items()))
     metrics['train/dropped_clients'] = float(len(dropped))
-    if self._settings.defense is not None:
+    if self._settings.shadow_defense is not None:
       metrics['noise/maps_fell_back'] = float(work['maps_fell_back'])
       for name in ('noise_to_signal', 'cosine', 'fell_back'):
         metrics[f'noise/{name}'] = float(output.metrics['aggregator'][name])
     return output.state, metrics, dropped
 
+  def _client_data(
+    self, tasks: list[LocalTask], state: Any, round_num: int
+  ) -> tuple[list[tf.data.Dataset], collections.OrderedDict]:
+    """What each client puts into the round, and figures of it."""
+    metrics = collections.OrderedDict()
+    if not self._shadows:
+      return [task.dataset for task in tasks], metrics
+    batch_size = self._settings.client_training.batch_size
+    weights = state.global_model_weights
+    datasets, figures = [], []
+    for task in tasks:
+      images, figure = self._shadows.prepare(
+        task.client_id, task.order, batch_size, weights, round_num
+      )
+      labels = self._data.clients[task.client_id].labels[task.order]
+      element = collections.OrderedDict(x=images, y=labels)
+      datasets.append(tf.data.Dataset.from_tensor_slices(element).batch(batch_size))
+      figures.append(figure)
+    for name in figures[0]:
+      metrics[name] = float(np.mean([figure[name] for figure in figures]))
+    return datasets, metrics
+
   def _observed(self, measurements: Any) -> Any:
     """The tap's part of the aggregator's measurements; the tap is inside the noise."""
-    if self._settings.defense is not None:
+    if self._settings.shadow_defense is not None:
       measurements = measurements['inner']
     return measurements['observation']
 
