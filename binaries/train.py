@@ -62,6 +62,14 @@ _MAX_LOCAL_STEPS = flags.DEFINE_integer(
 _CLIENT_LEARNING_RATE = flags.DEFINE_float(
   'client_learning_rate', 0.05, "Learning rate of the clients' SGD.", lower_bound=0.0
 )
+_CLIENT_LEARNING_RATE_DROPS = flags.DEFINE_list(
+  'client_learning_rate_drops',
+  [],
+  'Rounds after which it is multiplied by --client_learning_rate_drop_factor, such as 40,80.',
+)
+_CLIENT_LEARNING_RATE_DROP_FACTOR = flags.DEFINE_float(
+  'client_learning_rate_drop_factor', 0.1, 'See --client_learning_rate_drops.'
+)
 _CLIENT_MOMENTUM = flags.DEFINE_float(
   'client_momentum', 0.0, "Momentum of the clients' SGD.", lower_bound=0.0, upper_bound=0.999
 )
@@ -199,6 +207,8 @@ def main() -> None:
     batch_norm_sharing=_BATCH_NORM_SHARING.value,
     observed_rounds=observed_rounds,
     seed=_SEED.value,
+    learning_rate_drops=_parse_drops(),
+    learning_rate_drop_factor=_CLIENT_LEARNING_RATE_DROP_FACTOR.value,
   )
   secrets = None
   if noise or (published and published.map_kind == 'white'):
@@ -309,6 +319,13 @@ def _parse_observed_rounds() -> tuple[int, ...]:
       )
     rounds.add(int(text))
   return tuple(sorted(rounds))
+
+
+def _parse_drops() -> tuple[int, ...]:
+  for text in _CLIENT_LEARNING_RATE_DROPS.value:
+    if not text.strip().isdecimal():
+      raise UserError(f'--client_learning_rate_drops={text}: use rounds from 1, such as 40,80')
+  return tuple(int(text) for text in _CLIENT_LEARNING_RATE_DROPS.value)
 
 
 def _positive(flag: flags.FlagHolder) -> float:

@@ -160,6 +160,46 @@ def test_ctrl_c_saves_the_last_finished_round(tiny_data, tmp_path):
   assert [report.round_num for report in reports] == [4]
 
 
+def test_learning_rate_drops_make_the_run_of_its_stages_by_hand(tiny_data, tmp_path):
+  settings = _settings(4, learning_rate_drops=(2,), observed_rounds=(2, 3, 4))
+  whole = _train(tiny_data, tmp_path / 'whole', settings, save_every_rounds=1)
+  rates = [
+    read_observation(tmp_path / 'whole' / 'observations' / f'round_0000{r}').client_training
+    for r in (2, 3, 4)
+  ]
+  assert [local.learning_rate for local in rates] == pytest.approx([0.1, 0.01, 0.01])
+  # Stage by stage: each continues the saved state of the one before at a constant rate.
+  _train(tiny_data, tmp_path / 'hand', _settings(2))
+  low = _settings(4, _local(learning_rate=0.01), observed_rounds=())
+  by_hand = _train(tiny_data, tmp_path / 'hand', low, resume=True)
+  for actual, wanted in zip(whole.get_weights(), by_hand.get_weights(), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+  constant = _train(tiny_data, tmp_path / 'constant', _settings(4))
+  assert not np.allclose(constant.get_weights()[0], whole.get_weights()[0], atol=1e-6)
+
+
+def test_resume_works_across_a_drop(tiny_data, tmp_path):
+  settings = _settings(4, learning_rate_drops=(1, 3), learning_rate_drop_factor=0.5)
+  whole = _train(tiny_data, tmp_path / 'whole', settings)
+  _train(tiny_data, tmp_path / 'cut', dataclasses.replace(settings, rounds=3))
+  resumed = _train(tiny_data, tmp_path / 'cut', settings, resume=True)
+  for actual, wanted in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'learning_rate_drops': (80, 40)}, '--client_learning_rate_drops=80,40: use rounds'),
+    ({'learning_rate_drops': (0,)}, 'from 1 in rising order'),
+    ({'learning_rate_drop_factor': 0.0}, '--client_learning_rate_drop_factor=0.0'),
+  ],
+)
+def test_schedules_that_are_none(changes, message):
+  with pytest.raises(UserError, match=message):
+    _settings(2, **changes)
+
+
 def test_damaged_state_falls_back_to_the_one_before(tiny_data, tmp_path, caplog):
   settings = _settings(4)
   whole = _train(tiny_data, tmp_path, settings, save_every_rounds=1)

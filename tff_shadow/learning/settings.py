@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from tff_shadow.errors import UserError
 from tff_shadow.learning.shadow_fed_avg import ShadowNoise
 from tff_shadow.observations import BatchNormSharing, ClientTraining
 from tff_shadow.published import PublishedDefense
@@ -36,7 +37,10 @@ class TrainingSettings:
   Attributes:
     rounds: Rounds to train.
     clients_per_round: Clients drawn without replacement in each round; None for all.
-    client_training: The local training.
+    client_training: The local training; its learning rate is that of the first rounds.
+    learning_rate_drops: Rounds after each of which the clients' learning rate is multiplied by
+      `learning_rate_drop_factor`: with (40, 80), rounds 1 to 40 have the full one.
+    learning_rate_drop_factor: See above.
     server_learning_rate: Of the server's SGD on the mean update; 1 is plain FedAvg.
     server_momentum: Its momentum, 0 for none.
     batch_norm_sharing: See `build_weighted_fed_avg`.
@@ -54,6 +58,28 @@ class TrainingSettings:
   observed_rounds: tuple[int, ...] = (1,)
   seed: int = 0
   defense: ShadowDefense | PublishedDefense | None = None
+  learning_rate_drops: tuple[int, ...] = ()
+  learning_rate_drop_factor: float = 0.1
+
+  def __post_init__(self):
+    """Raises `UserError` for a schedule of learning rates that is none."""
+    drops = self.learning_rate_drops
+    if any(drop < 1 for drop in drops) or list(drops) != sorted(set(drops)):
+      raise UserError(
+        f'--client_learning_rate_drops={",".join(map(str, drops))}: use rounds from 1 in rising'
+        ' order'
+      )
+    if not 0 < self.learning_rate_drop_factor < float('inf'):
+      raise UserError(
+        f'--client_learning_rate_drop_factor={self.learning_rate_drop_factor}: must be a positive'
+        ' number'
+      )
+
+  def training_in(self, round_num: int) -> ClientTraining:
+    """The local training with the learning rate of `round_num`."""
+    passed = sum(round_num > drop for drop in self.learning_rate_drops)
+    rate = self.client_training.learning_rate * self.learning_rate_drop_factor**passed
+    return dataclasses.replace(self.client_training, learning_rate=rate)
 
   @property
   def shadow_defense(self) -> ShadowDefense | None:

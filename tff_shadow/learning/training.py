@@ -26,6 +26,7 @@ from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
 from tff_shadow.models import freeze_batch_norm, model_from_config, model_to_config
 from tff_shadow.observations import (
   ClientObservation,
+  ClientTraining,
   Observation,
   WeightArrays,
   round_directory_name,
@@ -89,13 +90,8 @@ class TrainingRun:
     if settings.batch_norm_sharing == 'frozen':
       freeze_batch_norm(model)
     self._initial_weights = model_weights(model)
-    # The tap keeps no state, so the two processes exchange theirs; the updates of a round are
-    # collected only where they are logged.
-    observed = set(settings.observed_rounds) & set(range(1, settings.rounds + 1))
-    mean = tff.aggregators.MeanFactory()
-    self._tapped_process = self._build(observation_tap_factory(mean)) if observed else None
-    self._process = self._build(mean) if len(observed) < settings.rounds else self._tapped_process
-    restore_eager_keras(model)
+    self._processes: dict[tuple[bool, float], tff.learning.templates.LearningProcess] = {}
+    self._process_of(1)  # The others differ in nothing that could be a mistake.
     self._shadows = self._build_shadows()
     self._validation_images = data.validation.float_images()
     self._public_mean_image = self._validation_images.mean(axis=0)
@@ -142,9 +138,26 @@ class TrainingRun:
       raise
     self._load_into_model(state)
 
-  def _build(self, aggregator: tff.aggregators.WeightedAggregationFactory):
+  def _process_of(self, round_num: int) -> tff.learning.templates.LearningProcess:
+    """The process of a round, made when it is first needed.
+
+    Neither the tap nor the clients' optimiser keeps any state, so all processes exchange theirs. The
+    updates of a round are collected only where they are logged.
+    """
+    observed = round_num in self._settings.observed_rounds
+    local = self._settings.training_in(round_num)
+    kind = (observed, local.learning_rate)
+    if kind not in self._processes:
+      mean = tff.aggregators.MeanFactory()
+      aggregator = observation_tap_factory(mean) if observed else mean
+      self._processes[kind] = self._build(aggregator, local)
+      restore_eager_keras(self._model)
+    return self._processes[kind]
+
+  def _build(
+    self, aggregator: tff.aggregators.WeightedAggregationFactory, local: ClientTraining
+  ) -> tff.learning.templates.LearningProcess:
     settings = self._settings
-    local = settings.client_training
     sgdm = tff.learning.optimizers.build_sgdm
     arguments = {
       'model_fn': keras_model_fn(self._model, self._data.image_shape, settings.batch_norm_sharing),
@@ -168,13 +181,14 @@ class TrainingRun:
       raise UserError(f'--defense=shadow: {error}') from error
 
   def _start(self, run_state: RunState, resume: bool) -> tuple[Any, int]:
-    state = self._process.initialize()
+    process = self._process_of(1)
+    state = process.initialize()
     if resume:
       state, done = run_state.load_latest(state)
       if self._shadows:
         self._shadows.load(done)
       return state, done
-    state = self._process.set_model_weights(state, self._initial_weights)
+    state = process.set_model_weights(state, self._initial_weights)
     self._save(run_state, state, 0)
     return state, 0
 
@@ -209,9 +223,8 @@ class TrainingRun:
   ) -> tuple[Any, collections.OrderedDict, tuple[str, ...]]:
     tasks = self._sampler.sample(round_num)
     observed = round_num in self._settings.observed_rounds
-    process = self._tapped_process if observed else self._process
     datasets, metrics = self._client_data(tasks, state, round_num)
-    output = process.next(state, datasets)
+    output = self._process_of(round_num).next(state, datasets)
     if self._shadows:
       self._shadows.commit()
     work = output.metrics['client_work']
@@ -286,7 +299,7 @@ class TrainingRun:
       model_name=self._model.name,
       model_config=model_to_config(self._model),
       batch_norm_sharing=self._settings.batch_norm_sharing,
-      client_training=self._settings.client_training,
+      client_training=self._settings.training_in(round_num),
       defense=(
         self._settings.defense.public_settings() if self._settings.defense else {'name': 'none'}
       ),
