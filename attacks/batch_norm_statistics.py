@@ -136,7 +136,7 @@ def _step_sizes(client: ClientObservation, training: ClientTraining) -> list[int
   """Images in each local step (`tff_shadow.data.local_training_order`)."""
   if client.num_steps < 1 or client.num_images < 1:
     return []
-  full = training.batch_size
+  full = client.images_per_step(training)
   total = min(client.num_images * training.local_epochs, client.num_steps * full)
   last = total - (client.num_steps - 1) * full
   if not 1 <= last <= full:

@@ -44,9 +44,9 @@ def local_steps(client: ClientObservation, training: ClientTraining) -> LocalSte
   """
   images = range(client.num_images)
   order = [*images] * training.local_epochs
+  size = client.images_per_step(training)
   if training.max_local_steps is not None:
-    order = order[: training.max_local_steps * training.batch_size]
-  size = training.batch_size
+    order = order[: training.max_local_steps * size]
   batches = tuple(tuple(order[k : k + size]) for k in range(0, len(order), size))
   if len(batches) == client.num_steps:
     # A batch of all images has no order; else only the first epoch's is a matter of numbering.

@@ -33,7 +33,7 @@ def threat_model(
     if only_aggregate
     else 'It sees the update of each single client, as sent after any defence.',
     f'It knows the local training: {training.optimizer}, learning rate {training.learning_rate:g},'
-    f' batch size {training.batch_size}, and how many images and steps each client used.',
+    f' batch size {_batch_sizes(observation)}, and how many images and steps each client used.',
   ]
   if num_rounds > 1:
     facts.append(f'It has kept {num_rounds} rounds in which a client trained on the same images.')
@@ -59,6 +59,13 @@ def threat_model(
   facts.append(f'Its prior is {", ".join([*priors, "pixel values within the known range"])}.')
   facts.append('It does not use what is public of the defence: it attacks as if there were none.')
   return facts
+
+
+def _batch_sizes(observation: Observation) -> str:
+  sizes = {client.images_per_step(observation.client_training) for client in observation.clients}
+  if len(sizes) < 2:
+    return str(*sizes or (observation.client_training.batch_size,))
+  return f'{min(sizes)} to {max(sizes)} (that of each client)'
 
 
 def warnings(

@@ -53,6 +53,12 @@ _CLIENTS_PER_ROUND = flags.DEFINE_integer(
   'clients_per_round', None, 'Clients drawn in each round; all by default.', lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Images per local step.', lower_bound=1)
+_CLIENT_BATCH_SIZES = flags.DEFINE_string(
+  'client_batch_sizes',
+  None,
+  'Images per local step of each client instead, such as 4/4/8, in the order of the clients (of a'
+  ' manifest: that of their first rows).',
+)
 _LOCAL_EPOCHS = flags.DEFINE_integer(
   'local_epochs', 1, 'Passes over its images that a client makes in a round.', lower_bound=1
 )
@@ -209,6 +215,7 @@ def main() -> None:
     seed=_SEED.value,
     learning_rate_drops=_parse_drops(),
     learning_rate_drop_factor=_CLIENT_LEARNING_RATE_DROP_FACTOR.value,
+    client_batch_sizes=_parse_batch_sizes(list(data.clients)),
   )
   secrets = None
   if noise or (published and published.map_kind == 'white'):
@@ -326,6 +333,19 @@ def _parse_drops() -> tuple[int, ...]:
     if not text.strip().isdecimal():
       raise UserError(f'--client_learning_rate_drops={text}: use rounds from 1, such as 40,80')
   return tuple(int(text) for text in _CLIENT_LEARNING_RATE_DROPS.value)
+
+
+def _parse_batch_sizes(client_ids: list[str]) -> dict[str, int]:
+  text = _CLIENT_BATCH_SIZES.value
+  if text is None:
+    return {}
+  sizes = text.split('/')
+  if not all(size.isdecimal() and int(size) for size in sizes) or len(sizes) != len(client_ids):
+    raise UserError(
+      f'--client_batch_sizes={text}: use {len(client_ids)} whole numbers from 1 such as 4/8/1, one'
+      f' for each of {", ".join(client_ids)}'
+    )
+  return dict(zip(client_ids, map(int, sizes), strict=True))
 
 
 def _positive(flag: flags.FlagHolder) -> float:

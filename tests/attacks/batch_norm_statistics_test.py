@@ -91,6 +91,17 @@ def test_one_step_gives_the_statistics_of_the_batch(num_images):
   _assert_same(statistics, _true_statistics(observation, images), atol=1e-5)
 
 
+def test_a_batch_size_of_the_clients_own():
+  images = smooth_images(3)
+  observation = _round(_model(), images, batch_size=2)
+  # One step on all three images, which the protocol's batches of two do not allow.
+  own = dataclasses.replace(observation.clients[0], batch_size=3)
+  statistics = observed_statistics(observation, own)
+  _assert_same(statistics, _true_statistics(observation, images), atol=1e-5)
+  protocol = observed_statistics(observation, observation.clients[0])
+  assert np.abs(protocol[0][1] / statistics[0][1] - 1).max() > 1e-3
+
+
 def test_every_kind_of_layer():
   images = smooth_images(6)
   observation = _round(_model(), images)

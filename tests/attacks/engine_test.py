@@ -241,6 +241,12 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
   between = dataclasses.replace(_SHORT, simulation='between')
   assert 'infers the labels' in inferred
   assert 'told the labels' in told
+  assert 'batch size 1,' in told
+  own = dataclasses.replace(observation.clients[0], batch_size=8)
+  mixed = dataclasses.replace(observation, clients=(own, *observation.clients))
+  assert 'batch size 1 to 8 (that of each client)' in ' '.join(
+    threat_model(mixed, _SHORT, labels_known=True)
+  )
   assert warnings(observation, observation.clients, _SHORT) == []
   several = play_round(small_model(), [(smooth_images(2), [0, 1])], steps=2)
   assert warnings(several, several.clients, _SHORT) == []

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +43,14 @@ def test_what_is_exact():
   assert not local_steps(_client(4, 4), _training(2, 2)).is_exact
   assert local_steps(_client(4, 1), _training(4, 1)).is_single
   assert not local_steps(_client(4, 2), _training(4, 2)).is_single
+
+
+def test_a_client_may_have_a_batch_size_of_its_own():
+  client = dataclasses.replace(_client(4, 2), batch_size=2)
+  steps = local_steps(client, _training(8, 1))
+  assert steps.is_exact
+  assert steps.batches == ((0, 1), (2, 3))
+  assert local_steps(client, _training(8, 3, 2)).batches == ((0, 1), (2, 3))
 
 
 def test_steps_that_do_not_fit_the_settings():

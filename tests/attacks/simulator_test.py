@@ -10,8 +10,10 @@ from attacks.matching import CosineMatching, SquaredMatching
 from attacks.rectifiers import ExactRectifier, SurrogateRectifier, surrogate_relu
 from attacks.simulator import ClientSimulator
 from attacks.solver import Evidence, Solver
+from attacks.targets import Targets
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.errors import UserError
+from tff_shadow.observations import WeightArrays
 
 
 def _problem(dtype='float64', batch=2, **model_kwargs):
@@ -170,6 +172,34 @@ def test_mean_gradient_of_large_steps_is_the_observed_one(batch_norm, memory, mo
   assert simulator._checkpoint_every(4) == (1 if memory == 'enough' else 2)
   soft = simulator.mean_gradient(tf.constant(images), tf.constant([[1.0, 0], [0, 1]]), steps)
   assert float(SquaredMatching()(soft, observed)) < 1e-6
+
+
+def test_steps_of_a_client_with_a_batch_size_of_its_own():
+  images = tf.constant(smooth_images(4))
+  labels = tf.constant([0, 1, 1, 0])
+  whole = play_round(small_model(), [(images.numpy(), labels.numpy().tolist())], learning_rate=0.5)
+  # The same client, in two steps of two images where the protocol has one of four.
+  simulator = ClientSimulator(whole)
+  first = simulator.gradient(images[:2], labels[:2])
+  moved = play_round(small_model(), [(images[:2].numpy(), [0, 1])], learning_rate=0.5)
+  start, change = moved.global_weights.trainable, moved.clients[0].update.trainable
+  after = WeightArrays(tuple(w + d for w, d in zip(start, change, strict=True)))
+  second = ClientSimulator(dataclasses.replace(moved, global_weights=after)).gradient(
+    images[2:], labels[2:]
+  )
+  update = tuple(-0.5 * (a + b).numpy() for a, b in zip(first, second, strict=True))
+  client = dataclasses.replace(
+    whole.clients[0], num_steps=2, batch_size=2, update=WeightArrays(update)
+  )
+  observation = dataclasses.replace(whole, clients=(client,))
+  target = Targets([observation], AttackConfig()).find('client_00', None)
+  assert target.steps == (LocalSteps(((0, 1), (2, 3)), True),)
+  simulated = simulator.mean_gradient(images, labels, target.steps[0])
+  observed = simulator.observed_gradient(client)
+  assert float(SquaredMatching()(simulated, observed)) < 1e-9
+  protocol = dataclasses.replace(client, batch_size=None)
+  wrong = local_steps(protocol, observation.client_training)
+  assert float(SquaredMatching()(simulator.mean_gradient(images, labels, wrong), observed)) > 1e-3
 
 
 @pytest.mark.parametrize('position', [0.0, 1.0])

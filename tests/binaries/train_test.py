@@ -72,6 +72,8 @@ _PER_STEP = {'defense': 'shadow', 'propagation': 'per_step'}
     ({'model': 'nowhere.keras'}, 'no such file'),
     ({'client_learning_rate': 0.0}, '--client_learning_rate=0.0'),
     ({'client_learning_rate': float('nan')}, '--client_learning_rate'),
+    ({'client_batch_sizes': '4/8'}, '--client_batch_sizes=4/8: use 3 whole numbers'),
+    ({'client_batch_sizes': '4/8/0'}, '--client_batch_sizes=4/8/0'),
     ({'client_learning_rate_drops': ['4x']}, '--client_learning_rate_drops=4x'),
     ({'observed_rounds': ['0']}, '--observed_rounds=0'),
     ({'observed_rounds': ['3']}, '--observed_rounds=3'),

@@ -264,6 +264,24 @@ def test_sampler_is_a_function_of_seed_and_round(tiny_data):
   assert chosen(other, 1) != chosen(first, 1)
 
 
+def test_clients_have_batch_sizes_of_their_own(tiny_data, tmp_path):
+  settings = _settings(1, client_batch_sizes={'client_00': 8, 'client_02': 1})
+  _train(tiny_data, tmp_path, settings)
+  clients = read_observation(tmp_path / 'observations' / 'round_00001').clients
+  assert [client.batch_size for client in clients] == [8, None, 1]
+  assert [client.num_steps for client in clients] == [1, 3, 16]
+  tasks = RoundSampler(tiny_data, settings).sample(1)
+  assert [next(iter(task.dataset))['x'].shape[0] for task in tasks] == [8, 4, 1]
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'), [({'nobody': 2}, "no client 'nobody'"), ({'client_00': 0}, 'at least 1')]
+)
+def test_batch_sizes_that_fit_no_client(tiny_data, sizes, message):
+  with pytest.raises(UserError, match=message):
+    RoundSampler(tiny_data, _settings(1, client_batch_sizes=sizes))
+
+
 def test_more_clients_than_there_are(tiny_data):
   with pytest.raises(UserError, match='--clients_per_round=4: the partition has 3'):
     RoundSampler(tiny_data, _settings(1, clients_per_round=4))

@@ -70,6 +70,21 @@ def _without_arrays(observation):
   )
 
 
+def test_batch_size_of_a_client(tmp_path):
+  observation = make_observation()
+  write_observation(tmp_path, observation)
+  # A file without own batch sizes is what it was before there were any.
+  assert 'batch_size' not in json.loads((tmp_path / 'observation.json').read_text())['clients'][0]
+  assert [client.batch_size for client in read_observation(tmp_path).clients] == [None, None]
+  first, second = observation.clients
+  own = dataclasses.replace(first, batch_size=2)
+  write_observation(tmp_path, dataclasses.replace(observation, clients=(own, second)))
+  again = read_observation(tmp_path)
+  assert [client.batch_size for client in again.clients] == [2, None]
+  sizes = [client.images_per_step(again.client_training) for client in again.clients]
+  assert sizes == [2, 4]
+
+
 @pytest.mark.parametrize('num_clients', [1, 12])
 def test_round_trip(tmp_path, num_clients):
   observation = make_observation(num_clients=num_clients)

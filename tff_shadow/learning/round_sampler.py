@@ -38,7 +38,7 @@ class RoundSampler:
   """Draws the clients of a round and their batches; a function of the seed and the round only."""
 
   def __init__(self, data: FederatedData, settings: TrainingSettings):
-    """Checks that there are enough clients."""
+    """Checks that there are enough clients, and that all that are named exist."""
     self._data = data
     self._settings = settings
     wanted = settings.clients_per_round
@@ -46,6 +46,13 @@ class RoundSampler:
       raise UserError(
         f'--clients_per_round={wanted}: the partition has {len(data.clients)} clients'
       )
+
+    for client_id in settings.client_batch_sizes:
+      if client_id not in data.clients:
+        raise UserError(
+          f'--client_batch_sizes: no client {client_id!r} in the partition; it has'
+          f' {", ".join(data.clients)}'
+        )
 
   def sample(self, round_num: int) -> list[LocalTask]:
     """The local tasks of `round_num`, in the order of the data's clients."""
@@ -58,10 +65,11 @@ class RoundSampler:
 
   def _task(self, client_id: str, client_index: int, round_num: int) -> LocalTask:
     local = self._settings.client_training
+    batch_size = self._settings.batch_size_of(client_id)
     examples = self._data.clients[client_id]
     rng = np.random.default_rng([self._settings.seed, _LOCAL_ORDER, round_num, client_index])
     order = local_training_order(
-      len(examples), local.batch_size, local.local_epochs, local.max_local_steps, rng
+      len(examples), batch_size, local.local_epochs, local.max_local_steps, rng
     )
     distinct, first_use = np.unique(order, return_index=True)
     distinct = distinct[np.argsort(first_use)]
@@ -78,11 +86,11 @@ class RoundSampler:
       client_dataset(
         used,
         position[order],
-        local.batch_size,
+        batch_size,
         with_regions=defense is not None and defense.noise.saliency.kind == 'given',
         noise_keys=keys,
       ),
       order,
       Truth(used.float_images(), used.labels, used.float_regions()),
-      -(-len(order) // local.batch_size),
+      -(-len(order) // batch_size),
     )

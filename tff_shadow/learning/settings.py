@@ -41,6 +41,7 @@ class TrainingSettings:
     learning_rate_drops: Rounds after each of which the clients' learning rate is multiplied by
       `learning_rate_drop_factor`: with (40, 80), rounds 1 to 40 have the full one.
     learning_rate_drop_factor: See above.
+    client_batch_sizes: By client id, where its batches are not of the size in `client_training`.
     server_learning_rate: Of the server's SGD on the mean update; 1 is plain FedAvg.
     server_momentum: Its momentum, 0 for none.
     batch_norm_sharing: See `build_weighted_fed_avg`.
@@ -60,9 +61,10 @@ class TrainingSettings:
   defense: ShadowDefense | PublishedDefense | None = None
   learning_rate_drops: tuple[int, ...] = ()
   learning_rate_drop_factor: float = 0.1
+  client_batch_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    """Raises `UserError` for a schedule of learning rates that is none."""
+    """Raises `UserError` for a schedule of learning rates or a batch size that is none."""
     drops = self.learning_rate_drops
     if any(drop < 1 for drop in drops) or list(drops) != sorted(set(drops)):
       raise UserError(
@@ -74,6 +76,14 @@ class TrainingSettings:
         f'--client_learning_rate_drop_factor={self.learning_rate_drop_factor}: must be a positive'
         ' number'
       )
+
+    for client_id, size in self.client_batch_sizes.items():
+      if size < 1:
+        raise UserError(f'--client_batch_sizes: {size} for {client_id} must be at least 1')
+
+  def batch_size_of(self, client_id: str) -> int:
+    """Images per local step of a client."""
+    return self.client_batch_sizes.get(client_id, self.client_training.batch_size)
 
   def training_in(self, round_num: int) -> ClientTraining:
     """The local training with the learning rate of `round_num`."""

@@ -141,8 +141,8 @@ class TrainingRun:
   def _process_of(self, round_num: int) -> tff.learning.templates.LearningProcess:
     """The process of a round, made when it is first needed.
 
-    Neither the tap nor the clients' optimiser keeps any state, so all processes exchange theirs. The
-    updates of a round are collected only where they are logged.
+    Neither the tap nor the clients' optimiser keeps any state, so all processes exchange theirs.
+    The updates of a round are collected only where they are logged.
     """
     observed = round_num in self._settings.observed_rounds
     local = self._settings.training_in(round_num)
@@ -315,6 +315,7 @@ class TrainingRun:
           weight=float(weight),
           update=update,
           dropped=bool(flag),
+          batch_size=self._settings.client_batch_sizes.get(task.client_id),
         )
         for task, update, weight, flag in zip(
           tasks, updates, observed['weights'], flags, strict=True

@@ -61,6 +61,7 @@ def write_observation(directory: pathlib.Path, observation: Observation) -> None
         'num_steps': client.num_steps,
         'weight': client.weight,
         'dropped': client.dropped,
+        **({} if client.batch_size is None else {'batch_size': client.batch_size}),
       }
       for client in observation.clients
     ],

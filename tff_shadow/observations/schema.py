@@ -62,6 +62,8 @@ class ClientObservation:
     weight: Its weight in the mean.
     update: Trained minus initial weights, as received: after any defence.
     dropped: Whether the client dropped its update because it was not finite; it is all zeros then.
+    batch_size: Images per local step, where that is not the protocol's
+      (`ClientTraining.batch_size`); public as that is.
   """
 
   client_id: str
@@ -70,6 +72,11 @@ class ClientObservation:
   weight: float
   update: WeightArrays
   dropped: bool = False
+  batch_size: int | None = None
+
+  def images_per_step(self, training: ClientTraining) -> int:
+    """Of this client in a protocol; the last step of a round may have fewer."""
+    return training.batch_size if self.batch_size is None else self.batch_size
 
 
 @dataclasses.dataclass(frozen=True)
