@@ -14,7 +14,6 @@ Both parts are kept in --cache_dir as they come, so that an interrupted run cont
 holds the rows of which both are there.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -31,6 +30,7 @@ from attacks.scoring.metrics import measure
 from attacks.threads import share_cores
 from binaries import command, frontier_plot
 from binaries.progress import Progress
+from binaries.tables import RowCache, write_table
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.data import EMBEDDED, FederatedData, Partition, load
 from tff_shadow.errors import UserError
@@ -110,8 +110,8 @@ def main() -> None:
   _check_flags()
   share_cores(AttackConfig().lanes)
   cache = pathlib.Path(_CACHE_DIR.value)
-  utility = _Table(cache / 'utility.csv', _UTILITY_COLUMNS)
-  protection = _Table(cache / 'protection.csv', _PROTECTION_COLUMNS)
+  utility = RowCache(cache / 'utility.csv', _UTILITY_COLUMNS)
+  protection = RowCache(cache / 'protection.csv', _PROTECTION_COLUMNS)
   with local_worker_context():
     if 'utility' in _PARTS.value:
       _compute_utility(utility)
@@ -121,36 +121,12 @@ def main() -> None:
   if not rows:
     print('no row has both its parts yet')
     return
-  _write_table(pathlib.Path(_OUTPUT.value), rows)
+  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
   frontier_plot.write(pathlib.Path(_PLOT.value), rows)
   print(f'{len(rows)} rows in {_OUTPUT.value}, plot in {_PLOT.value}')
 
 
-class _Table:
-  """A CSV file to which rows are added."""
-
-  def __init__(self, path: pathlib.Path, columns: tuple[str, ...]):
-    self._path, self._columns = path, columns
-    self.rows = []
-    if path.exists():
-      with path.open() as file:
-        self.rows = list(csv.DictReader(file))
-
-  def add(self, rows: list[dict]) -> None:
-    self.rows += [{name: str(row[name]) for name in self._columns} for row in rows]
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = self._path.with_suffix('.tmp')
-    with temporary.open('w', newline='') as file:
-      writer = csv.DictWriter(file, self._columns, lineterminator='\n')
-      writer.writeheader()
-      writer.writerows(self.rows)
-    temporary.replace(self._path)
-
-  def done(self, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return {tuple(row[name] for name in columns) for row in self.rows}
-
-
-def _compute_utility(table: _Table) -> None:
+def _compute_utility(table: RowCache) -> None:
   cells = []
   for seed, dataset in itertools.product(range(_SEEDS.value), _DATASETS.value):
     cells.append((dataset, str(seed), _NONE, '0', 'frozen'))
@@ -170,7 +146,7 @@ def _compute_utility(table: _Table) -> None:
       progress.update(count + 1, ' '.join(cell))
 
 
-def _compute_protection(table: _Table) -> None:
+def _compute_protection(table: RowCache) -> None:
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value)))
   done = table.done(_KEY)
   with Progress('protection', len(cells), 'cells') as progress:
@@ -347,15 +323,6 @@ def _curve(row: dict) -> list[float]:
 def _validation_f1(row: dict) -> float:
   curve = _curve(row)
   return float(np.mean(curve[-_last(len(curve)) :]))
-
-
-def _write_table(path: pathlib.Path, rows: list[dict]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w', newline='') as file:
-    file.write(f'# command: {command.command_line()}\n')
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
 
 
 def _check_flags() -> None:

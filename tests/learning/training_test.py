@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from tff_shadow.learning import (
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
 from tff_shadow.models import build_model, classification_loss, model_from_config
 from tff_shadow.observations import ClientTraining, read_observation, read_truth
+from tff_shadow.published import PublishedDefense, PublishedSettings
 from tff_shadow.shadow import SaliencyConfig
+from tff_shadow.shadow.latents import LatentFit
 from tff_shadow.shadow.noise_keys import draw_secret
 
 pytestmark = pytest.mark.usefixtures('tff_worker')
@@ -340,3 +343,68 @@ def test_unreadable_secrets_are_one_clear_line(tmp_path):
     read_client_secrets(path, ['b'])
   with pytest.raises(FileExistsError):
     write_client_secrets(path, {'a': b'y' * 32})
+
+
+def _published(data, **changes):
+  shape = tuple(data.image_shape)
+  tf.keras.utils.set_random_seed(0)
+  layers = [
+    tf.keras.Input((5,)),
+    tf.keras.layers.Dense(int(np.prod(shape)), activation='sigmoid'),
+    tf.keras.layers.Reshape(shape),
+  ]
+  settings = PublishedSettings(
+    latents=LatentFit(steps=5), **{'shadow_steps': 1, 'shadow_rounds': 2, **changes}
+  )
+  return PublishedDefense(settings, tf.keras.Sequential(layers), (0.4,), (0.2,))
+
+
+class TestPublishedDefense:
+  def test_the_computation_is_that_of_no_defense(self, tiny_data, tmp_path):
+    """So nothing of the shadow, latents, maps or clean images can be in it or leave it."""
+    runs = [
+      TrainingRun(tiny_data, _model(), _settings(2, defense=defense), tmp_path)
+      for defense in (None, _published(tiny_data))
+    ]
+    types = [run._process_of(1).next.type_signature for run in runs]
+    assert types[0] == types[1]
+
+  def test_clients_train_on_noised_images(self, tiny_data, tmp_path):
+    settings = _settings(1, _local(max_local_steps=1), defense=_published(tiny_data))
+    _train(tiny_data, tmp_path, settings)
+    observation = read_observation(tmp_path / 'observations' / 'round_00001')
+    truth = read_truth(tmp_path / 'truth' / 'round_00001.safetensors')
+    assert observation.defense['name'] == 'published'
+    client = observation.clients[0]
+    own = truth[client.client_id]
+    # Scoring compares with what the client has, not with what it trained on.
+    np.testing.assert_array_equal(own.images * 255 % 1, 0)
+    model = model_from_config(observation.model_config)
+    model.set_weights(observation.global_weights.trainable)
+    with tf.GradientTape() as tape:
+      loss = classification_loss(model)(own.labels, model(own.images, training=True))
+    clean = tape.gradient(loss, model.trainable_variables)
+    difference = np.concatenate(
+      [np.ravel(s + 0.1 * g) for s, g in zip(client.update.trainable, clean, strict=True)]
+    )
+    assert np.abs(difference).max() > 1e-4
+    row = _rows(tmp_path)[0]
+    assert float(row['noise/image_rms']) > 0
+    assert 0 < float(row['shadow/psnr']) < 60
+
+  def test_interrupted_run_goes_on_as_it_would_have(self, tiny_data, tmp_path):
+    settings = _settings(5, learning_rate_drops=(3,), defense=_published(tiny_data))
+    whole = _train(tiny_data, tmp_path / 'whole', settings, save_every_rounds=2)
+
+    def stop_in_round_three(report):
+      if report.round_num == 3:
+        raise _StopError
+
+    with pytest.raises(_StopError):
+      _train(tiny_data, tmp_path / 'cut', settings, save_every_rounds=2, report=stop_in_round_three)
+    cut = _train(tiny_data, tmp_path / 'cut', settings, resume=True, save_every_rounds=2)
+    for actual, wanted in zip(cut.get_weights(), whole.get_weights(), strict=True):
+      np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    shutil.rmtree(tmp_path / 'cut' / 'client_state')
+    with pytest.raises(UserError, match='kept after round 5 is gone'):
+      _train(tiny_data, tmp_path / 'cut', settings, resume=True)

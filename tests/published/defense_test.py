@@ -76,7 +76,6 @@ def _shadows(directory, defense=None, *, data=None, model=None, sharing='aggrega
     data or _data(),
     model or _model(),
     rounds,
-    _TRAINING,
     sharing,
     directory,
   )
@@ -86,7 +85,7 @@ _ORDER = np.array([3, 0, 5, 1, 2, 4])
 
 
 def _prepare(shadows, round_num, client_id='client_0', order=_ORDER):
-  images, figures = shadows.prepare(client_id, order, 4, model_weights(_model()), round_num)
+  images, figures = shadows.prepare(client_id, order, _TRAINING, model_weights(_model()), round_num)
   shadows.commit()
   return images, figures
 
@@ -193,7 +192,7 @@ def test_a_client_that_comes_late_gets_maps(tmp_path):
 def test_a_round_that_failed_leaves_nothing(tmp_path):
   shadows = _shadows(tmp_path)
   shadows.fit_latents()
-  shadows.prepare('client_0', _ORDER, 4, model_weights(_model()), 1)
+  shadows.prepare('client_0', _ORDER, _TRAINING, model_weights(_model()), 1)
   assert not shadows._states['client_0'].has_map.any()
   shadows.save(0)
   other = _shadows(tmp_path)
@@ -278,7 +277,7 @@ def test_noise_that_is_not_finite_ends_the_round(tmp_path):
   weights = model_weights(_model())
   weights.trainable[0][0] = np.nan
   with pytest.raises(UserError, match='round 1: the noise of client_0 is not finite'):
-    shadows.prepare('client_0', _ORDER, 4, weights, 1)
+    shadows.prepare('client_0', _ORDER, _TRAINING, weights, 1)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,6 @@ class TrainingSettings:
         f'--client_learning_rate_drop_factor={self.learning_rate_drop_factor}: must be a positive'
         ' number'
       )
-
     for client_id, size in self.client_batch_sizes.items():
       if size < 1:
         raise UserError(f'--client_batch_sizes: {size} for {client_id} must be at least 1')
@@ -90,6 +89,12 @@ class TrainingSettings:
     passed = sum(round_num > drop for drop in self.learning_rate_drops)
     rate = self.client_training.learning_rate * self.learning_rate_drop_factor**passed
     return dataclasses.replace(self.client_training, learning_rate=rate)
+
+  def local_training(self, client_id: str, round_num: int) -> ClientTraining:
+    """The local training of one client in one round."""
+    return dataclasses.replace(
+      self.training_in(round_num), batch_size=self.batch_size_of(client_id)
+    )
 
   @property
   def shadow_defense(self) -> ShadowDefense | None:

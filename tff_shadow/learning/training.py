@@ -207,7 +207,6 @@ class TrainingRun:
       self._data,
       self._model,
       settings.rounds,
-      settings.client_training,
       settings.batch_norm_sharing,
       self._run_dir / 'client_state',
     )
@@ -254,16 +253,14 @@ class TrainingRun:
     metrics = collections.OrderedDict()
     if not self._shadows:
       return [task.dataset for task in tasks], metrics
-    batch_size = self._settings.client_training.batch_size
     weights = state.global_model_weights
     datasets, figures = [], []
     for task in tasks:
-      images, figure = self._shadows.prepare(
-        task.client_id, task.order, batch_size, weights, round_num
-      )
+      local = self._settings.local_training(task.client_id, round_num)
+      images, figure = self._shadows.prepare(task.client_id, task.order, local, weights, round_num)
       labels = self._data.clients[task.client_id].labels[task.order]
       element = collections.OrderedDict(x=images, y=labels)
-      datasets.append(tf.data.Dataset.from_tensor_slices(element).batch(batch_size))
+      datasets.append(tf.data.Dataset.from_tensor_slices(element).batch(local.batch_size))
       figures.append(figure)
     for name in figures[0]:
       metrics[name] = float(np.mean([figure[name] for figure in figures]))

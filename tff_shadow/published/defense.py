@@ -86,7 +86,6 @@ class ClientShadows:
     data: FederatedData,
     model: tf.keras.Model,
     rounds: int,
-    training: ClientTraining,
     batch_norm_sharing: BatchNormSharing,
     directory: pathlib.Path,
   ):
@@ -97,7 +96,6 @@ class ClientShadows:
       data: The clients' images.
       model: The task; its architecture is copied.
       rounds: T of the schedules.
-      training: The clients' local training.
       batch_norm_sharing: 'local' is refused for a model with BatchNorm: Grad-CAM++ and the shadow's
         gradient use the running statistics of the global model, which then has none.
       directory: Where the clients keep their state.
@@ -125,7 +123,6 @@ class ClientShadows:
     self._rounds = rounds
     self._files = ClientStateFiles(directory, list(data.clients))
     self._generator_digest = _digest(defense.generator)
-    self._optimizer = tff.learning.optimizers.build_sgdm(training.learning_rate, training.momentum)
     self._generator = _copy(defense.generator)
     self._local, self._global = _copy(model), _copy(model)
     if batch_norm_sharing == 'frozen':
@@ -187,7 +184,7 @@ class ClientShadows:
     self,
     client_id: str,
     order: np.ndarray,
-    batch_size: int,
+    training: ClientTraining,
     weights: Any,
     round_num: int,
   ) -> tuple[np.ndarray, dict[str, float]]:
@@ -196,7 +193,7 @@ class ClientShadows:
     Args:
       client_id: The client.
       order: int [M], its images in the order of the local training.
-      batch_size: Of the local training.
+      training: The local training, with this client's batch size and this round's learning rate.
       weights: `ModelWeights` that the server sent.
       round_num: From 1.
 
@@ -208,7 +205,8 @@ class ClientShadows:
     Raises:
       UserError: If the noise is not finite.
     """
-    settings = self._settings
+    settings, batch_size = self._settings, training.batch_size
+    optimizer = tff.learning.optimizers.build_sgdm(training.learning_rate, training.momentum)
     learns = round_num <= settings.shadow_rounds
     state = self._states[client_id]
     if learns or not state.has_map.all():
@@ -221,7 +219,9 @@ class ClientShadows:
       ).assign_weights_to(model)
     for variable, array in zip(self._synthesis, state.synthesis, strict=True):
       variable.assign(array)
-    optimizer_state = self._initial_optimizer_state()
+    optimizer_state = optimizer.initialize(
+      tuple(tf.TensorSpec(v.shape, v.dtype) for v in self._local.trainable_variables)
+    )
     noised, squares = [], []
     for start in range(0, len(order), batch_size):
       chosen = order[start : start + batch_size]
@@ -249,7 +249,7 @@ class ClientShadows:
         for variable, array in zip(self._synthesis, state.synthesis, strict=True):
           variable.assign(array)
         if start + batch_size < len(order):
-          optimizer_state = self._train(optimizer_state, batch, labels)
+          optimizer_state = self._train(optimizer, optimizer_state, batch, labels)
     images = np.concatenate(noised)
     clean = examples.images[order].astype(np.float32) / np.float32(255)
     figures = {'noise/image_rms': float(np.sqrt(np.mean(np.square(images - clean))))}
@@ -411,16 +411,17 @@ class ClientShadows:
       return tf.zeros((len(chosen), 2), tf.int32)
     return tf.constant(image_keys(self._defense.secrets[client_id], chosen, None))
 
-  def _initial_optimizer_state(self) -> Any:
-    return self._optimizer.initialize(
-      tuple(tf.TensorSpec(v.shape, v.dtype) for v in self._local.trainable_variables)
-    )
-
-  def _train(self, optimizer_state: Any, images: np.ndarray, labels: tf.Tensor) -> Any:
+  def _train(
+    self,
+    optimizer: tff.learning.optimizers.Optimizer,
+    optimizer_state: Any,
+    images: np.ndarray,
+    labels: tf.Tensor,
+  ) -> Any:
     """One local step on noised images, as the client takes it in the round."""
     gradients = self._gradients(tf.constant(images), labels)
     variables = self._local.trainable_variables
-    optimizer_state, moved = self._optimizer.next(
+    optimizer_state, moved = optimizer.next(
       optimizer_state, tuple(v.read_value() for v in variables), tuple(gradients)
     )
     for variable, value in zip(variables, moved, strict=True):

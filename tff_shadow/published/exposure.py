@@ -64,8 +64,8 @@ def equalize_histogram(noise: tf.Tensor, *, scramble: bool = False) -> tf.Tensor
       image. Without effect for C = 1.
 
   Returns:
-    float32 [B, H, W, C], whole numbers in 0..255; zeros where all of `noise` is equal, NaN if any of
-    it is not finite.
+    float32 [B, H, W, C], whole numbers in 0..255; zeros where all of `noise` is equal, NaN if any
+    of it is not finite.
   """
   channels = noise.shape[-1]
   # A histogram of NaN would end a round without naming it; the caller looks at the result.

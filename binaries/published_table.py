@@ -1,0 +1,381 @@
+"""The published defence against none: results/published.csv.
+
+Protection: 16 clients that send one step on one image in round 1, without normalisation and with
+BatchNorm whose statistics are sent, under the published attacks, as their authors' code computes
+them and with a matching loss that is differentiated, and under ours. Scored strictly and as the
+published evaluation does; intervals are of the region PSNR's paired change against no defence.
+Utility: 9 clients, full local epochs of batches of 8, BatchNorm aggregated; F1 on test after the
+last round. Cost: seconds of a round over those of an undefended one, both in one process, while the
+shadow learns and afterwards.
+
+All is kept in --cache_dir as it comes, so that an interrupted run continues; the table is joined
+from what is there. Needs a generator for each data set (`make generator`).
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import tempfile
+
+import numpy as np
+import tensorflow_federated as tff
+from absl import flags
+
+from attacks.config import AttackConfig
+from attacks.engine import attack_observation
+from attacks.presets import PRESETS
+from attacks.scoring.assignment import in_order
+from attacks.scoring.lenient import best_quality, stretch
+from attacks.scoring.metrics import measure
+from attacks.scoring.statistics import mean_interval
+from attacks.threads import share_cores
+from binaries import command
+from binaries.progress import Progress
+from binaries.tables import RowCache, write_table
+from tff_shadow.data import EMBEDDED, FederatedData, Partition, load
+from tff_shadow.errors import UserError
+from tff_shadow.execution import local_worker_context
+from tff_shadow.learning import TrainingRun, TrainingSettings, evaluate
+from tff_shadow.models import build_model, load_generator
+from tff_shadow.observations import (
+  ClientTraining,
+  read_observation,
+  read_truth,
+  round_directory_name,
+)
+from tff_shadow.published import PublishedDefense, PublishedSettings, standardization
+from tff_shadow.shadow.latents import LatentFit
+from tff_shadow.shadow.noise_keys import experiment_secret
+
+_VARIANTS = {
+  'none': None,
+  'published': {},
+  'without_cam': {'subtract_cam': False},
+  'without_equalization': {'equalization': 'none'},
+  'without_shadow_update': {'update_shadow': False},
+  'white_noise': {'map_kind': 'white'},
+  'released_equalization': {'equalization': 'released'},
+}
+_ATTACKS = (
+  'shadow_pixels_released',
+  'shadow_pixels',
+  'shadow_generator_released',
+  'shadow_generator',
+  'best',
+)
+
+_OUTPUT = flags.DEFINE_string('output', 'results/published.csv', 'Table to write.')
+_CACHE_DIR = flags.DEFINE_string('cache_dir', 'runs/published', 'Finished parts, to go on from.')
+_PARTS = flags.DEFINE_list(
+  'parts',
+  ['utility', 'protection', 'cost'],
+  'What to compute of what is missing: utility, protection, cost.',
+)
+_DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
+_VARIANT = flags.DEFINE_list(
+  'variants', list(_VARIANTS), f'Some of {", ".join(_VARIANTS)}; none is always computed.'
+)
+_ATTACK = flags.DEFINE_list('attacks', list(_ATTACKS), f'Some of {", ".join(_ATTACKS)}.')
+_NORM = flags.DEFINE_list('norms', ['none', 'batch'], 'Normalisation of the attacked model.')
+_SEEDS = flags.DEFINE_integer('seeds', 2, 'Number of seeds.', lower_bound=1)
+_GENERATORS = flags.DEFINE_string(
+  'generators',
+  'runs/generator/{dataset}/generator.keras',
+  'File of the shadow of each data set, with {dataset} in place of its name.',
+)
+_LATENT_LEARNING_RATE = flags.DEFINE_float(
+  'latent_learning_rate', 0.05, 'Of fitting a latent; the published 1e-3 hardly moves it.'
+)
+
+_UTILITY = ClientTraining('sgd', 0.1, 0.0, 8, 1, None)
+_ATTACKED = ClientTraining('sgd', 0.05, 0.0, 1, 1, 1)
+_IMAGES, _CLIENTS = 16, 9
+_CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 64, 'histology_patches': 32}
+_ROUNDS = {'chest_phantom': 60, 'fundus_patches': 24, 'histology_patches': 12}
+_COST_ROUNDS = 6
+
+_KEY = ('dataset', 'seed', 'variant')
+_METRICS = ('psnr', 'ssim', 'region_psnr', 'region_ssim')
+_UTILITY_COLUMNS = (*_KEY, 'f1')
+_PROTECTION_COLUMNS = (*_KEY, 'norm', 'attack', 'scoring', 'image', *_METRICS)
+_COST_COLUMNS = ('dataset', 'learning', 'later')
+_COLUMNS = (
+  'dataset',
+  'defense',
+  'ablation',
+  'model',
+  'attack',
+  'scoring',
+  *_METRICS,
+  'f1',
+  'ci95_low',
+  'ci95_high',
+  'images',
+  'seeds',
+  'round_cost_ratio',
+)
+
+
+def main() -> None:
+  """Computes what is missing and writes the table."""
+  _check_flags()
+  share_cores(AttackConfig().lanes)
+  cache = pathlib.Path(_CACHE_DIR.value)
+  utility = RowCache(cache / 'utility.csv', _UTILITY_COLUMNS)
+  protection = RowCache(cache / 'protection.csv', _PROTECTION_COLUMNS)
+  cost = RowCache(cache / 'cost.csv', _COST_COLUMNS)
+  with local_worker_context():
+    if 'utility' in _PARTS.value:
+      _compute_utility(utility)
+    if 'protection' in _PARTS.value:
+      _compute_protection(protection)
+    if 'cost' in _PARTS.value:
+      _compute_cost(cost)
+  rows = _join(protection.rows, utility.rows, cost.rows)
+  if not rows:
+    print('no row has been computed yet')
+    return
+  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
+  print(f'{len(rows)} rows in {_OUTPUT.value}')
+
+
+def _variants() -> list[str]:
+  return ['none', *(name for name in _VARIANT.value if name != 'none')]
+
+
+def _compute_utility(table: RowCache) -> None:
+  # An ablation's F1 is not worth its time; it has the published one's noise or the same energy.
+  cells = list(
+    itertools.product(range(_SEEDS.value), _DATASETS.value, {'none', 'published'} & {*_variants()})
+  )
+  done = table.done(_KEY)
+  with Progress('utility', len(cells), 'cells') as progress:
+    for count, (seed, dataset, variant) in enumerate(cells):
+      if (dataset, str(seed), variant) not in done:
+        sizes = '/'.join([str(_CLIENT_IMAGES[dataset])] * _CLIENTS)
+        data = _load(dataset, f'sizes:{sizes}', seed)
+        model = _model(data, seed, 'batch')
+        settings = TrainingSettings(_ROUNDS[dataset], _UTILITY, observed_rounds=(), seed=seed)
+        settings = dataclasses.replace(settings, defense=_defense(dataset, data, variant, seed))
+        with tempfile.TemporaryDirectory() as name:
+          _run(data, model, settings, pathlib.Path(name))
+        f1 = evaluate(model, data.test.float_images(), data.test.labels)['f1']
+        row = dict(zip(_KEY, (dataset, seed, variant), strict=True))
+        table.add([row | {'f1': f'{f1:.4f}'}])
+      progress.update(count + 1, f'{dataset} {seed} {variant}')
+
+
+def _compute_protection(table: RowCache) -> None:
+  key = (*_KEY, 'norm', 'attack')
+  done = table.done(key)
+  cells = list(itertools.product(range(_SEEDS.value), _DATASETS.value, _NORM.value, _variants()))
+  with Progress('protection', len(cells), 'cells') as progress:
+    for count, (seed, dataset, norm, variant) in enumerate(cells):
+      own = (dataset, str(seed), variant, norm)
+      missing = [name for name in _attacks(variant, norm) if (*own, name) not in done]
+      if missing:
+        observation, truth = _observe(dataset, seed, norm, variant)
+        for name in missing:
+          base = dict(zip(key, (*own, name), strict=True))
+          table.add(
+            [
+              base
+              | {'image': image, 'scoring': scoring}
+              | {metric: _number(getattr(quality, metric)) for metric in _METRICS}
+              for image, scoring, quality in _attack(name, dataset, seed, observation, truth)
+            ]
+          )
+      progress.update(count + 1, f'{dataset} {seed} {norm} {variant}')
+
+
+def _attacks(variant: str, norm: str) -> list[str]:
+  """Without BatchNorm statistics the published attacks have nothing to go by; ablations: ours."""
+  if norm == 'none' or variant not in ('none', 'published'):
+    return [name for name in _ATTACK.value if name == 'best']
+  return _ATTACK.value
+
+
+def _attack(name, dataset, seed, observation, truth):
+  """Yields (image, scoring, quality), strict and lenient, of every image of every client."""
+  preset = PRESETS[name]
+  config = dataclasses.replace(preset.build(), seed=seed)
+  if preset.needs_generator:
+    path = _generator_path(dataset)
+    generator = load_generator(path, tuple(observation.image_shape), flag='--generators')
+    config = dataclasses.replace(config, parametrization=preset.search_in(generator, path, seed))
+  image = 0
+  for result in attack_observation(observation, config):
+    own = truth[result.target]
+    if result.status != 'ok':
+      raise RuntimeError(f'{name} on {result.target}: {result.reason}')
+    found = result.reconstructions['attack']
+    matched = in_order(found, own.images)
+    for one, other, region in zip(matched, own.images, own.regions, strict=True):
+      yield image, 'strict', measure(one, other, region)
+      yield image, 'lenient', best_quality(stretch(one), own.images, own.regions)
+      image += 1
+
+
+def _compute_cost(table: RowCache) -> None:
+  done = table.done(('dataset',))
+  for dataset in _DATASETS.value:
+    if (dataset,) in done:
+      continue
+    sizes = '/'.join([str(_CLIENT_IMAGES[dataset])] * _CLIENTS)
+    data = _load(dataset, f'sizes:{sizes}', 0)
+    seconds = {}
+    for name, variant, changes in (
+      ('none', 'none', {}),
+      ('learning', 'published', {'shadow_rounds': _COST_ROUNDS}),
+      ('later', 'published', {'shadow_rounds': 1}),
+    ):
+      defense = _defense(dataset, data, variant, 0, **changes)
+      settings = TrainingSettings(_COST_ROUNDS, _UTILITY, observed_rounds=(), defense=defense)
+      with tempfile.TemporaryDirectory() as directory:
+        took: list[float] = []
+        _run(data, _model(data, 0, 'batch'), settings, pathlib.Path(directory), took)
+      # The first two rounds trace, and the last one evaluates.
+      seconds[name] = float(np.median(took[2:-1]))
+    ratios = {name: f'{seconds[name] / seconds["none"]:.2f}' for name in ('learning', 'later')}
+    table.add([{'dataset': dataset, **ratios}])
+    for name, ratio in ratios.items():
+      print(f'BENCH published_{name}_over_none_{dataset} {ratio}')
+
+
+def _observe(dataset, seed, norm, variant):
+  data = _load(dataset, f'iid:{_IMAGES}', seed)
+  # Clients hold more than the one image they use; a latent is fitted for that one alone.
+  data = dataclasses.replace(
+    data, clients={name: examples.take([0]) for name, examples in data.clients.items()}
+  )
+  settings = TrainingSettings(1, _ATTACKED, observed_rounds=(1,), seed=seed)
+  settings = dataclasses.replace(settings, defense=_defense(dataset, data, variant, seed))
+  with tempfile.TemporaryDirectory() as name:
+    run_dir = pathlib.Path(name)
+    _run(data, _model(data, seed, norm), settings, run_dir)
+    observation = read_observation(run_dir / 'observations' / round_directory_name(1))
+    return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
+
+
+def _run(data, model, settings, run_dir, seconds: list[float] | None = None) -> None:
+  run = TrainingRun(
+    data,
+    model,
+    settings,
+    run_dir,
+    evaluate_every_rounds=settings.rounds,
+    save_every_rounds=settings.rounds,
+  )
+  collect = (lambda report: None) if seconds is None else lambda r: seconds.append(r.seconds)
+  run.train(resume=False, report=collect)
+
+
+def _defense(
+  dataset: str, data: FederatedData, variant: str, seed: int, **changes
+) -> PublishedDefense | None:
+  if variant == 'none':
+    return None
+  path = _generator_path(dataset)
+  generator = load_generator(path, tuple(data.image_shape), flag='--generators')
+  latents = LatentFit(learning_rate=_LATENT_LEARNING_RATE.value)
+  settings = PublishedSettings(latents=latents, **_VARIANTS[variant], **changes)
+  secrets = {name: experiment_secret(seed, name) for name in data.clients}
+  return PublishedDefense(
+    settings,
+    generator,
+    *standardization(data.validation.float_images()),
+    seed=seed,
+    secrets=secrets,
+  )
+
+
+def _generator_path(dataset: str) -> str:
+  path = _GENERATORS.value.replace('{dataset}', dataset)
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'--generators: {path} is missing; `make generator` makes it')
+  return path
+
+
+def _load(dataset: str, partition: str, seed: int) -> FederatedData:
+  return load(dataset, image_size=32, partition=Partition.parse(partition), seed=seed)
+
+
+def _model(data: FederatedData, seed: int, norm):
+  return build_model(
+    'conv_small',
+    image_shape=tuple(data.image_shape),
+    num_classes=data.num_classes,
+    norm=norm,
+    seed=seed,
+  )
+
+
+def _join(protection: list[dict], utility: list[dict], cost: list[dict]) -> list[dict]:
+  """The rows of the table."""
+  f1 = {}
+  for row in utility:
+    f1.setdefault((row['dataset'], row['variant']), []).append(float(row['f1']))
+  ratios = {row['dataset']: row['learning'] for row in cost}
+  groups = {}
+  for row in protection:
+    names = ('dataset', 'variant', 'norm', 'attack', 'scoring')
+    place = groups.setdefault(tuple(row[name] for name in names), {})
+    place[row['seed'], row['image']] = [_parsed(row[name]) for name in _METRICS]
+  rows = []
+  for (dataset, variant, norm, attack, scoring), found in groups.items():
+    clean = groups.get((dataset, 'none', norm, attack, scoring), {})
+    region = _METRICS.index('region_psnr')
+    changes = [own[region] - clean[at][region] for at, own in found.items() if at in clean]
+    interval = mean_interval(changes) if variant != 'none' and changes else None
+    means = np.nanmean(np.array(list(found.values()), float), axis=0)
+    own_f1 = f1.get((dataset, variant), [])
+    rows.append(
+      dict.fromkeys(_COLUMNS, '')
+      | {
+        'dataset': dataset,
+        'defense': 'none' if variant == 'none' else 'published',
+        'ablation': '' if variant in ('none', 'published') else variant,
+        'model': f'conv_small/{norm}',
+        'attack': attack,
+        'scoring': scoring,
+        **{name: f'{value:.3f}' for name, value in zip(_METRICS, means, strict=True)},
+        'f1': f'{np.mean(own_f1):.4f}' if own_f1 else '',
+        'ci95_low': '' if interval is None or interval.low is None else f'{interval.low:.2f}',
+        'ci95_high': '' if interval is None or interval.high is None else f'{interval.high:.2f}',
+        'images': len(found),
+        'seeds': len({seed for seed, _ in found}),
+        'round_cost_ratio': ratios.get(dataset, '') if variant == 'published' else '',
+      }
+    )
+  return rows
+
+
+def _number(value: float | None) -> str:
+  return '' if value is None else f'{value:.4f}'
+
+
+def _parsed(text: str) -> float:
+  return float(text) if text else float('nan')
+
+
+def _check_flags() -> None:
+  for name, given, allowed in (
+    ('datasets', _DATASETS.value, EMBEDDED),
+    ('variants', _VARIANT.value, _VARIANTS),
+    ('attacks', _ATTACK.value, _ATTACKS),
+    ('norms', _NORM.value, ('none', 'batch', 'group')),
+    ('parts', _PARTS.value, ('utility', 'protection', 'cost')),
+  ):
+    for value in given:
+      if value not in allowed:
+        raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
+
+
+def run() -> None:
+  """Console script."""
+  tff.test.set_no_default_context()
+  command.run(main)
+
+
+if __name__ == '__main__':
+  run()
