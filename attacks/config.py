@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from attacks.initialization import MeanImageStart, Start
 from attacks.labels import LabelRule
-from attacks.matching import CosineMatching, Matching
+from attacks.matching import CosineMatching, Matching, NoMatching
 from attacks.optimizers import Adam, CosineDecay, Optimizer, Schedule
 from attacks.parametrizations import Parametrization, SpectralParametrization
 from attacks.priors import (
@@ -61,7 +61,9 @@ class AttackConfig:
     dtype: Floating point type of the attack.
   """
 
-  matching: Matching = dataclasses.field(default_factory=lambda: CosineMatching(balance=0.5))
+  matching: Matching | NoMatching = dataclasses.field(
+    default_factory=lambda: CosineMatching(balance=0.5)
+  )
   total_variation: TotalVariation = dataclasses.field(
     default_factory=lambda: TotalVariation(weight=0.15, decay=0.1)
   )

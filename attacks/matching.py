@@ -145,12 +145,45 @@ class AbsoluteMatching(_Matching):
     return _absolute_sum(difference) / _absolute_sum(observed)
 
 
-Matching = CosineMatching | AngularMatching | SquaredMatching | AbsoluteMatching
+@dataclasses.dataclass(frozen=True)
+class NormMatching(_Matching):
+  """Sum over the weight tensors of the norm of their error, in units of the gradient.
+
+  Not divided by anything, so that its weight beside the priors depends on the model: for attacks
+  published that way (Jiang et al. 2025, of updates, so of the learning rate times this).
+
+  Attributes:
+    weight: Factor of the sum.
+  """
+
+  weight: float = 1.0
+  name: str = dataclasses.field(default='norm', init=False)
+
+  def __call__(self, simulated: _Tensors, observed: _Tensors) -> tf.Tensor:
+    """Returns weight * sum_i |simulated_i - observed_i|."""
+    simulated, observed = self._weighted(simulated, observed, 1.0)
+    norms = [_smooth_norm([a - b]) for a, b in zip(simulated, observed, strict=True)]
+    return self.weight * tf.add_n(norms)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoMatching:
+  """Updates are not compared: only priors, and BatchNorm statistics if they have a weight.
+
+  What a matching loss amounts to that is computed from tensors detached from the image, as in the
+  code released with Jiang et al. 2025. A solver with it chooses by the whole objective.
+  """
+
+  name: str = dataclasses.field(default='none', init=False)
+
+
+Matching = CosineMatching | AngularMatching | SquaredMatching | AbsoluteMatching | NormMatching
 MATCHINGS: dict[str, type[Matching]] = {
   'cosine': CosineMatching,
   'angular': AngularMatching,
   'l2': SquaredMatching,
   'l1': AbsoluteMatching,
+  'norm': NormMatching,
 }
 
 

@@ -29,15 +29,27 @@ class CosineDecay:
 
 @dataclasses.dataclass(frozen=True)
 class StepDecay:
-  """Times 0.1 at 3/8, 5/8 and 7/8 of the iterations (Geiping et al. 2020)."""
+  """Times `factor` at 3/8, 5/8 and 7/8 of the iterations (Geiping et al. 2020).
+
+  Attributes:
+    warm_up: Iterations of linear growth at the start.
+    factor: See above.
+    phases: The schedule runs so many times, one after the other, for searches in as many phases.
+  """
 
   warm_up: int = 0
+  factor: float = 0.1
+  phases: int = 1
   name: str = dataclasses.field(default='step', init=False)
 
   def __call__(self, iteration: tf.Tensor, iterations: int, dtype: tf.DType) -> tf.Tensor:
     """The factor of the learning rate at `iteration` (int, from 0) of `iterations`."""
-    passed = [tf.cast(8 * iteration >= eighths * iterations, dtype) for eighths in (3, 5, 7)]
-    return tf.cast(0.1, dtype) ** tf.add_n(passed) * _warm_up(iteration, self.warm_up, dtype)
+    phase = tf.minimum(iteration * self.phases // iterations, self.phases - 1)
+    place = iteration * self.phases - phase * iterations
+    passed = [tf.cast(8 * place >= eighths * iterations, dtype) for eighths in (3, 5, 7)]
+    return tf.cast(self.factor, dtype) ** tf.add_n(passed) * _warm_up(
+      iteration, self.warm_up, dtype
+    )
 
 
 @dataclasses.dataclass(frozen=True)

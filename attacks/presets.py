@@ -7,11 +7,14 @@ and standardised there, so learning rates and prior weights were carried over by
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
 
 from attacks.config import AttackConfig
-from attacks.generators import DeepImagePrior
+from attacks.generators import DeepImagePrior, GenerativePrior
 from attacks.initialization import MeanImageStart, NormalStart, UniformStart
-from attacks.matching import CosineMatching, SquaredMatching
+from attacks.matching import CosineMatching, NoMatching, NormMatching, SquaredMatching
 from attacks.optimizers import Adam, CosineDecay, Lbfgs, StepDecay
 from attacks.parametrizations import PixelParametrization
 from attacks.priors import BatchNormStatistics, GroupConsistency, ImageNorm, TotalVariation
@@ -26,11 +29,23 @@ class Preset:
     source: Where it was published, and what differs.
     build: Makes its settings.
     needs_generator: Whether it needs --generator.
+    generator_settings: Of its `GenerativePrior`, where they are not the defaults.
   """
 
   source: str
   build: Callable[[], AttackConfig]
   needs_generator: bool = False
+  generator_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def search_in(self, generator: tf.keras.Model, source: str, seed: int) -> GenerativePrior:
+    """What the search moves: a generator's latents and weights.
+
+    Args:
+      generator: From `attacks.generators.load_generator`.
+      source: Where it came from, for the record.
+      seed: Decides the start latents.
+    """
+    return GenerativePrior(generator, source=source, seed=seed, **self.generator_settings)
 
 
 def _pixels(**settings) -> AttackConfig:
@@ -112,18 +127,56 @@ def _surrogate_model() -> AttackConfig:
   )
 
 
-def _shadow_pixels() -> AttackConfig:
+# Jiang et al. standardise pixels by these, of their chest images; the eyes' channels have standard
+# deviations of 0.15, 0.19 and 0.28.
+_PAPER_MEAN, _PAPER_DEVIATION = 0.5329, 0.2534
+# Their matching loss is of updates at this learning rate, ours of gradients.
+_PAPER_LOCAL_RATE = 1e-2
+
+
+def _shadow_priors(*, matching: float, batch_norm: float, **settings) -> AttackConfig:
+  """The objective of Jiang et al. at the weights of their code.
+
+  Total variation and norm are there of standardised pixels, and homogeneous, so that their weights
+  grow here by as much as pixel differences shrink.
+  """
   return _pixels(
-    matching=SquaredMatching(),
-    total_variation=TotalVariation(weight=1e-4, kind='norm'),
-    image_norm=ImageNorm(weight=1e-5),
-    batch_norm_statistics=BatchNormStatistics(weight=0.1),
-    optimizer=Adam(0.1, beta_1=0.9, beta_2=0.9),
+    matching=NormMatching(weight=matching * _PAPER_LOCAL_RATE),
+    total_variation=TotalVariation(weight=1e-4 / _PAPER_DEVIATION, kind='norm'),
+    image_norm=ImageNorm(weight=1e-5 / _PAPER_DEVIATION, center=_PAPER_MEAN, kind='norm'),
+    batch_norm_statistics=BatchNormStatistics(weight=batch_norm, kind='norm'),
+    **settings,
+  )
+
+
+def _shadow_pixels() -> AttackConfig:
+  return _shadow_priors(
+    matching=1e-3,
+    batch_norm=0.1,
+    optimizer=Adam(0.1 * _PAPER_DEVIATION, beta_1=0.9, beta_2=0.9, epsilon=1e-8),
     schedule=CosineDecay(warm_up=100),
-    langevin=0.01,
-    start=MeanImageStart(),
+    langevin=0.1 * 0.1 * _PAPER_DEVIATION,
+    start=MeanImageStart(noise=0.0),
     iterations=2000,
   )
+
+
+def _shadow_generator() -> AttackConfig:
+  return _shadow_priors(
+    matching=1.0,
+    batch_norm=5e-2,
+    optimizer=Adam(1e-2, epsilon=1e-8),
+    schedule=StepDecay(factor=0.8, phases=2),
+    iterations=1000,
+  )
+
+
+def _released(build: Callable[[], AttackConfig]) -> Callable[[], AttackConfig]:
+  return lambda: dataclasses.replace(build(), matching=NoMatching())
+
+
+# Latents at a learning rate of 1e-2, and then the weights alone at 1e-4.
+_SHADOW_GENERATOR = {'weight_share': 0.5, 'latents_last': False, 'weight_scale': 0.01}
 
 
 def _best_batch() -> AttackConfig:
@@ -181,8 +234,30 @@ PRESETS: dict[str, Preset] = {
     _surrogate_model,
   ),
   'shadow_pixels': Preset(
-    'Jiang, Ma and Yang 2025, their attack on pixels, with a matching loss that is differentiated.'
-    ' 2,000 of 40,000 iterations.',
+    'Jiang, Ma and Yang 2025, their attack on pixels at the weights of their code, but with a'
+    ' matching loss that is differentiated. 2,000 of 40,000 iterations; pixels are kept in [0, 1],'
+    ' where theirs are stretched to it at the end.',
     _shadow_pixels,
+  ),
+  'shadow_pixels_released': Preset(
+    'The same as their released code computes it: the matching loss is of tensors detached from'
+    ' the image, so constant, and BatchNorm statistics, priors and the start image do the work.'
+    " Left out is the task loss's own gradient, which its simulated step adds to the image's, of a"
+    ' model that it trains on along the way.',
+    _released(_shadow_pixels),
+  ),
+  'shadow_generator': Preset(
+    'Jiang, Ma and Yang 2025, their attack through a generator at the weights of their code, but'
+    ' with a matching loss that is differentiated: latents, then weights. 500 and 500 of 5,000 and'
+    ' 5,000 iterations.',
+    _shadow_generator,
+    needs_generator=True,
+    generator_settings=_SHADOW_GENERATOR,
+  ),
+  'shadow_generator_released': Preset(
+    'The same as their released code computes it, without matching: see shadow_pixels_released.',
+    _released(_shadow_generator),
+    needs_generator=True,
+    generator_settings=_SHADOW_GENERATOR,
   ),
 }

@@ -19,6 +19,9 @@ VARIATION_KINDS: tuple[VariationKind, ...] = ('isotropic', 'anisotropic', 'squar
 VariationColor = Literal['separate', 'joint']
 VARIATION_COLORS: tuple[VariationColor, ...] = ('separate', 'joint')
 
+DistanceKind = Literal['squared', 'norm']
+DISTANCE_KINDS: tuple[DistanceKind, ...] = ('squared', 'norm')
+
 Statistics = Sequence[tuple[tf.Tensor, tf.Tensor]]
 
 
@@ -111,17 +114,26 @@ class TotalVariation:
 class ImageNorm:
   """Mean squared pixel value (Yin et al. 2021, "See through gradients", R_l2).
 
+  Or, of the kind 'norm', the mean over the batch of the images' Euclidean norms, which is what the
+  code of Jiang et al. 2025 computes.
+
   Attributes:
     weight: Its weight beside the matching loss, at the first iteration.
     decay: The factor by which the weight has changed after the last one, geometrically.
     center: The value that costs nothing. 0 is black here; the paper's images have the mean 0, to
       which mid grey, 0.5, corresponds.
+    kind: 'squared' or 'norm', see above.
   """
 
   weight: float
   decay: float = 1.0
   center: float = 0.0
+  kind: DistanceKind = 'squared'
   name: str = dataclasses.field(default='image_norm', init=False)
+
+  def __post_init__(self):
+    """Raises `ValueError` for an unknown kind."""
+    _check_kind(self.kind)
 
   def __call__(
     self,
@@ -132,7 +144,11 @@ class ImageNorm:
   ) -> tf.Tensor:
     """Weighted penalty [R] of images [R, B, H, W, C]; as `TotalVariation`."""
     weight = _decayed(self.weight, self.decay, images, iteration, iterations)
-    return weight * _mean_per_lane(tf.square(images - self.center))
+    squares = tf.square(images - self.center)
+    if self.kind == 'squared':
+      return weight * _mean_per_lane(squares)
+    norms = tf.sqrt(tf.reduce_sum(squares, axis=(2, 3, 4)) + _SMOOTHING)
+    return weight * tf.reduce_mean(norms, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +206,21 @@ class BatchNormStatistics:
 
   Sum over the layers of ||mean - target mean||^2 + ||variance - target variance||^2 (R_BN of Yin et
   al. 2021, and Hatamizadeh et al. 2023 with the client's own statistics as targets).
-  `attacks.batch_norm_statistics` gives both lists.
+  `attacks.batch_norm_statistics` gives both lists. Of the kind 'norm' the distances are not
+  squared, as in the code of Jiang et al. 2025.
 
   Attributes:
     weight: Its weight beside the matching loss.
+    kind: 'squared' or 'norm'.
   """
 
   weight: float
+  kind: DistanceKind = 'squared'
   name: str = dataclasses.field(default='batch_norm_statistics', init=False)
+
+  def __post_init__(self):
+    """Raises `ValueError` for an unknown kind."""
+    _check_kind(self.kind)
 
   def __call__(self, statistics: Statistics, targets: Statistics) -> tf.Tensor:
     """Weighted penalty of one lane.
@@ -219,6 +242,8 @@ class BatchNormStatistics:
       for layer, layer_targets in zip(statistics, targets, strict=True)
       for simulated, target in zip(layer, layer_targets, strict=True)
     ]
+    if self.kind == 'norm':
+      distances = [tf.sqrt(distance + _SMOOTHING) for distance in distances]
     return self.weight * tf.add_n(distances)
 
 
@@ -241,6 +266,11 @@ class Box:
   def project(self, images: tf.Tensor) -> tf.Tensor:
     """The nearest images inside the box."""
     return tf.clip_by_value(images, self.low, self.high)
+
+
+def _check_kind(kind: str) -> None:
+  if kind not in DISTANCE_KINDS:
+    raise ValueError(f'kind must be one of {DISTANCE_KINDS}, found {kind!r}')
 
 
 def _decayed(

@@ -116,6 +116,12 @@ class ClientSimulator:
       gradient = self._gradient(None, images, labels)
     return gradient, statistics
 
+  def statistics(self, images: tf.Tensor) -> Statistics:
+    """The batch statistics alone, of images [B, H, W, C]: one forward pass."""
+    with collect_statistics(self.model) as statistics:
+      self.model(images, training=True)
+    return statistics
+
   def mean_gradient(
     self,
     images: tf.Tensor,

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from attacks.config import AttackConfig
 from attacks.local_steps import LocalSteps
+from attacks.matching import NoMatching
 from attacks.optimizers import Lbfgs
 from attacks.rectifiers import SurrogateRectifier
 from attacks.simulator import ClientSimulator
@@ -33,7 +34,7 @@ class SolverState(NamedTuple):
     moments: Of the optimiser.
     iteration: int32, steps taken.
     loss: [R], the objective's own loss at the last step's images: matching, or the prior in a
-      control.
+      control, or the whole objective of an attack that matches no update.
     best_loss: [R], the least of these so far; infinite before the first step.
     best_images: [R, B, H, W, C], the images it was found at.
     diverged_at: int32 [R], the first iteration at which the loss was not finite; -1 if none was.
@@ -71,7 +72,7 @@ class LossAndGradient(NamedTuple):
 
   Attributes:
     images: [R, B, H, W, C].
-    loss: [R], matching alone, or the prior in a control.
+    loss: [R], matching alone; the objective in a control, or where no update is matched.
     objective: [R], what is minimised.
     gradient: Of the sum of the objectives, like the parameters.
   """
@@ -235,7 +236,10 @@ class Solver:
       output_gradients=[tf.ones_like(prior), of_seen.pop(_IMAGES)],
       unconnected_gradients='zero',
     )
-    return LossAndGradient(images, loss, loss + penalty + prior, {**gradient, **of_seen})
+    objective = loss + penalty + prior
+    if isinstance(config.matching, NoMatching):
+      loss = objective
+    return LossAndGradient(images, loss, objective, {**gradient, **of_seen})
 
   def _over_lanes(self, seen, evidence, iteration):
     """Matching loss and statistics' prior of every lane, and the gradient of their sum."""
@@ -285,6 +289,12 @@ class Solver:
       zip(self._simulators, self._local_steps, strict=True)
     ):
       observed = [tensor[target] for tensor in evidence.gradients[view]]
+      if isinstance(config.matching, NoMatching):
+        if evidence.statistics and view == 0:
+          known = [(mean[target], variance[target]) for mean, variance in evidence.statistics]
+          penalty += config.batch_norm_statistics(simulator.statistics(images), known)
+        losses.append(tf.zeros((), images.dtype))
+        continue
       if _POSITION in own:
         scale = -simulator.update_over_gradient(len(steps.batches))
         update = [scale * tensor for tensor in observed]

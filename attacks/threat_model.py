@@ -6,6 +6,7 @@ from attacks.config import AttackConfig
 from attacks.generators import GenerativePrior
 from attacks.initialization import MeanImageStart
 from attacks.local_steps import local_steps
+from attacks.matching import NoMatching
 from tff_shadow.observations import ClientObservation, Observation
 
 _PRIORS = {
@@ -51,6 +52,8 @@ def threat_model(
     facts.append('It starts at the mean of public images of the same modality.')
   else:
     facts.append(f'It starts at random images ({config.start.name}).')
+  if isinstance(config.matching, NoMatching):
+    facts.append('It does not compare updates, only what its prior names.')
   if config.simulation == 'between':
     facts.append('It does not use how the local steps went, only where they led.')
   priors = [_PRIORS[prior.name] for prior in config.image_priors]

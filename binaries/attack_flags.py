@@ -7,10 +7,10 @@ from typing import Any
 from absl import flags
 
 from attacks.config import COMBINATIONS, SIMULATIONS, AttackConfig
-from attacks.generators import DeepImagePrior, GenerativePrior
+from attacks.generators import DeepImagePrior
 from attacks.initialization import STARTS
 from attacks.labels import LABEL_RULES
-from attacks.matching import MATCHINGS
+from attacks.matching import MATCHINGS, NoMatching
 from attacks.optimizers import OPTIMIZERS, SCHEDULES
 from attacks.parametrizations import PARAMETRIZATIONS
 from attacks.presets import PRESETS
@@ -109,7 +109,11 @@ _ENUMS: dict[str, tuple[str, str | None, Any, str]] = {
 # Flag: (field, classes by name, what it says). The class's defaults, but for the fields that the
 # preset's own class shares with it.
 _CLASSES: dict[str, tuple[str, dict[str, Any], str]] = {
-  'matching': ('matching', MATCHINGS, 'How updates are compared.'),
+  'matching': (
+    'matching',
+    {**MATCHINGS, 'none': NoMatching},
+    'How updates are compared; none for BatchNorm statistics and priors alone.',
+  ),
   'parametrization': (
     'parametrization',
     {**PARAMETRIZATIONS, _DEEP: DeepImagePrior},
@@ -155,7 +159,7 @@ def attack_config(image_shape: tuple[int, int, int]) -> AttackConfig:
   if _GENERATOR.value is not None:
     generator = load_generator(_GENERATOR.value, image_shape)
     config = dataclasses.replace(
-      config, parametrization=GenerativePrior(generator, source=_GENERATOR.value, seed=seed)
+      config, parametrization=preset.search_in(generator, _GENERATOR.value, seed)
     )
   for name, (field, inner, *_) in (_FIELDS | _ENUMS).items():
     if _VALUES[name].value is not None:

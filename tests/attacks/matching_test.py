@@ -9,6 +9,7 @@ from attacks.matching import (
   AbsoluteMatching,
   AngularMatching,
   CosineMatching,
+  NormMatching,
   SquaredMatching,
 )
 from attacks.simulator import ClientSimulator
@@ -98,6 +99,8 @@ def test_values_without_weights():
     SquaredMatching(): np.sum((a - b) ** 2) / np.sum(b**2),
     AbsoluteMatching(): np.sum(np.abs(a - b)) / np.sum(np.abs(b)),
   }
+  norms = [np.linalg.norm(a - b) for a, b in zip(simulated, observed, strict=True)]
+  expected[NormMatching(weight=0.5)] = 0.5 * sum(norms)
   for matching, value in expected.items():
     assert float(matching(simulated, observed)) == pytest.approx(value, rel=1e-6)
 

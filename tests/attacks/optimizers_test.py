@@ -62,6 +62,8 @@ def test_lbfgs_solves_a_quadratic_in_every_lane():
   [
     (CosineDecay(), [1.0, 0.5, 0.0]),
     (StepDecay(), [1.0, 0.1, 0.001]),
+    (StepDecay(factor=0.5), [1.0, 0.5, 0.125]),
+    (StepDecay(factor=0.5, phases=2), [1.0, 1.0, 0.125]),
     (ConstantRate(), [1.0, 1.0, 1.0]),
     (ConstantRate(warm_up=5), [0.2, 1.0, 1.0]),
   ],
@@ -69,3 +71,11 @@ def test_lbfgs_solves_a_quadratic_in_every_lane():
 def test_schedules(schedule, expected):
   found = [schedule(tf.constant(k), 1000, tf.float32) for k in (0, 500, 1000)]
   np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_step_decay_starts_anew_in_every_phase():
+  schedule = StepDecay(factor=0.8, phases=2)
+  found = [
+    float(schedule(tf.constant(k), 1000, tf.float32)) for k in (187, 188, 499, 500, 687, 688)
+  ]
+  assert found == pytest.approx([1, 0.8, 0.8**3, 1, 1, 0.8])

@@ -3,10 +3,14 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from attacks.engine import attack_observation
+from attacks.generators import GenerativePrior
+from attacks.matching import NoMatching
 from attacks.presets import PRESETS
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
+from tff_shadow.observations import WeightArrays
 
 
 @pytest.mark.parametrize('name', [n for n, preset in PRESETS.items() if not preset.needs_generator])
@@ -38,3 +42,97 @@ def test_line_search_finds_an_image_through_a_smooth_network():
   )
   result = attack_observation(observation, config)[0]
   assert psnr(result.reconstructions['attack'][0], image[0]) > 40
+
+
+_SHAPE = (16, 16, 1)
+
+
+@pytest.fixture(scope='module')
+def with_statistics():
+  """A round of one client that shares its BatchNorm statistics."""
+  model = small_model(_SHAPE, batch_norm=True)
+  observation = play_round(model, [(smooth_images(2, _SHAPE), [0, 1])])
+  change = tuple(
+    v.numpy() - old
+    for v, old in zip(
+      model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
+    )
+  )
+  client = observation.clients[0]
+  update = WeightArrays(client.update.trainable, change)
+  return dataclasses.replace(observation, clients=(dataclasses.replace(client, update=update),))
+
+
+def _generator():
+  inputs = tf.keras.Input((6,))
+  x = tf.keras.layers.Dense(256, activation='sigmoid')(inputs)
+  return tf.keras.Model(inputs, tf.keras.layers.Reshape(_SHAPE)(x))
+
+
+def _config(name, iterations=120):
+  preset = PRESETS[name]
+  config = dataclasses.replace(preset.build(), iterations=iterations, xla='off')
+  if preset.needs_generator:
+    tf.keras.utils.set_random_seed(1)
+    config = dataclasses.replace(config, parametrization=preset.search_in(_generator(), 'g', 0))
+  return config
+
+
+def _changed(observation, part, factor):
+  client = observation.clients[0]
+  arrays = tuple(factor * array for array in getattr(client.update, part))
+  update = dataclasses.replace(client.update, **{part: arrays})
+  return dataclasses.replace(observation, clients=(dataclasses.replace(client, update=update),))
+
+
+def _found(observation, config):
+  result = attack_observation(observation, config, labels={'client_00': [0, 1]})[0]
+  assert result.status == 'ok'
+  return result.reconstructions['attack']
+
+
+@pytest.mark.parametrize('name', ['shadow_pixels', 'shadow_generator'])
+def test_released_attacks_do_not_see_the_update_but_its_statistics(with_statistics, name):
+  other_weights = _changed(with_statistics, 'trainable', -2.0)
+  other_statistics = _changed(with_statistics, 'non_trainable', 1.5)
+  released = _config(f'{name}_released')
+  image = _found(with_statistics, released)
+  np.testing.assert_array_equal(image, _found(other_weights, released))
+  assert np.abs(image - _found(other_statistics, released)).max() > 1e-4
+  ours = _config(name)
+  differentiated = _found(with_statistics, ours)
+  assert np.abs(differentiated - _found(other_weights, ours)).max() > 1e-5
+  assert dataclasses.replace(ours, matching=NoMatching()).as_dict() == released.as_dict()
+
+
+def test_released_attack_comes_nearer_to_the_statistics_and_keeps_its_best(with_statistics):
+  config = dataclasses.replace(_config('shadow_pixels_released'), langevin=0.0)
+  result = attack_observation(with_statistics, config)[0]
+  short = attack_observation(with_statistics, dataclasses.replace(config, iterations=1))[0]
+  assert result.loss < 0.8 * short.loss
+
+
+def test_without_statistics_the_released_attack_is_its_own_control():
+  observation = play_round(small_model(_SHAPE), [(smooth_images(1, _SHAPE), [1])])
+  config = _config('shadow_pixels_released')
+  config = dataclasses.replace(
+    config,
+    batch_norm_statistics=dataclasses.replace(config.batch_norm_statistics, weight=0.0),
+    # Best by its own loss for the attack, the last for the control: the same where it only falls.
+    langevin=0.0,
+  )
+  result = attack_observation(observation, config, labels={'client_00': [1]})[0]
+  distance = np.abs(result.reconstructions['attack'] - result.reconstructions['prior_only']).max()
+  assert distance < 0.05
+
+
+def test_generator_moves_latents_first_and_then_weights_alone():
+  config = _config('shadow_generator')
+  prior = config.parametrization
+  assert isinstance(prior, GenerativePrior)
+  parameters = prior.parameters(tf.zeros((1, 2, *_SHAPE)))
+  first, last = (prior.active(parameters, tf.constant(k), config.iterations) for k in (59, 60))
+  assert (first['latents'].numpy().all(), first['weights'][0].numpy().any()) == (True, False)
+  assert (last['latents'].numpy().any(), last['weights'][0].numpy().all()) == (False, True)
+  steps = config.optimizer.learning_rate * prior.weight_scale
+  assert (config.optimizer.learning_rate, steps) == (1e-2, pytest.approx(1e-4))

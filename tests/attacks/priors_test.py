@@ -29,7 +29,12 @@ def _label(prior):
   return '-'.join([prior.name, getattr(prior, 'kind', ''), getattr(prior, 'color', '')])
 
 
-PRIORS = [*_variations(), ImageNorm(0.7, center=0.5), GroupConsistency(2.0, start=0.0)]
+PRIORS = [
+  *_variations(),
+  ImageNorm(0.7, center=0.5),
+  ImageNorm(0.7, center=0.5, kind='norm'),
+  GroupConsistency(2.0, start=0.0),
+]
 
 
 @pytest.mark.parametrize('prior', PRIORS, ids=_label)
@@ -135,6 +140,18 @@ def test_image_norm_is_the_mean_square_around_its_center():
   np.testing.assert_allclose(ImageNorm(2.0, center=0.5)(images, tf.constant(0), 1), [0.5, 0.0])
 
 
+def test_image_norm_of_the_kind_norm_is_the_mean_length_of_the_batch():
+  images = tf.reshape(tf.constant([0.3, 0.4, 0.0, 1.0], tf.float64), (1, 2, 1, 2, 1))
+  prior = ImageNorm(2.0, kind='norm')
+  np.testing.assert_allclose(prior(images, tf.constant(0), 1), [0.5 + 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize('make', [ImageNorm, BatchNormStatistics])
+def test_unknown_kind_of_distance_is_refused(make):
+  with pytest.raises(ValueError, match='kind must be one of'):
+    make(1.0, kind='cubed')
+
+
 class TestGroupConsistency:
   def test_lanes_are_drawn_to_the_mean_of_their_group(self):
     images = np.reshape([0.0, 1.0, 0.2, 9.0], (4, 1, 1, 1, 1))
@@ -170,6 +187,8 @@ class TestBatchNormStatistics:
     prior = BatchNormStatistics(0.1)
     assert float(prior(statistics, targets)) == pytest.approx(0.1 * (4 + 0.25 + 3))
     assert float(prior(statistics, statistics)) == 0
+    by_norm = BatchNormStatistics(0.1, kind='norm')(statistics, targets)
+    assert float(by_norm) == pytest.approx(0.1 * (2 + 0.5 + np.sqrt(3)), rel=1e-3)
 
   def test_gradient(self):
     mean, variance = (tf.constant(_images(4, seed=k)) for k in range(2))
