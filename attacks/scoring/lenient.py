@@ -24,6 +24,7 @@ import numpy as np
 from attacks.scoring import results
 from attacks.scoring.identification import Distance, correlation_distance
 from attacks.scoring.metrics import (
+  METRIC_NAMES,
   Perceptual,
   Quality,
   measure,
@@ -80,22 +81,20 @@ def score_leniently(
   """
   rows = []
   for target in attack.targets:
-    others = [image for other in attack.targets if other is not target for image in other.images]
-    shape = target.images.shape[1:]
-    others += [image for image in distractors if image.shape == shape]
-    # An image that the client has too is its own wherever it lies.
-    own = {image.tobytes() for image in target.images}
-    others = [image for image in others if image.tobytes() not in own]
-    prior = target.reconstructions.get(results.PRIOR)
+    others = _others(attack, target, distractors)
+    prior_ssims = None
+    if results.PRIOR in target.reconstructions:
+      prior = target.reconstructions[results.PRIOR][0]
+      prior_ssims = [structural_similarity(prior, truth)[0] for truth in target.images]
     for set_name in set_names:
       for index, image in enumerate(target.reconstructions.get(set_name, ())):
         if not np.isfinite(image).all():
           continue
         stretched = stretch(image)
-        quality = best_quality(stretched, target.images, target.regions, perceptual)
-        leakage = None if prior is None else _best_leakage(stretched, target.images, prior[0])
+        found = _qualities(stretched, target.images, target.regions, perceptual)
         rank = _rank(stretched, target.images, others, distance)
-        rows.append(LenientScore(target.name, set_name, index, quality, leakage, rank))
+        leakage = None if prior_ssims is None else _best_leakage(found, prior_ssims)
+        rows.append(LenientScore(target.name, set_name, index, _best(found), leakage, rank))
   return rows
 
 
@@ -123,18 +122,7 @@ def best_quality(
   Raises:
     ValueError: As `metrics.measure`, or if there is no truth.
   """
-  found = [
-    measure(image, truth, region, perceptual) for truth, region in zip(truths, regions, strict=True)
-  ]
-  if not found:
-    raise ValueError('there must be at least one true image')
-  best = {}
-  for field in dataclasses.fields(Quality):
-    values = [getattr(quality, field.name) for quality in found]
-    values = [value for value in values if value is not None]
-    choose = min if field.name in _LOWER_IS_BETTER else max
-    best[field.name] = choose(values) if values else None
-  return Quality(**best)
+  return _best(_qualities(image, truths, regions, perceptual))
 
 
 def lenient_precision(scores: Sequence[LenientScore], set_name: str, k: int) -> float | None:
@@ -146,24 +134,53 @@ def lenient_precision(scores: Sequence[LenientScore], set_name: str, k: int) -> 
   return sum(rank is not None and rank <= k for rank in ranks) / len(ranks) if ranks else None
 
 
-def _best_leakage(image: np.ndarray, truths: np.ndarray, prior: np.ndarray) -> float | None:
+def _qualities(
+  image: np.ndarray, truths: np.ndarray, regions: np.ndarray, perceptual: Perceptual | None
+) -> list[Quality]:
+  return [
+    measure(image, truth, region, perceptual) for truth, region in zip(truths, regions, strict=True)
+  ]
+
+
+def _best(found: Sequence[Quality]) -> Quality:
+  """Each metric at its own best."""
+  if not found:
+    raise ValueError('there must be at least one true image')
+  best = {}
+  for name in METRIC_NAMES:
+    values = [getattr(quality, name) for quality in found]
+    values = [value for value in values if value is not None]
+    choose = min if name in _LOWER_IS_BETTER else max
+    best[name] = choose(values) if values else None
+  return Quality(**best)
+
+
+def _best_leakage(found: Sequence[Quality], prior_ssims: Sequence[float]) -> float | None:
   values = [
-    relative_data_leakage(
-      structural_similarity(image, truth)[0], structural_similarity(prior, truth)[0]
-    )
-    for truth in truths
+    relative_data_leakage(quality.ssim, prior_ssim)
+    for quality, prior_ssim in zip(found, prior_ssims, strict=True)
   ]
   values = [value for value in values if value is not None]
   return max(values) if values else None
 
 
-def _rank(
-  image: np.ndarray, own: np.ndarray, others: Sequence[np.ndarray], distance: Distance
-) -> int | None:
+def _others(
+  attack: results.AttackResult, target: results.Target, distractors: Sequence[np.ndarray]
+) -> np.ndarray:
+  """The gallery without the target's own images: one that it has too is its own wherever it is."""
+  images = [image for other in attack.targets if other is not target for image in other.images]
+  shape = target.images.shape[1:]
+  images += [image for image in distractors if image.shape == shape]
+  own = {image.tobytes() for image in target.images}
+  images = [image for image in images if image.tobytes() not in own]
+  return np.stack(images) if images else np.zeros((0, *shape), np.float32)
+
+
+def _rank(image: np.ndarray, own: np.ndarray, others: np.ndarray, distance: Distance) -> int | None:
   nearest = distance(image[None], own)[0].min()
   if not np.isfinite(nearest):
     return None
   if not len(others):
     return 1
   # As near as the original goes before it: a tie is no identification.
-  return 1 + int((distance(image[None], np.stack(others))[0] <= nearest).sum())
+  return 1 + int((distance(image[None], others)[0] <= nearest).sum())
