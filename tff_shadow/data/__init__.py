@@ -6,17 +6,20 @@ from tff_shadow.data.federated import FederatedData
 from tff_shadow.data.images import COLORS, MIN_IMAGE_SIZE
 from tff_shadow.data.local_training import client_dataset, local_training_order
 from tff_shadow.data.partition import Partition, partition_indices
+from tff_shadow.data.published_sets import PUBLISHED_SETS, load_published
 
 __all__ = [
   'COLORS',
   'EMBEDDED',
   'MIN_IMAGE_SIZE',
+  'PUBLISHED_SETS',
   'Examples',
   'FederatedData',
   'Partition',
   'client_dataset',
   'load',
   'load_manifests',
+  'load_published',
   'local_training_order',
   'partition_indices',
 ]

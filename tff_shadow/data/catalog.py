@@ -168,6 +168,8 @@ def load_manifests(
   seed: int = 0,
   color: str = 'native',
   name: str = 'manifests',
+  path_prefix: str = '',
+  repeats: bool = False,
 ) -> FederatedData:
   """Loads images listed in CSV manifests; see `manifests.read_manifest` for their form.
 
@@ -181,17 +183,22 @@ def load_manifests(
     seed: decides the partition.
     color: 'native' (RGB if any image has colour), 'gray' or 'rgb'.
     name: what reports call the set.
+    path_prefix: what the paths in all manifests begin with that is not below `root`.
+    repeats: takes lists that repeat images: the same image for several clients of a split, and,
+      with a warning, the same content in two splits.
 
   Raises:
     UserError: names the file, and the row where one is at fault.
   """
   images.check_size_and_color(image_size, color)
   rows = {
-    split: manifests.read_manifest(path, root, split, need_clients=partition.kind == 'manifest')
+    split: manifests.read_manifest(
+      path, root, split, need_clients=partition.kind == 'manifest', path_prefix=path_prefix
+    )
     for split, path in (('train', train_csv), ('validation', validation_csv), ('test', test_csv))
   }
-  num_classes = manifests.check_splits(rows)
-  read = manifests.read_rows(rows, image_size)
+  num_classes = manifests.check_splits(rows, repeats=repeats)
+  read = manifests.read_rows(rows, image_size, repeats=repeats)
   # One decision for all splits: a model has one number of channels.
   pictures = images.stack([image for split in read.values() for image in split[0]], color)
   ends = np.cumsum([len(split[0]) for split in read.values()])[:-1]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import logging
 import pathlib
 import re
 
@@ -39,7 +40,12 @@ class Row:
 
 
 def read_manifest(
-  path: str | pathlib.Path, root: str | pathlib.Path, split: str, *, need_clients: bool = True
+  path: str | pathlib.Path,
+  root: str | pathlib.Path,
+  split: str,
+  *,
+  need_clients: bool = True,
+  path_prefix: str = '',
 ) -> list[Row]:
   """Reads one manifest.
 
@@ -52,6 +58,7 @@ def read_manifest(
     root: the folder of the images.
     split: 'train', 'validation' or 'test'.
     need_clients: whether train must have the column client.
+    path_prefix: what all paths begin with that is not below `root`; it is taken off.
 
   Raises:
     UserError: names the file, and the row where one is at fault.
@@ -77,7 +84,7 @@ def read_manifest(
       if len(fields) != len(header):
         raise UserError(f'{where}: {len(fields)} fields under {len(header)} columns')
       values = dict(zip(header, (field.strip() for field in fields), strict=True))
-      rows.append(_parse_row(where, values, root.resolve()))
+      rows.append(_parse_row(where, values, root.resolve(), path_prefix))
   except csv.Error as error:
     raise UserError(f'manifest {path}, row {reader.line_num}: not CSV ({error})') from error
   if not rows:
@@ -101,7 +108,7 @@ def _check_header(path, header, split, need_clients):
       raise UserError(f'manifest {path}: column {name!r} appears twice')
 
 
-def _parse_row(where, values, root):
+def _parse_row(where, values, root, path_prefix):
   label = values['label']
   if not re.fullmatch(r'[0-9]{1,6}', label):
     raise UserError(f'{where}: label {label!r} is not a whole number from 0')
@@ -111,11 +118,17 @@ def _parse_row(where, values, root):
   region = values.get('region_path', '')
   return Row(
     where=where,
-    image=_inside(where, values['img_path'], root),
+    image=_inside(where, _without_prefix(where, values['img_path'], path_prefix), root),
     label=int(label),
     client=client,
-    region=_inside(where, region, root) if region else None,
+    region=_inside(where, _without_prefix(where, region, path_prefix), root) if region else None,
   )
+
+
+def _without_prefix(where, name, prefix):
+  if not name.startswith(prefix):
+    raise UserError(f'{where}: path {name!r} does not begin with {prefix!r}')
+  return name[len(prefix) :]
 
 
 def _inside(where, name, root):
@@ -136,8 +149,12 @@ def _inside(where, name, root):
   return resolved
 
 
-def check_splits(rows: dict[str, list[Row]]) -> int:
+def check_splits(rows: dict[str, list[Row]], *, repeats: bool = False) -> int:
   """Checks the splits against each other and returns the number of classes.
+
+  Args:
+    rows: of each split.
+    repeats: whether several clients of a split may have the same image.
 
   Raises:
     UserError: an image is listed twice, in one split or (a leak) in two; the training labels are
@@ -148,6 +165,8 @@ def check_splits(rows: dict[str, list[Row]]) -> int:
     for row in listed:
       if row.image in seen:
         other, first = seen[row.image]
+        if repeats and split == other and row.client != first.client:
+          continue
         leak = '' if split == other else f', which leaks {other} into {split}'
         raise UserError(f'{row.where}: {row.image.name} is already listed in {first.where}{leak}')
       seen[row.image] = (split, row)
@@ -166,9 +185,14 @@ def check_splits(rows: dict[str, list[Row]]) -> int:
 
 
 def read_rows(
-  rows: dict[str, list[Row]], image_size: int
+  rows: dict[str, list[Row]], image_size: int, *, repeats: bool = False
 ) -> dict[str, tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
   """Reads the images and regions of all splits, in order, at `image_size`.
+
+  Args:
+    rows: of each split.
+    image_size: side in pixels.
+    repeats: whether the same content may be in two splits under two names; it is a warning then.
 
   Returns:
     Per split: images, each uint8 [H, W, 1 or 3]; labels int32 [N]; regions uint8 [N, H, W, 1].
@@ -185,10 +209,13 @@ def read_rows(
       digest = hashlib.sha256(row.image.read_bytes()).digest()
       other, first = contents.setdefault(digest, (split, row))
       if other != split:
-        raise UserError(
+        leak = (
           f'{row.where}: {row.image.name} has the same content as {first.image.name} in '
           f'{first.where}, which leaks {other} into {split}'
         )
+        if not repeats:
+          raise UserError(leak)
+        logging.warning('%s', leak)
       pictures.append(images.fit(picture, image_size))
       regions.append(_region(row, picture.shape, image_size))
     labels = np.array([row.label for row in listed], np.int32)
