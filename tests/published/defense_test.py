@@ -268,7 +268,9 @@ def test_ablations_change_what_they_name(tmp_path):
     np.linalg.norm(published.reshape(6, -1), axis=1),
     rtol=1e-4,
   )
-  assert (noise['white'] < 0).mean() > 0.4 > (published < -1e-3).mean()
+  # Grad-CAM++ takes a little off everywhere, no more.
+  assert (noise['white'] < -0.004).mean() > 0.2
+  assert published.min() > -0.004
 
 
 def test_noise_that_is_not_finite_ends_the_round(tmp_path):

@@ -41,6 +41,9 @@ from tff_shadow.shadow.generator import synthesis_variables
 from tff_shadow.shadow.latents import fit_latents
 from tff_shadow.shadow.noise_keys import image_keys
 
+# Latents of small clients are fitted together, up to about so many images.
+_GROUP_IMAGES = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class PublishedDefense:
@@ -158,27 +161,48 @@ class ClientShadows:
       known = source.load_latents(self._generator_digest)
     known.update(self._files.load_latents(self._generator_digest))
     loaded, done = bool(known), 0
-    for index, (client_id, examples) in enumerate(self._data.clients.items()):
-      digests = image_digests(examples.images)
-      missing = [i for i, digest in enumerate(digests) if digest not in known]
-      if missing and loaded:
-        logging.warning('%s: fitting the latents of %d images', client_id, len(missing))
+    digests = {
+      client_id: image_digests(examples.images)
+      for client_id, examples in self._data.clients.items()
+    }
+    for group in self._groups():
+      missing = {}
+      for client_id in group:
+        own = [(client_id, i) for i, digest in enumerate(digests[client_id]) if digest not in known]
+        if own and loaded:
+          logging.warning('%s: fitting the latents of %d images', client_id, len(own))
+        missing.update({digests[client_id][i]: (client_id, i) for client_id, i in own})
       if missing:
+        seed = np.random.SeedSequence([self._defense.seed, *group[0].encode()]).generate_state(1)
         found = fit_latents(
           self._defense.generator,
-          examples.take(missing).float_images(),
+          np.concatenate(
+            [self._data.clients[name].take([i]).float_images() for name, i in missing.values()]
+          ),
           self._settings.latents,
-          seed=int(np.random.SeedSequence([self._defense.seed, index]).generate_state(1)[0]),
+          seed=int(seed[0]),
           report=lambda count, done=done: report(done + count),
         )
-        known.update(zip((digests[i] for i in missing), found.latents, strict=True))
-      done += len(examples)
+        known.update(zip(missing, found.latents, strict=True))
+      for client_id in group:
+        self._latents[client_id] = np.stack([known[digest] for digest in digests[client_id]])
+        if missing or not self._files.has_latents(client_id):
+          self._files.save_latents(
+            client_id, self._latents[client_id], digests[client_id], self._generator_digest
+          )
+        done += len(digests[client_id])
       report(done)
-      self._latents[client_id] = np.stack([known[digest] for digest in digests])
-      if missing or not self._files.has_latents(client_id):
-        self._files.save_latents(
-          client_id, self._latents[client_id], digests, self._generator_digest
-        )
+
+  def _groups(self) -> list[list[str]]:
+    """Clients side by side until they have enough images to be worth a trace of their own."""
+    groups, images = [[]], 0
+    for client_id, examples in self._data.clients.items():
+      if images >= _GROUP_IMAGES:
+        groups.append([])
+        images = 0
+      groups[-1].append(client_id)
+      images += len(examples)
+    return groups
 
   def prepare(
     self,
