@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 
@@ -61,6 +62,42 @@ def test_own_keras_model(tmp_path):
   assert (tmp_path / 'run' / 'model.keras').is_file()
 
 
+def test_published_defense_keeps_the_clients_state_and_resumes(tmp_path, capsys):
+  generator = tf.keras.Sequential(
+    [
+      tf.keras.Input((4,)),
+      tf.keras.layers.Dense(32 * 32, activation='sigmoid'),
+      tf.keras.layers.Reshape((32, 32, 1)),
+    ]
+  )
+  generator.save(tmp_path / 'generator.keras')
+  arguments = {
+    'defense': 'published',
+    'published_generator': str(tmp_path / 'generator.keras'),
+    'published_latent_steps': 3,
+    'published_shadow_steps': 1,
+    'published_shadow_rounds': 1,
+    'norm': 'batch',
+  }
+  run_dir = tmp_path / 'run'
+  _train(run_dir, **arguments)
+  assert 'latents 48/48' in capsys.readouterr().out
+  observation = read_observation(run_dir / 'observations' / 'round_00001')
+  assert observation.defense['name'] == 'published'
+  assert observation.defense['shadow_steps'] == 1
+  state = sorted(path.name for path in (run_dir / 'client_state').iterdir())
+  assert state == ['latents', 'round_00000', 'round_00002']
+  with pytest.raises(UserError, match='started with --rounds=2'):
+    _train(run_dir, **arguments, resume=True, rounds=3)
+  with pytest.raises(UserError, match=r'started with --published_amplitude=0\.19'):
+    _train(run_dir, **arguments, resume=True, published_amplitude=0.3)
+  _train(run_dir, **arguments, resume=True)
+  (run_dir / 'client_state' / 'round_00002' / 'client_001.safetensors').unlink()
+  with pytest.raises(UserError, match='client_01 kept after round 2 is gone'):
+    _train(run_dir, **arguments, resume=True)
+
+
+_PUBLISHED = {'defense': 'published', 'published_generator': 'nowhere.keras'}
 _PER_STEP = {'defense': 'shadow', 'propagation': 'per_step'}
 
 
@@ -90,6 +127,12 @@ _PER_STEP = {'defense': 'shadow', 'propagation': 'per_step'}
     (_PER_STEP | {'client_momentum': 0.9}, '--defense=shadow: .*per_step'),
     (_PER_STEP | {'norm': 'batch'}, '--defense=shadow: .*BatchNorm'),
     ({'defense': 'shadow', 'propagation': 'images', 'noise_shape': 'diagonal'}, 'correlated noise'),
+    ({'defense': 'published'}, '--published_generator is required'),
+    (_PUBLISHED, '--published_generator=nowhere.keras'),
+    (_PUBLISHED | {'published_amplitude': -1.0}, '--published_amplitude must be .* found -1.0'),
+    (_PUBLISHED | {'published_cam_weights': ['1', 'x']}, '--published_cam_weights=1,x'),
+    (_PUBLISHED | {'published_latent_steps': 0}, '--published_latent_steps must be'),
+    (_PUBLISHED | {'published_latents': 'nowhere'}, '--published_latents=nowhere: has no folder'),
   ],
 )
 def test_bad_flags_name_themselves_and_write_nothing(tmp_path, changes, message):
