@@ -72,7 +72,7 @@ class AttackConfig:
     default_factory=lambda: GroupConsistency(weight=0.0)
   )
   batch_norm_statistics: BatchNormStatistics = dataclasses.field(
-    default_factory=lambda: BatchNormStatistics(weight=0.0)
+    default_factory=lambda: BatchNormStatistics(weight=1.0, kind='relative', required=False)
   )
   box: Box = dataclasses.field(default_factory=Box)
   parametrization: Parametrization = dataclasses.field(default_factory=SpectralParametrization)

@@ -278,9 +278,6 @@ class _Attack:
       )
 
   def _evidence(self, lanes, targets, labels, seeds) -> Evidence:
-    statistics = ()
-    if self._config.batch_norm_statistics.weight:
-      statistics = self._known.statistics(targets)
     per_view = zip(*(self._known.gradients(target) for target in targets), strict=True)
     return Evidence(
       target=tf.constant([targets.index(target) for target, _ in lanes]),
@@ -288,7 +285,7 @@ class _Attack:
       gradients=tuple(
         tuple(tf.stack(tensors) for tensors in zip(*views, strict=True)) for views in per_view
       ),
-      statistics=statistics,
+      statistics=self._known.statistics(targets),
       seeds=tf.constant(seeds),
     )
 

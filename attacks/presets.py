@@ -52,6 +52,7 @@ def _pixels(**settings) -> AttackConfig:
   """Without anything of ours: pixels, exact derivatives, no prior."""
   plain = AttackConfig(
     total_variation=TotalVariation(weight=0.0),
+    batch_norm_statistics=BatchNormStatistics(weight=0.0),
     parametrization=PixelParametrization(),
     rectifier=ExactRectifier(),
   )
@@ -192,7 +193,8 @@ def _best_batch() -> AttackConfig:
 PRESETS: dict[str, Preset] = {
   'best': Preset(
     'The strongest found here for fresh convolutional nets: damped frequencies instead of pixels,'
-    ' a surrogate for the derivative of rectifiers, layers balanced.',
+    ' a surrogate for the derivative of rectifiers, layers balanced, and where the client shared'
+    ' BatchNorm statistics, these, each layer relative to its own.',
     AttackConfig,
   ),
   'best_batch': Preset(

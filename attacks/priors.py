@@ -13,6 +13,10 @@ import tensorflow as tf
 
 # Keeps the square root differentiable where neighbouring pixels are equal.
 _SMOOTHING = 1e-8
+# Of the mean variance of a layer: no channel is matched more closely than in units of this.
+_FLOOR = 0.01
+# Keeps the unit of a layer without any variance above 0.
+_DEAD_LAYER = 1e-5
 
 VariationKind = Literal['isotropic', 'anisotropic', 'squared', 'norm']
 VARIATION_KINDS: tuple[VariationKind, ...] = ('isotropic', 'anisotropic', 'squared', 'norm')
@@ -21,6 +25,8 @@ VARIATION_COLORS: tuple[VariationColor, ...] = ('separate', 'joint')
 
 DistanceKind = Literal['squared', 'norm']
 DISTANCE_KINDS: tuple[DistanceKind, ...] = ('squared', 'norm')
+StatisticsKind = Literal['squared', 'norm', 'relative']
+STATISTICS_KINDS: tuple[StatisticsKind, ...] = ('squared', 'norm', 'relative')
 
 Statistics = Sequence[tuple[tf.Tensor, tf.Tensor]]
 
@@ -133,7 +139,7 @@ class ImageNorm:
 
   def __post_init__(self):
     """Raises `ValueError` for an unknown kind."""
-    _check_kind(self.kind)
+    _check_kind(self.kind, DISTANCE_KINDS)
 
   def __call__(
     self,
@@ -209,18 +215,28 @@ class BatchNormStatistics:
   `attacks.batch_norm_statistics` gives both lists. Of the kind 'norm' the distances are not
   squared, as in the code of Jiang et al. 2025.
 
+  What a BatchNorm net does is the same for an image of any contrast about the value that its
+  padding stands for, and nearly the same for any tint: only these statistics say what they are.
+
   Attributes:
     weight: Its weight beside the matching loss.
-    kind: 'squared' or 'norm'.
+    kind: 'squared'; 'norm'; or 'relative', squared and relative: means in units of the channel's
+      target standard deviation, variances in units of its target variance, averaged over channels
+      and layers. All layers then count the same; else those of large activations outweigh the
+      others. To the unit of variance 1 % of its mean over the layer's channels is added, for
+      channels that are nearly constant.
+    required: Whether a target that shared no statistics is refused; it is attacked without them
+      otherwise.
   """
 
   weight: float
-  kind: DistanceKind = 'squared'
+  kind: StatisticsKind = 'squared'
+  required: bool = True
   name: str = dataclasses.field(default='batch_norm_statistics', init=False)
 
   def __post_init__(self):
     """Raises `ValueError` for an unknown kind."""
-    _check_kind(self.kind)
+    _check_kind(self.kind, STATISTICS_KINDS)
 
   def __call__(self, statistics: Statistics, targets: Statistics) -> tf.Tensor:
     """Weighted penalty of one lane.
@@ -237,11 +253,16 @@ class BatchNormStatistics:
     """
     if not statistics or len(statistics) != len(targets):
       raise ValueError(f'{len(statistics)} layers simulated, {len(targets)} given as targets')
-    distances = [
-      tf.reduce_sum(tf.math.squared_difference(simulated, tf.cast(target, simulated.dtype)))
-      for layer, layer_targets in zip(statistics, targets, strict=True)
-      for simulated, target in zip(layer, layer_targets, strict=True)
-    ]
+    distances = []
+    for (mean, variance), targets_of_layer in zip(statistics, targets, strict=True):
+      target_mean, target_variance = (tf.cast(part, mean.dtype) for part in targets_of_layer)
+      of_means = tf.math.squared_difference(mean, target_mean)
+      of_variances = tf.math.squared_difference(variance, target_variance)
+      if self.kind == 'relative':
+        unit = target_variance + _FLOOR * tf.reduce_mean(target_variance) + _DEAD_LAYER
+        distances.append(tf.reduce_mean(of_means / unit + of_variances / unit**2) / len(targets))
+      else:
+        distances += [tf.reduce_sum(of_means), tf.reduce_sum(of_variances)]
     if self.kind == 'norm':
       distances = [tf.sqrt(distance + _SMOOTHING) for distance in distances]
     return self.weight * tf.add_n(distances)
@@ -268,9 +289,9 @@ class Box:
     return tf.clip_by_value(images, self.low, self.high)
 
 
-def _check_kind(kind: str) -> None:
-  if kind not in DISTANCE_KINDS:
-    raise ValueError(f'kind must be one of {DISTANCE_KINDS}, found {kind!r}')
+def _check_kind(kind: str, known: tuple[str, ...]) -> None:
+  if kind not in known:
+    raise ValueError(f'kind must be one of {known}, found {kind!r}')
 
 
 def _decayed(

@@ -153,28 +153,40 @@ class Targets:
   def statistics(self, targets: Sequence[Target]) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:
     """Batch statistics that the targets shared in the first round, per layer [T, channels] each.
 
+    Empty if the prior on them has no weight, or is not required and a target has none.
+
     Raises:
-      UserError: If they shared none, or took more than one step.
+      UserError: If they are required, but a target shared none, or took more than one step.
     """
+    if not self._config.batch_norm_statistics.weight:
+      return ()
     found = []
     for target in targets:
-      if not target.steps[0].is_single or target.name == AGGREGATE:
-        raise UserError(
-          f'--bn_weight: {target.name} took more than one local step, or is a mean; only the'
-          ' statistics of a single step are simulated'
-        )
-      statistics = observed_statistics(self._observations[0], target.clients[0])
-      if statistics is None:
-        raise UserError(
-          f'--bn_weight: {target.name} shared no BatchNorm statistics (the model must have such'
-          ' layers, and the round --batch_norm_sharing=aggregate)'
-        )
-      found.append(statistics)
+      try:
+        found.append(self._statistics(target))
+      except UserError:
+        if self._config.batch_norm_statistics.required:
+          raise
+        return ()
     dtype = self.simulators[0].dtype
     return tuple(
       tuple(tf.constant(np.stack(part), dtype) for part in zip(*layers, strict=True))
       for layers in zip(*found, strict=True)
     )
+
+  def _statistics(self, target: Target) -> list[tuple[np.ndarray, np.ndarray]]:
+    if not target.steps[0].is_single or target.name == AGGREGATE:
+      raise UserError(
+        f'--bn_weight: {target.name} took more than one local step, or is a mean; only the'
+        ' statistics of a single step are simulated'
+      )
+    statistics = observed_statistics(self._observations[0], target.clients[0])
+    if statistics is None:
+      raise UserError(
+        f'--bn_weight: {target.name} shared no BatchNorm statistics (the model must have such'
+        ' layers, and the round --batch_norm_sharing=aggregate)'
+      )
+    return statistics
 
 
 def _shapes(observation: Observation) -> list[tuple[int, ...]]:

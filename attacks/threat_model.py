@@ -57,7 +57,7 @@ def threat_model(
   if config.simulation == 'between':
     facts.append('It does not use how the local steps went, only where they led.')
   priors = [_PRIORS[prior.name] for prior in config.image_priors]
-  if config.batch_norm_statistics.weight:
+  if config.batch_norm_statistics.weight and not only_aggregate and _shared_statistics(observation):
     priors.append('the BatchNorm statistics that the client shared')
   facts.append(f'Its prior is {", ".join([*priors, "pixel values within the known range"])}.')
   facts.append('It does not use what is public of the defence: it attacks as if there were none.')
@@ -69,6 +69,15 @@ def _batch_sizes(observation: Observation) -> str:
   if len(sizes) < 2:
     return str(*sizes or (observation.client_training.batch_size,))
   return f'{min(sizes)} to {max(sizes)} (that of each client)'
+
+
+def _shared_statistics(observation: Observation) -> bool:
+  """Whether an attack can use BatchNorm statistics of some client."""
+  return observation.batch_norm_sharing == 'aggregate' and any(
+    any(array.size for array in client.update.non_trainable)
+    and local_steps(client, observation.client_training).is_single
+    for client in observation.clients
+  )
 
 
 def warnings(

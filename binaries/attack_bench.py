@@ -137,14 +137,9 @@ def _attack(preset: str, observation, truth) -> dict:
   config = dataclasses.replace(PRESETS[preset].build(), seed=_SEED.value)
   if _ITERATIONS.value is not None:
     config = dataclasses.replace(config, iterations=_ITERATIONS.value)
-  if observation.client_training.local_epochs > 1 or not any(
-    array.size for array in observation.clients[0].update.non_trainable
-  ):
-    # BatchNorm statistics are matched for a single step only, and only where there are any.
-    config = dataclasses.replace(
-      config,
-      batch_norm_statistics=dataclasses.replace(config.batch_norm_statistics, weight=0.0),
-    )
+  # BatchNorm statistics are matched for a single step only, and only where there are any.
+  statistics = dataclasses.replace(config.batch_norm_statistics, required=False)
+  config = dataclasses.replace(config, batch_norm_statistics=statistics)
   started = time.monotonic()
   try:
     results = attack_observation(observation, config)

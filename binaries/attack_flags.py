@@ -67,7 +67,7 @@ _FIELDS: dict[str, tuple[str, str | None, Callable[..., Any], str]] = {
     'batch_norm_statistics',
     'weight',
     flags.DEFINE_float,
-    'Of the distance to the BatchNorm statistics that the client shared.',
+    'Of the distance to the BatchNorm statistics that the client shared; 0 does without.',
   ),
   'learning_rate': (
     'optimizer',
@@ -164,6 +164,9 @@ def attack_config(image_shape: tuple[int, int, int]) -> AttackConfig:
   for name, (field, inner, *_) in (_FIELDS | _ENUMS).items():
     if _VALUES[name].value is not None:
       config = _replaced(config, name, field, inner, _VALUES[name].value)
+  if _VALUES['bn_weight'].value:
+    # Who asks for the statistics is told if there are none.
+    config = _replaced(config, 'bn_weight', 'batch_norm_statistics', 'required', True)
   if _DEPTH.value is not None:
     try:
       depth = tuple(float(value) for value in _DEPTH.value)

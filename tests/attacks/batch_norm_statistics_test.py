@@ -5,9 +5,12 @@ import pytest
 import tensorflow as tf
 
 from attacks.batch_norm_statistics import observed_statistics, proxy_statistics
+from attacks.config import AttackConfig
+from attacks.engine import attack_observation
 from attacks.priors import BatchNormStatistics
 from attacks.simulator import ClientSimulator
-from tests.attacks.observed_rounds import play_round, smooth_images
+from attacks.threat_model import threat_model
+from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.errors import UserError
 from tff_shadow.models import (
   batch_norm_layers,
@@ -283,6 +286,53 @@ class TestCollectStatistics:
     with pytest.raises(UserError, match=f'called {times} times'):
       collect()
     assert collected == [[]]
+
+
+class TestAttack:
+  """What an attack makes of them."""
+
+  _CONFIG = AttackConfig(iterations=200, xla='off')
+
+  def _with_weight(self, weight):
+    prior = dataclasses.replace(self._CONFIG.batch_norm_statistics, weight=weight)
+    return dataclasses.replace(self._CONFIG, batch_norm_statistics=prior)
+
+  def test_they_tell_brightness_and_contrast(self):
+    image = smooth_images(1, seed=5)
+    observation = _round(small_model(batch_norm=True), image, batch_size=1)
+    told, untold = (
+      attack_observation(observation, self._with_weight(weight))[0].reconstructions['attack']
+      for weight in (self._CONFIG.batch_norm_statistics.weight, 0.0)
+    )
+    assert abs(told.mean() - image.mean()) < 0.01
+    assert psnr(told[0], image[0]) > psnr(untold[0], image[0]) + 6
+
+  def test_used_only_where_shared(self):
+    observation = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    silent = dataclasses.replace(observation, batch_norm_sharing='local')
+    short = dataclasses.replace(self._CONFIG, iterations=3)
+    without = dataclasses.replace(self._with_weight(0.0), iterations=3)
+    default, weightless = (attack_observation(silent, c)[0] for c in (short, without))
+    for name, images in default.reconstructions.items():
+      np.testing.assert_array_equal(images, weightless.reconstructions[name])
+    assert attack_observation(observation, short)[0].loss != default.loss
+    for seen, config, used in (
+      (observation, short, True),
+      (observation, without, False),
+      (silent, short, False),
+    ):
+      facts = ' '.join(threat_model(seen, config, labels_known=False))
+      assert ('BatchNorm statistics' in facts) == used
+
+  def test_required_ones_must_be_shared(self):
+    observation = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    prior = dataclasses.replace(self._CONFIG.batch_norm_statistics, required=True)
+    config = dataclasses.replace(self._CONFIG, batch_norm_statistics=prior)
+    with pytest.raises(UserError, match='shared no BatchNorm statistics'):
+      attack_observation(dataclasses.replace(observation, batch_norm_sharing='local'), config)
+    client = dataclasses.replace(observation.clients[0], num_steps=2)
+    with pytest.raises(UserError, match='more than one local step'):
+      attack_observation(dataclasses.replace(observation, clients=(client,)), config)
 
 
 class TestProxyStatistics:

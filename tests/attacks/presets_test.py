@@ -25,7 +25,7 @@ def test_preset_runs_and_is_plain_data(name):
     xla='off',
     restarts=2,
     # This model has no BatchNorm.
-    batch_norm_statistics=dataclasses.replace(config.batch_norm_statistics, weight=0.0),
+    batch_norm_statistics=dataclasses.replace(config.batch_norm_statistics, required=False),
   )
   result = attack_observation(observation, config)[0]
   assert result.status == 'ok'

@@ -200,6 +200,45 @@ class TestBatchNormStatistics:
     np.testing.assert_allclose(gradients[0], mean - target[0])
     np.testing.assert_allclose(gradients[1], variance - target[1])
 
+  def test_relative_distances_do_not_depend_on_the_scale_of_a_layer(self):
+    def layer(seed, scale):
+      mean, variance = (_images(4, seed=seed + k) for k in range(2))
+      return tf.constant(scale * mean), tf.constant(scale**2 * variance)
+
+    prior = BatchNormStatistics(0.5, kind='relative')
+    (mean, variance), (target_mean, target_variance) = layer(0, 1.0), layer(2, 1.0)
+    unit = target_variance + 0.01 * np.mean(target_variance)
+    expected = np.mean(
+      (mean - target_mean) ** 2 / unit + (variance - target_variance) ** 2 / unit**2
+    )
+    one = float(prior([layer(0, 1.0)], [layer(2, 1.0)]))
+    assert one == pytest.approx(0.5 * expected, rel=1e-3)
+    both = float(prior([layer(0, 1.0), layer(0, 30.0)], [layer(2, 1.0), layer(2, 30.0)]))
+    assert both == pytest.approx(one, rel=1e-3)
+    dead = [(tf.zeros(3), tf.zeros(3))]
+    assert np.isfinite(prior([(tf.ones(3), tf.ones(3))], dead))
+
+  @pytest.mark.parametrize('kind', ['squared', 'norm', 'relative'])
+  def test_gradient_equals_differences(self, kind):
+    target = [
+      (_images(4, seed=2), _images(4, seed=3)),
+      (_images(3, seed=4), 5 * _images(3, seed=5)),
+    ]
+    prior = BatchNormStatistics(0.5, kind=kind)
+
+    def penalty(values):
+      layers = [tf.split(part, 2) for part in tf.split(values, [8, 6])]
+      return prior(layers, target)
+
+    point, direction = _images(14, seed=2), _images(14, seed=3) - 0.5
+    values = tf.constant(point)
+    with tf.GradientTape() as tape:
+      tape.watch(values)
+      value = penalty(values)
+    slope = np.sum(tape.gradient(value, values) * direction)
+    ahead, behind = (float(penalty(tf.constant(point + s * direction))) for s in (1e-5, -1e-5))
+    assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+
   def test_lists_must_fit(self):
     with pytest.raises(ValueError, match='0 layers simulated, 0 given'):
       BatchNormStatistics(1.0)([], [])
