@@ -4,7 +4,8 @@ A row is a data set, a model, a preset and what a client trains on. In every row
 sought (more where a client has more), each client's found images are assigned to its true ones one
 to one, and the control is the better, image by image, of the same attack without its matching term
 and the public mean image. ci95_low and ci95_high bound the mean of PSNR minus the control's over
-clients.
+clients. Where a model has BatchNorm, batch_norm_sharing says whether the clients sent
+their running statistics ('aggregate', as `train` does by default) or kept them ('local').
 
 local_steps: '1', one step on the batch; '5', five steps on the same batch; '5distinct', five steps
 on a new batch each; '2epochs', two batches, two times each, in orders the server does not know.
@@ -39,6 +40,7 @@ from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import TrainingRun, TrainingSettings
 from tff_shadow.models import MODELS, NORMS, build_model
 from tff_shadow.observations import (
+  BATCH_NORM_SHARING,
   ClientTraining,
   Truth,
   read_observation,
@@ -56,6 +58,9 @@ _PRESETS = flags.DEFINE_list(
 _BATCHES = flags.DEFINE_list('batches', ['1', '4', '8'], 'Batch sizes.')
 _STEPS = flags.DEFINE_list('local_steps', ['1', '5', '2epochs'], '1, 5, 5distinct, 2epochs.')
 _NORM = flags.DEFINE_list('norms', list(NORMS), 'Normalisations of the model.')
+_SHARING = flags.DEFINE_list(
+  'batch_norm_sharings', ['aggregate'], 'With BatchNorm: what of its statistics is sent.'
+)
 _MODEL = flags.DEFINE_string('model', 'conv_small', 'A built-in model.')
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 32, 'Side of the images.', lower_bound=16)
 _ITERATIONS = flags.DEFINE_integer(
@@ -67,8 +72,10 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Decides partition, model and starts.', 
 # Batches that a client has, epochs.
 _LOCAL_STEPS = {'1': (1, 1), '5': (1, 5), '5distinct': (5, 1), '2epochs': (2, 2)}
 _LEARNING_RATE = 0.05
+# Of a model without BatchNorm.
+_NOTHING_SHARED = ''
 _CONTROLS = ('prior_only', 'mean_image')
-_KEY = ('dataset', 'model', 'preset', 'batch', 'local_steps', 'image_size')
+_KEY = ('dataset', 'model', 'batch_norm_sharing', 'preset', 'batch', 'local_steps', 'image_size')
 _COLUMNS = (
   *_KEY,
   'psnr',
@@ -89,26 +96,31 @@ def main() -> None:
   path = pathlib.Path(_OUTPUT.value)
   rows = _read_rows(path)
   done = {tuple(row[name] for name in _KEY) for row in rows}
+  models = [
+    (norm, sharing)
+    for norm in _NORM.value
+    for sharing in (_SHARING.value if norm == 'batch' else [_NOTHING_SHARED])
+  ]
   cells = list(
-    itertools.product(_DATASETS.value, _NORM.value, _STEPS.value, _BATCHES.value, _PRESETS.value)
+    itertools.product(_DATASETS.value, models, _STEPS.value, _BATCHES.value, _PRESETS.value)
   )
   share_cores(AttackConfig().lanes)
   observed: dict = {}
   with local_worker_context(), Progress('attacks', len(cells), 'rows') as progress:
-    for count, (dataset, norm, steps, batch, preset) in enumerate(cells):
+    for count, (dataset, (norm, sharing), steps, batch, preset) in enumerate(cells):
       model = f'{_MODEL.value}/{norm}'
-      key = (dataset, model, preset, batch, steps, str(_IMAGE_SIZE.value))
+      key = (dataset, model, sharing, preset, batch, steps, str(_IMAGE_SIZE.value))
       if key not in done:
-        round_key = (dataset, norm, int(batch), steps)
+        round_key = (dataset, norm, sharing, int(batch), steps)
         if round_key not in observed:
           # Cells of the same round follow each other; one at a time is kept.
           observed = {round_key: _round(*round_key)}
         rows.append(dict(zip(_KEY, key, strict=True)) | _attack(preset, *observed[round_key]))
         _write_rows(path, rows)
-      progress.update(count + 1, ' '.join((dataset, norm, steps, batch, preset)))
+      progress.update(count + 1, ' '.join((dataset, norm, sharing, steps, batch, preset)))
 
 
-def _round(dataset: str, norm: str, batch: int, steps: str):
+def _round(dataset: str, norm: str, sharing: str, batch: int, steps: str):
   """Observation and truth of an undefended first round."""
   batches, epochs = _LOCAL_STEPS[steps]
   size = batches * batch
@@ -123,7 +135,13 @@ def _round(dataset: str, norm: str, batch: int, steps: str):
     seed=_SEED.value,
   )
   training = ClientTraining('sgd', _LEARNING_RATE, 0.0, batch, epochs, None)
-  settings = TrainingSettings(1, training, observed_rounds=(1,), seed=_SEED.value)
+  settings = TrainingSettings(
+    1,
+    training,
+    observed_rounds=(1,),
+    seed=_SEED.value,
+    batch_norm_sharing=sharing or 'aggregate',
+  )
   name = round_directory_name(1)
   with tempfile.TemporaryDirectory() as directory:
     run_dir = pathlib.Path(directory)
@@ -210,6 +228,7 @@ def _check_flags() -> None:
     ('presets', _PRESETS.value, [n for n, p in PRESETS.items() if not p.needs_generator]),
     ('local_steps', _STEPS.value, _LOCAL_STEPS),
     ('norms', _NORM.value, NORMS),
+    ('batch_norm_sharings', _SHARING.value, BATCH_NORM_SHARING),
     ('model', [_MODEL.value], MODELS),
   ):
     for value in given:
