@@ -6,8 +6,11 @@ STAMP := $(VENV)/.installed
 # TensorFlow's start-up notices hide the messages that matter.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 UV_VERSION := 0.13.9
+comma := ,
+empty :=
+space := $(empty) $(empty)
 
-.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench clean
+.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench generator clean
 
 setup: $(STAMP)
 
@@ -78,6 +81,22 @@ attack-bench: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m binaries.bench
+
+# A generator per embedded set, and how well it reconstructs unseen images: results/generator.csv.
+# A few minutes each; a second call continues what Ctrl-C stopped.
+GENERATOR_SETS := chest_phantom fundus_patches histology_patches
+PATCH_VARIATIONS := --augment=mirror,turns,shifts,brightness
+generator-flags-chest_phantom := --split=drawn
+generator-flags-fundus_patches := $(PATCH_VARIATIONS)
+generator-flags-histology_patches := $(PATCH_VARIATIONS)
+
+generator: $(STAMP) $(GENERATOR_SETS:%=generator-%)
+	$(BIN)/python -m binaries.generator_table \
+	  --run_dirs=$(subst $(space),$(comma),$(GENERATOR_SETS:%=runs/generator/%))
+
+generator-%: $(STAMP)
+	$(BIN)/tff-shadow-train-shadow --run_dir=runs/generator/$* --dataset=$* \
+	  $(generator-flags-$*) $(call resume,runs/generator/$*)
 
 # The attack against the same attack in PyTorch, which lives in an environment of its own and is no
 # dependency. PIP_INDEX_URL=... names an index of wheels for the CPU only; the default index may

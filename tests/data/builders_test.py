@@ -4,7 +4,7 @@ import sklearn.linear_model
 import tensorflow_datasets as tfds
 
 from tff_shadow.data import chest_render
-from tff_shadow.data.chest_phantom import ChestPhantom, ChestPhantomConfig
+from tff_shadow.data.chest_phantom import ChestPhantom, ChestPhantomConfig, draw_public_films
 from tff_shadow.data.fundus_patches import FundusPatches
 from tff_shadow.data.histology_patches import HistologyPatches
 
@@ -81,6 +81,10 @@ def test_phantom(tmp_path):
   everything = [read(prepared, split)['image'] for split in ('train', 'validation', 'test')]
   images = {image.tobytes() for split in everything for image in split}
   assert len(images) == 36
+  public = draw_public_films(5, image_size=32, seed=0)
+  assert (public.shape, public.dtype) == ((5, 32, 32, 1), np.uint8)
+  assert not {film.tobytes() for film in public} & images
+  np.testing.assert_array_equal(public[:3], draw_public_films(3, image_size=32, seed=0))
 
 
 def render(label, index, size=32):

@@ -7,6 +7,9 @@ import tensorflow_datasets as tfds
 
 from tff_shadow.data import chest_render, images
 
+# Streams of the seed.
+_TRAIN, _VALIDATION, _TEST, _PUBLIC = range(4)
+
 
 @dataclasses.dataclass
 class ChestPhantomConfig(tfds.core.BuilderConfig):
@@ -17,6 +20,15 @@ class ChestPhantomConfig(tfds.core.BuilderConfig):
   num_validation: int = 300
   num_test: int = 300
   seed: int = 0
+
+
+def draw_public_films(count: int, *, image_size: int, seed: int) -> np.ndarray:
+  """Draws films that are in no split of the set of any size, uint8 [count, H, W, 1].
+
+  They are what public images of the modality are to a federation: to train a shadow on.
+  """
+  films = [_draw(image_size, index, [seed, _PUBLIC, index]) for index in range(count)]
+  return _eight_bit(np.stack([film.image for film in films]))
 
 
 class ChestPhantom(tfds.core.GeneratorBasedBuilder):
@@ -56,21 +68,29 @@ class ChestPhantom(tfds.core.GeneratorBasedBuilder):
     del dl_manager  # Nothing is downloaded.
     config = self.builder_config
     return {
-      'train': self._generate_examples(0, config.num_train),
-      'validation': self._generate_examples(1, config.num_validation),
-      'test': self._generate_examples(2, config.num_test),
+      'train': self._generate_examples(_TRAIN, config.num_train),
+      'validation': self._generate_examples(_VALIDATION, config.num_validation),
+      'test': self._generate_examples(_TEST, config.num_test),
     }
 
   def _generate_examples(self, split, count):
     for index in range(count):
       # A film depends on nothing but its own key, so a larger set begins with the smaller one.
-      rng = np.random.default_rng([self.builder_config.seed, split, index])
-      film = chest_render.render(self.builder_config.image_size, bool(index % 2), rng)
+      config = self.builder_config
+      film = _draw(config.image_size, index, [config.seed, split, index])
       yield (
         index,
         {
-          'image': images.png_bytes(np.round(film.image * 255).astype(np.uint8)[..., None]),
+          'image': images.png_bytes(_eight_bit(film.image)),
           'label': index % 2,
-          'region': images.png_bytes(np.round(film.lesion * 255).astype(np.uint8)[..., None]),
+          'region': images.png_bytes(_eight_bit(film.lesion)),
         },
       )
+
+
+def _draw(image_size, index, key):
+  return chest_render.render(image_size, bool(index % 2), np.random.default_rng(key))
+
+
+def _eight_bit(image):
+  return np.round(image * 255).astype(np.uint8)[..., None]

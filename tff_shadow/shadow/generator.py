@@ -16,10 +16,10 @@ import math
 import tensorflow as tf
 
 from tff_shadow.errors import UserError
+from tff_shadow.shadow.equalised_layers import SLOPE, EqualisedLayers
 
 MAPPING, SYNTHESIS = 'mapping', 'synthesis'
 _COARSEST = 4
-_SLOPE = 0.2
 _MAPPING_LAYERS = 2
 # The coarser half of the levels has more channels than the finest, but not without end.
 _MOST_CHANNELS_FACTOR = 4
@@ -27,7 +27,7 @@ SIZES = (32, 64, 128, 256)
 
 
 def build_generator(
-  image_shape: tuple[int, int, int], *, latent_size: int = 128, channels: int = 32, seed: int = 0
+  image_shape: tuple[int, int, int], *, latent_size: int = 128, channels: int = 16, seed: int = 0
 ) -> tf.keras.Model:
   """Builds an untrained generator.
 
@@ -53,24 +53,25 @@ def build_generator(
   for name, value in (('latent_size', latent_size), ('channels', channels)):
     if value < 1:
       raise UserError(f'generator: {name} must be at least 1, found {value}')
-  build = _Builder(seed)
+  layers = EqualisedLayers(seed)
   latent = tf.keras.Input((latent_size,), name='latent')
   style = latent
   for index in range(_MAPPING_LAYERS):
-    style = build.dense(style, latent_size, f'{MAPPING}_dense{index}')
-    style = tf.keras.layers.LeakyReLU(_SLOPE, name=f'{MAPPING}_relu{index}')(style)
+    style = layers.dense(style, latent_size, f'{MAPPING}_dense{index}', gain=2.0)
+    style = tf.keras.layers.LeakyReLU(SLOPE, name=f'{MAPPING}_relu{index}')(style)
   levels = round(math.log2(height / _COARSEST))
   x, image = None, None
   for level in range(levels + 1):
     name = f'{SYNTHESIS}_{_COARSEST << level}px'
     width = channels * min(_MOST_CHANNELS_FACTOR, 1 << (levels - level))
     if x is None:
-      x = build.dense(style, _COARSEST * _COARSEST * width, f'{name}_start')
+      x = layers.dense(style, _COARSEST * _COARSEST * width, f'{name}_start')
       x = tf.keras.layers.Reshape((_COARSEST, _COARSEST, width), name=f'{name}_grid')(x)
     else:
       x = tf.keras.layers.UpSampling2D(interpolation='bilinear', name=f'{name}_up')(x)
-    x = build.styled_convolution(x, style, width, name)
-    drawn = build.convolution(x, image_channels, 1, f'{name}_image')
+    x = _modulated(x, style, layers, name)
+    x = layers.convolution(x, width, name)
+    drawn = layers.pixelwise(x, image_channels, f'{name}_image')
     if image is not None:
       image = tf.keras.layers.UpSampling2D(interpolation='bilinear', name=f'{name}_image_up')(image)
       drawn = tf.keras.layers.Add(name=f'{name}_image_sum')([image, drawn])
@@ -100,41 +101,8 @@ def synthesis_variables(generator: tf.keras.Model) -> list[tf.Variable]:
   return variables
 
 
-class _Builder:
-  """Layers with a seed of their own each, so that nothing outside decides their weights."""
-
-  def __init__(self, seed: int):
-    self._seed = seed
-    self._count = 0
-
-  def dense(self, x: tf.Tensor, units: int, name: str) -> tf.Tensor:
-    return tf.keras.layers.Dense(units, kernel_initializer=self._initializer(), name=name)(x)
-
-  def convolution(self, x: tf.Tensor, filters: int, size: int, name: str) -> tf.Tensor:
-    layer = tf.keras.layers.Conv2D(
-      filters, size, padding='same', kernel_initializer=self._initializer(), name=name
-    )
-    return layer(x)
-
-  def styled_convolution(
-    self, x: tf.Tensor, style: tf.Tensor, filters: int, name: str
-  ) -> tf.Tensor:
-    """Channels scaled by the style, convolution, normalisation of each image, leaky rectifier."""
-    scale = tf.keras.layers.Dense(
-      x.shape[-1],
-      kernel_initializer=self._initializer(),
-      bias_initializer='ones',
-      name=f'{name}_style',
-    )(style)
-    scale = tf.keras.layers.Reshape((1, 1, x.shape[-1]), name=f'{name}_scale')(scale)
-    x = tf.keras.layers.Multiply(name=f'{name}_modulate')([x, scale])
-    x = self.convolution(x, filters, 3, f'{name}_conv')
-    # Over all channels at once: their relative strengths are what the style says.
-    x = tf.keras.layers.GroupNormalization(groups=1, name=f'{name}_norm')(x)
-    return tf.keras.layers.LeakyReLU(_SLOPE, name=f'{name}_relu')(x)
-
-  def _initializer(self) -> tf.keras.initializers.Initializer:
-    self._count += 1
-    # Seeds of neighbouring generators must not meet.
-    seed = (self._seed * 1009 + self._count) % (1 << 31)
-    return tf.keras.initializers.VarianceScaling(2.0, 'fan_in', 'truncated_normal', seed=seed)
+def _modulated(x: tf.Tensor, style: tf.Tensor, layers: EqualisedLayers, name: str) -> tf.Tensor:
+  """Channels of `x` times what the style says of each, at the start about 1."""
+  scale = layers.dense(style, x.shape[-1], f'{name}_style', bias=1.0)
+  scale = tf.keras.layers.Reshape((1, 1, x.shape[-1]), name=f'{name}_scale')(scale)
+  return tf.keras.layers.Multiply(name=f'{name}_modulate')([x, scale])
