@@ -143,6 +143,8 @@ def main() -> None:
   run_directory.claim(run_dir, config, resume=_RESUME.value, may_change=_MAY_CHANGE)
   if _RESUME.value:
     training.restore()
+  else:
+    training.save()  # So that a run killed at any time can be continued.
   _train(training, settings, unseen, run_dir)
   training.generator.save(run_dir / 'generator.keras')
   mean_image = images.mean(axis=0, dtype=np.float64) / 255

@@ -15,7 +15,7 @@ def _latents(count=3, size=6, seed=0):
   return tf.random.stateless_normal((count, size), (seed, 1))
 
 
-@pytest.mark.parametrize(('size', 'channels'), [(32, 3), (64, 1), (128, 3)])
+@pytest.mark.parametrize(('size', 'channels'), [(32, 3), (64, 1), (96, 1), (128, 3), (224, 3)])
 def test_images(size, channels):
   generator = build_generator((size, size, channels), **_SMALL)
   images = generator(_latents()).numpy()
@@ -121,7 +121,8 @@ def test_generative_prior_searches_latents_and_weights():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'image_shape': (48, 48, 1)}, r'\(48, 48, 1\).*32, 64, 128, 256'),
+    ({'image_shape': (50, 50, 1)}, r'\(50, 50, 1\).* 32, 40, 48, .*, 224, 256 px'),
+    ({'image_shape': (16, 16, 1)}, r'\(16, 16, 1\)'),
     ({'image_shape': (64, 32, 1)}, 'must be square'),
     ({'image_shape': (32, 32, 2)}, 'grey or RGB'),
     ({'image_shape': (32, 32, 1), 'latent_size': 0}, 'latent_size must be at least 1'),

@@ -1,17 +1,15 @@
 """The shadow's generator: a style-based network, latent -> image.
 
-A mapping network turns the latent into a style; a synthesis network draws from 4 px up, and the
-style sets the strength of each channel before every convolution (Karras et al. 2019 and 2020,
-"StyleGAN" and "StyleGAN2"). What differs: no noise inputs, because latent inversion needs one image
-per latent; the 4 px start is a dense function of the style instead of a constant, because the
-defence needs to reconstruct unseen images, where things lie included; and what follows a modulated
-convolution is normalised by itself instead of by its expected size. Only stock Keras layers, so
-that the file loads anywhere.
+A mapping network turns the latent into a style; a synthesis network draws from a grid of 4 to 7 px
+up, and the style sets the strength of each channel before every convolution (Karras et al. 2019 and
+2020, "StyleGAN" and "StyleGAN2"). What differs: no noise inputs, because latent inversion needs one
+image per latent; the coarsest grid is a dense function of the style instead of a constant, because
+the defence needs to reconstruct unseen images, where things lie included; and what follows a
+modulated convolution is normalised by itself instead of by its expected size. Only stock Keras
+layers, so that the file loads anywhere.
 
 Any Keras model that `tff_shadow.models.load_generator` accepts can take its place.
 """
-
-import math
 
 import tensorflow as tf
 
@@ -19,11 +17,17 @@ from tff_shadow.errors import UserError
 from tff_shadow.shadow.equalised_layers import SLOPE, EqualisedLayers
 
 MAPPING, SYNTHESIS = 'mapping', 'synthesis'
-_COARSEST = 4
 _MAPPING_LAYERS = 2
-# The coarser half of the levels has more channels than the finest, but not without end.
+# Coarser levels have more channels than the finest, but not without end.
 _MOST_CHANNELS_FACTOR = 4
-SIZES = (32, 64, 128, 256)
+_COARSEST = (4, 5, 6, 7)
+# Side: how often the coarsest grid is doubled; 224 px are 7 px, five times doubled.
+_DOUBLINGS = {
+  coarsest << doublings: doublings
+  for doublings in range(3, 7)
+  for coarsest in _COARSEST
+  if 32 <= coarsest << doublings <= 256
+}
 
 
 def build_generator(
@@ -32,7 +36,8 @@ def build_generator(
   """Builds an untrained generator.
 
   Args:
-    image_shape: (H, W, C): square, a side of `SIZES`, 1 or 3 channels.
+    image_shape: (H, W, C): square, 32 to 256 px, of 4, 5, 6 or 7 px doubled several times; 1 or 3
+      channels.
     latent_size: Numbers in a latent, which is drawn from N(0, 1).
     channels: Of the finest level; each coarser one has twice as many, up to four times.
     seed: Decides every initial weight.
@@ -44,12 +49,8 @@ def build_generator(
   Raises:
     UserError: If there is no such generator.
   """
-  height, width, image_channels = image_shape
-  if height != width or height not in SIZES or image_channels not in (1, 3):
-    raise UserError(
-      f'generator: no images of shape {tuple(image_shape)}; they must be square, of'
-      f' {", ".join(map(str, SIZES))} px, grey or RGB'
-    )
+  size, image_channels = image_shape[0], image_shape[2]
+  doublings = count_doublings(image_shape)
   for name, value in (('latent_size', latent_size), ('channels', channels)):
     if value < 1:
       raise UserError(f'generator: {name} must be at least 1, found {value}')
@@ -59,18 +60,18 @@ def build_generator(
   for index in range(_MAPPING_LAYERS):
     style = layers.dense(style, latent_size, f'{MAPPING}_dense{index}', gain=2.0)
     style = tf.keras.layers.LeakyReLU(SLOPE, name=f'{MAPPING}_relu{index}')(style)
-  levels = round(math.log2(height / _COARSEST))
+  coarsest = size >> doublings
   x, image = None, None
-  for level in range(levels + 1):
-    name = f'{SYNTHESIS}_{_COARSEST << level}px'
-    width = channels * min(_MOST_CHANNELS_FACTOR, 1 << (levels - level))
+  for level in range(doublings + 1):
+    name = f'{SYNTHESIS}_{coarsest << level}px'
+    filters = channels * min(_MOST_CHANNELS_FACTOR, 1 << (doublings - level))
     if x is None:
-      x = layers.dense(style, _COARSEST * _COARSEST * width, f'{name}_start')
-      x = tf.keras.layers.Reshape((_COARSEST, _COARSEST, width), name=f'{name}_grid')(x)
+      x = layers.dense(style, coarsest * coarsest * filters, f'{name}_start')
+      x = tf.keras.layers.Reshape((coarsest, coarsest, filters), name=f'{name}_grid')(x)
     else:
       x = tf.keras.layers.UpSampling2D(interpolation='bilinear', name=f'{name}_up')(x)
     x = _modulated(x, style, layers, name)
-    x = layers.convolution(x, width, name)
+    x = layers.convolution(x, filters, name)
     drawn = layers.pixelwise(x, image_channels, f'{name}_image')
     if image is not None:
       image = tf.keras.layers.UpSampling2D(interpolation='bilinear', name=f'{name}_image_up')(image)
@@ -78,6 +79,17 @@ def build_generator(
     image = drawn
   image = tf.keras.layers.Activation('sigmoid', dtype='float32', name=f'{SYNTHESIS}_range')(image)
   return tf.keras.Model(latent, image, name='generator')
+
+
+def count_doublings(image_shape: tuple[int, int, int]) -> int:
+  """How often the coarsest grid is doubled to images [H, W, C]; UserError if they are not drawn."""
+  height, width, channels = image_shape
+  if height != width or height not in _DOUBLINGS or channels not in (1, 3):
+    raise UserError(
+      f'generator: no images of shape {tuple(image_shape)}; they must be square, grey or RGB, of'
+      f' {", ".join(map(str, sorted(_DOUBLINGS)))} px'
+    )
+  return _DOUBLINGS[height]
 
 
 def synthesis_variables(generator: tf.keras.Model) -> list[tf.Variable]:

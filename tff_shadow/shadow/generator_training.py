@@ -16,10 +16,9 @@ import tensorflow as tf
 from tff_shadow.errors import UserError
 from tff_shadow.shadow.augmentation import augment, check_augmentations
 from tff_shadow.shadow.equalised_layers import EqualisedLayers
-from tff_shadow.shadow.generator import build_generator
+from tff_shadow.shadow.generator import build_generator, count_doublings
 
 _KEPT_CHECKPOINTS = 2
-_COARSEST = 4
 # Beyond these a variance says no more, and its exponential overflows.
 _LOG_VARIANCES = (-12.0, 4.0)
 _LAST_RATE = 0.02
@@ -198,7 +197,7 @@ def _build_encoder(shape: tuple[int, int, int], settings: GeneratorSettings) -> 
   layers = EqualisedLayers(settings.seed + 1)
   images = tf.keras.Input(shape, name='image')
   x = tf.keras.layers.Rescaling(4.0, -2.0, name='standardise')(images)
-  for level in range(round(math.log2(shape[0] / _COARSEST))):
+  for level in range(count_doublings(shape)):
     x = layers.convolution(
       x, settings.channels * min(4, 2 << level), f'encoder{level}', size=4, stride=2
     )
