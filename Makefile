@@ -84,19 +84,20 @@ bench: $(STAMP)
 
 # A generator per embedded set, and how well it reconstructs unseen images: results/generator.csv.
 # A few minutes each; a second call continues what Ctrl-C stopped.
-GENERATOR_SETS := chest_phantom fundus_patches histology_patches
+GENERATORS := chest_phantom fundus_patches histology_patches histology_patches_64
 PATCH_VARIATIONS := --augment=mirror,turns,shifts,brightness
-generator-flags-chest_phantom := --split=drawn
-generator-flags-fundus_patches := $(PATCH_VARIATIONS)
-generator-flags-histology_patches := $(PATCH_VARIATIONS)
+flags-chest_phantom := --dataset=chest_phantom --split=drawn
+flags-fundus_patches := --dataset=fundus_patches $(PATCH_VARIATIONS)
+flags-histology_patches := --dataset=histology_patches $(PATCH_VARIATIONS)
+flags-histology_patches_64 := $(flags-histology_patches) --image_size=64 --batch_size=8 --steps=1200
 
-generator: $(STAMP) $(GENERATOR_SETS:%=generator-%)
+generator: $(STAMP) $(GENERATORS:%=generator-%)
 	$(BIN)/python -m binaries.generator_table \
-	  --run_dirs=$(subst $(space),$(comma),$(GENERATOR_SETS:%=runs/generator/%))
+	  --run_dirs=$(subst $(space),$(comma),$(GENERATORS:%=runs/generator/%))
 
 generator-%: $(STAMP)
-	$(BIN)/tff-shadow-train-shadow --run_dir=runs/generator/$* --dataset=$* \
-	  $(generator-flags-$*) $(call resume,runs/generator/$*)
+	$(BIN)/tff-shadow-train-shadow --run_dir=runs/generator/$* $(flags-$*) \
+	  $(call resume,runs/generator/$*)
 
 # The attack against the same attack in PyTorch, which lives in an environment of its own and is no
 # dependency. PIP_INDEX_URL=... names an index of wheels for the CPU only; the default index may

@@ -41,7 +41,7 @@ def main() -> None:
   path = pathlib.Path(_OUTPUT.value)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w', newline='') as file:
-    file.write(f'# command: {command.command_line()} (make generator)\n')
+    file.write(f'# command: {command.command_line()}\n')
     writer = csv.DictWriter(file, _COLUMNS, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
