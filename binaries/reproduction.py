@@ -334,8 +334,10 @@ def attack(plan: Plan, name: str, round_num: int, run_dir: pathlib.Path) -> path
     }
   directory.mkdir(parents=True, exist_ok=True)
   _write_attack_config(directory, name, observation, seen, config, labels)
-  total = config.iterations * config.restarts * len(seen.clients)
-  with Progress(f'{name}, round {round_num}', total, 'it') as progress:
+  each = config.iterations * config.restarts
+  with Progress(
+    f'{name}, round {round_num}', each * len(seen.clients), 'it', done=each * len(finished)
+  ) as progress:
 
     def show(at: AttackProgress) -> None:
       progress.update(at.done, f'{at.targets[0]}, loss {at.loss:.2e}')
