@@ -10,7 +10,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench generator clean
+.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench generator published clean
 
 setup: $(STAMP)
 
@@ -98,6 +98,10 @@ generator: $(STAMP) $(GENERATORS:%=generator-%)
 generator-%: $(STAMP)
 	$(BIN)/tff-shadow-train-shadow --run_dir=runs/generator/$* $(flags-$*) \
 	  $(call resume,runs/generator/$*)
+
+# The published defence against none; continues results/published.csv where it stopped.
+published: $(STAMP) $(patsubst %,generator-%,$(filter-out %_64,$(GENERATORS)))
+	$(BIN)/python -m binaries.published_table
 
 # The attack against the same attack in PyTorch, which lives in an environment of its own and is no
 # dependency. PIP_INDEX_URL=... names an index of wheels for the CPU only; the default index may

@@ -41,7 +41,7 @@ class Preset:
     """What the search moves: a generator's latents and weights.
 
     Args:
-      generator: From `attacks.generators.load_generator`.
+      generator: From `tff_shadow.models.load_generator`.
       source: Where it came from, for the record.
       seed: Decides the start latents.
     """

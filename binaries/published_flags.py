@@ -126,6 +126,15 @@ def published_settings() -> PublishedSettings:
     raise UserError(f'--{_PREFIX}{error}') from error
 
 
+def check_generator() -> None:
+  """Raises `UserError` unless a generator is named; before minutes of other work."""
+  if not _GENERATOR.value:
+    raise UserError(
+      '--published_generator is required for the published defence: a .keras file of'
+      ' tff-shadow-train-shadow, or your own'
+    )
+
+
 def published_defense(
   settings: PublishedSettings,
   data: FederatedData,
@@ -144,11 +153,7 @@ def published_defense(
   Raises:
     UserError: If the generator is missing or does not fit the data.
   """
-  if not _GENERATOR.value:
-    raise UserError(
-      '--published_generator is required with --defense=published: a .keras file of'
-      ' tff-shadow-train-shadow, or your own'
-    )
+  check_generator()
   known = pathlib.Path(_KNOWN_LATENTS.value) if _KNOWN_LATENTS.value else None
   if known is not None and not (known / 'latents').is_dir():
     raise UserError(f'--published_latents={known}: has no folder latents/')

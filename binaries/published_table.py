@@ -326,6 +326,8 @@ def _join(protection: list[dict], utility: list[dict], cost: list[dict]) -> list
     clean = groups.get((dataset, 'none', norm, attack, scoring), {})
     region = _METRICS.index('region_psnr')
     changes = [own[region] - clean[at][region] for at, own in found.items() if at in clean]
+    # An image without a region has no region PSNR.
+    changes = [change for change in changes if np.isfinite(change)]
     interval = mean_interval(changes) if variant != 'none' and changes else None
     means = np.nanmean(np.array(list(found.values()), float), axis=0)
     own_f1 = f1.get((dataset, variant), [])

@@ -7,6 +7,7 @@ is, and results.csv and utility.csv in --output_dir for what came out. Each part
 that an interrupted experiment goes on.
 """
 
+import functools
 import logging
 import pathlib
 import sys
@@ -15,7 +16,7 @@ import warnings
 import tensorflow_federated as tff
 from absl import flags
 
-from binaries import command, reproduction, run_directory
+from binaries import command, published_flags, reproduction, run_directory
 from tff_shadow.data import EMBEDDED, PUBLISHED_SETS
 from tff_shadow.errors import UserError
 from tff_shadow.models import MODELS
@@ -97,7 +98,13 @@ def main() -> None:
     perceptual.check_shape((plan.image_size, plan.image_size, 3))
   output_dir = pathlib.Path(_OUTPUT_DIR.value or f'runs/reproduce/{plan.dataset}')
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
-  config = {'program': 'reproduce', 'flags': command.flag_values(sys.modules[__name__])}
+  config = {
+    'program': 'reproduce',
+    'flags': {
+      **command.flag_values(sys.modules[__name__]),
+      **command.flag_values(published_flags),
+    },
+  }
   started = (output_dir / 'config.json').exists()
   run_directory.claim(output_dir, config, resume=started, may_change=_MAY_CHANGE)
   rows, utility = reproduction.run(plan, _DEFENSES.value, output_dir, perceptual)
@@ -116,6 +123,11 @@ def _plan() -> reproduction.Plan:
       for name in reproduction.ATTACKS
       if _GENERATOR.value or not reproduction.PRESETS[name].needs_generator
     ]
+  published = None
+  if 'published' in _DEFENSES.value:
+    settings = published_flags.published_settings()
+    published_flags.check_generator()
+    published = functools.partial(published_flags.published_defense, settings, seed=_SEED.value)
   return reproduction.Plan(
     dataset=_DATASET.value,
     data_dir=_DATA_DIR.value,
@@ -125,6 +137,7 @@ def _plan() -> reproduction.Plan:
     seed=_SEED.value,
     attacks=tuple(attacks),
     generator=_GENERATOR.value,
+    published=published,
     max_iterations=_MAX_ITERATIONS.value,
     exact_steps=_EXACT_STEPS.value,
   )

@@ -25,7 +25,6 @@ import tensorflow as tf
 
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation
-from attacks.generators import load_generator
 from attacks.presets import PRESETS
 from attacks.results import read_results, write_results
 from attacks.scoring import results
@@ -51,12 +50,11 @@ from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
   RoundReport,
-  ShadowDefense,
   TrainingRun,
   TrainingSettings,
   evaluate,
 )
-from tff_shadow.models import build_model, load_keras_file
+from tff_shadow.models import build_model, load_generator, load_keras_file
 from tff_shadow.observations import (
   ClientObservation,
   ClientTraining,
@@ -67,6 +65,7 @@ from tff_shadow.observations import (
   read_truth,
   round_directory_name,
 )
+from tff_shadow.published import PublishedDefense
 from tff_shadow.shadow import SaliencyConfig, build_region_map
 
 # Training images and batch size of each client.
@@ -89,12 +88,7 @@ _MIN_HELD_OUT = 16
 # Larger images fill a processor by themselves, and memory.
 _SIDE_BY_SIDE_SIZE = 64
 
-# Makes the defence of a run from its data and seed.
-Defense = Callable[[FederatedData, int], ShadowDefense | None]
-_DEFENSES: dict[str, Defense] = {
-  'none': lambda data, seed: None,
-}
-DEFENSES = tuple(_DEFENSES)
+DEFENSES = ('none', 'published')
 
 _METRICS = (
   'mse',
@@ -134,6 +128,7 @@ class Plan:
     seed: Decides partition, model, batches and the starts of attacks.
     attacks: Some of `ATTACKS`.
     generator: A .keras file, for attacks that need one.
+    published: Makes the published defence; its rounds are scaled here.
     max_iterations: Of any attack; None for no limit.
     exact_steps: Our own attack simulates clients of at most so many local steps exactly, and takes
       the others as the published ones do.
@@ -147,6 +142,7 @@ class Plan:
   seed: int = 0
   attacks: tuple[str, ...] = ('shadow_pixels_released', 'shadow_pixels', OWN_ATTACK)
   generator: str | None = None
+  published: Callable[[FederatedData], PublishedDefense] | None = None
   max_iterations: int | None = None
   exact_steps: int = 2
 
@@ -237,12 +233,22 @@ def training_settings(plan: Plan, data: FederatedData, defense: str) -> Training
     batch_norm_sharing='aggregate',
     observed_rounds=plan.observed_rounds,
     seed=plan.seed,
-    defense=_DEFENSES[defense](data, plan.seed),
+    defense=_defense(plan, data, defense),
     learning_rate_drops=plan.learning_rate_drops,
     client_batch_sizes={
       client_id: batch_size
       for client_id, (_, batch_size) in zip(data.clients, CLIENTS, strict=True)
     },
+  )
+
+
+def _defense(plan: Plan, data: FederatedData, name: str) -> PublishedDefense | None:
+  if name == 'none':
+    return None
+  defense = plan.published(data)
+  rounds = plan.scaled(defense.settings.shadow_rounds)
+  return dataclasses.replace(
+    defense, settings=dataclasses.replace(defense.settings, shadow_rounds=rounds)
   )
 
 
@@ -262,13 +268,14 @@ def train(plan: Plan, data: FederatedData, defense: str, run_dir: pathlib.Path) 
   resume = any((run_dir / 'state').glob('round_*'))
   with (
     local_worker_context(log_path=run_dir / 'worker.log'),
+    Progress('latents', sum(map(len, data.clients.values())), 'images') as latents,
     Progress(f'{defense}: round', plan.rounds, 'rounds') as progress,
   ):
 
     def report(done: RoundReport) -> None:
       progress.update(done.round_num, f'loss {done.metrics["train/loss"]:.4f}')
 
-    training.train(resume=resume, report=report)
+    training.train(resume=resume, report=report, report_latents=latents.update)
   model.save(run_dir / 'model.keras')
   command.write_json(
     run_dir / 'test.json', evaluate(model, data.test.float_images(), data.test.labels)

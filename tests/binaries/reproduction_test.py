@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from attacks.local_steps import local_steps
 from binaries import reproduction
@@ -18,6 +19,8 @@ from tff_shadow.observations import (
   WeightArrays,
   read_observation,
 )
+from tff_shadow.published import PublishedDefense, PublishedSettings
+from tff_shadow.shadow.latents import LatentFit
 
 _PLAN = Plan(
   'histology_patches',
@@ -114,6 +117,25 @@ def test_the_whole_experiment_and_that_it_goes_on_where_it_stopped(tmp_path, mon
   monkeypatch.setattr(reproduction, 'attack_observation', never)
   again, _ = reproduction.run(_PLAN, ['none'], tmp_path)
   assert again == rows
+
+
+def test_published_defense_is_scaled_with_the_rounds(tmp_path):
+  layers = [
+    tf.keras.Input((4,)),
+    tf.keras.layers.Dense(16 * 16 * 3, activation='sigmoid'),
+    tf.keras.layers.Reshape((16, 16, 3)),
+  ]
+  settings = PublishedSettings(latents=LatentFit(steps=2), shadow_steps=1, shadow_rounds=50)
+  defense = PublishedDefense(settings, tf.keras.Sequential(layers), (0.5,) * 3, (0.2,) * 3)
+  plan = dataclasses.replace(_PLAN, scale=0.02, published=lambda data: defense)
+  data = reproduction.load_data(plan)
+  found = reproduction.training_settings(plan, data, 'published')
+  assert (found.rounds, found.defense.settings.shadow_rounds) == (2, 1)
+  reproduction.train(plan, data, 'published', tmp_path)
+  rows = _rows(tmp_path / 'metrics.csv')
+  assert float(rows[0]['shadow/psnr']) > 0
+  assert not rows[1]['shadow/psnr']
+  assert float(rows[1]['noise/image_rms']) > 0
 
 
 def test_regions_come_from_the_trained_model_where_a_set_has_none(tmp_path):
