@@ -77,6 +77,9 @@ _VARIANT = flags.DEFINE_list(
 )
 _ATTACK = flags.DEFINE_list('attacks', list(_ATTACKS), f'Some of {", ".join(_ATTACKS)}.')
 _NORM = flags.DEFINE_list('norms', ['none', 'batch'], 'Normalisation of the attacked model.')
+_ITERATIONS = flags.DEFINE_integer(
+  'published_iterations', 500, 'Of the published attacks; the paper has 40,000 and 10,000.'
+)
 _SEEDS = flags.DEFINE_integer('seeds', 2, 'Number of seeds.', lower_bound=1)
 _GENERATORS = flags.DEFINE_string(
   'generators',
@@ -199,6 +202,8 @@ def _attack(name, dataset, seed, observation, truth):
   """Yields (image, scoring, quality), strict and lenient, of every image of every client."""
   preset = PRESETS[name]
   config = dataclasses.replace(preset.build(), seed=seed)
+  if name.startswith('shadow_'):
+    config = dataclasses.replace(config, iterations=_ITERATIONS.value)
   if preset.needs_generator:
     path = _generator_path(dataset)
     generator = load_generator(path, tuple(observation.image_shape), flag='--generators')
