@@ -37,6 +37,8 @@ class AttackConfig:
     group_consistency: A prior that ties the restarts of a target together; weight 0 for none.
     batch_norm_statistics: A prior; weight 0 for none.
     box: Range of pixel values.
+    hold_contrast: Whether the images keep the contrast of the public mean image where the update
+      does not show it; see `attacks.contrast`. Shared BatchNorm statistics do.
     parametrization: What the optimiser moves.
     rectifier: How the switching of rectifiers is differentiated.
     optimizer: Moves the images.
@@ -75,6 +77,7 @@ class AttackConfig:
     default_factory=lambda: BatchNormStatistics(weight=1.0, kind='relative', required=False)
   )
   box: Box = dataclasses.field(default_factory=Box)
+  hold_contrast: bool = True
   parametrization: Parametrization = dataclasses.field(default_factory=SpectralParametrization)
   rectifier: Rectifier = dataclasses.field(default_factory=SurrogateRectifier)
   optimizer: Optimizer = dataclasses.field(

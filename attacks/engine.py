@@ -120,7 +120,6 @@ class _Attack:
 
   def run(self, group: list[Target]) -> list[TargetResult]:
     """Attacks targets of one kind; a failure becomes a result that says so."""
-    controls = self._controls(group)
     labels: dict[str, Labels] = {}
     failures: dict[str, str] = {}
     for target in group:
@@ -130,7 +129,12 @@ class _Attack:
       except TargetFailed as failure:
         failures[target.name] = str(failure)
     healthy = [target for target in group if target.name not in failures]
-    found = self._restarts(healthy, [labels[target.name] for target in healthy]) if healthy else {}
+    statistics = self._known.statistics(healthy)
+    hold = self._config.hold_contrast and not statistics
+    contrast = self._known.hidden_contrast if hold else None
+    controls = self._controls(group, contrast)
+    known_labels = [labels[target.name] for target in healthy]
+    found = self._restarts(healthy, known_labels, statistics, contrast) if healthy else {}
     return [
       self._result(
         target,
@@ -172,7 +176,9 @@ class _Attack:
       reconstructions={**attacked, **controls},
     )
 
-  def _restarts(self, targets: list[Target], labels: list[Labels]) -> dict[str, list[FinishedLane]]:
+  def _restarts(
+    self, targets: list[Target], labels: list[Labels], statistics, contrast: float | None
+  ) -> dict[str, list[FinishedLane]]:
     """All restarts of targets of one kind, from the checkpoint if there is one."""
     config = self._config
     saved = read_checkpoint(self._checkpoint_path) if self._checkpoint_path else None
@@ -183,7 +189,9 @@ class _Attack:
       lanes = [(target, restart) for target in targets for restart in restarts]
       names = [_lane_name(*lane) for lane in lanes]
       if not all(name in finished for name in names):
-        state, seconds = self._run_lanes(lanes, targets, labels, saved, finished)
+        state, seconds = self._run_lanes(
+          lanes, targets, labels, statistics, contrast, saved, finished
+        )
         for index, name in enumerate(names):
           finished[name] = FinishedLane(
             float(state.best_loss[index]),
@@ -196,35 +204,37 @@ class _Attack:
       for target in targets
     }
 
-  def _run_lanes(self, lanes, targets, labels, saved, finished) -> tuple[SolverState, float]:
+  def _run_lanes(
+    self, lanes, targets, labels, statistics, contrast, saved, finished
+  ) -> tuple[SolverState, float]:
     """Runs lanes to their end; returns the state and the seconds it took."""
     config = self._config
     names = tuple(_lane_name(*lane) for lane in lanes)
     if saved is not None and saved.lanes != names:
       saved = None
     seeds = np.array([self._seed(*lane) for lane in lanes], np.int32)
-    evidence = self._evidence(lanes, targets, labels, seeds)
+    evidence = self._evidence(lanes, targets, labels, statistics, seeds)
     logits = None
     if config.joint_labels:
       start_logits = self._known.start_logits(labels)
       logits = np.stack([start_logits[targets.index(target)] for target, _ in lanes])
     start = np.stack([self._start(*lane) for lane in lanes])
-    kind = (targets[0].num_images, targets[0].steps, len(lanes))
+    kind = (targets[0].num_images, targets[0].steps, len(lanes), contrast)
     solver = self._solvers.get(kind)
     if solver is None or (saved and saved.use_xla != solver.use_xla):
-      solver = self._solver(targets[0].steps, saved, start, seeds, logits, evidence)
+      solver = self._solver(targets[0].steps, contrast, saved, start, seeds, logits, evidence)
       self._solvers[kind] = solver
     state, seconds = solver.start(start, seeds, logits), 0.0
     if saved is not None:
       state, seconds = saved.restore(state), saved.seconds
     return self._advance(solver, state, evidence, seconds, names, finished)
 
-  def _solver(self, steps, saved, start, seeds, logits, evidence) -> Solver:
+  def _solver(self, steps, contrast, saved, start, seeds, logits, evidence) -> Solver:
     """A solver for targets of a kind, compiled if that is what is wanted, or faster."""
     simulators, config = self._known.simulators, self._config
 
     def build(use_xla: bool) -> Solver:
-      return Solver(simulators, steps, config, matching=True, use_xla=use_xla)
+      return Solver(simulators, steps, config, matching=True, contrast=contrast, use_xla=use_xla)
 
     if saved is not None:
       return build(saved.use_xla)
@@ -277,7 +287,7 @@ class _Attack:
         AttackProgress(tuple(targets), len(names), done, iteration, float(np.mean(losses)))
       )
 
-  def _evidence(self, lanes, targets, labels, seeds) -> Evidence:
+  def _evidence(self, lanes, targets, labels, statistics, seeds) -> Evidence:
     per_view = zip(*(self._known.gradients(target) for target in targets), strict=True)
     return Evidence(
       target=tf.constant([targets.index(target) for target, _ in lanes]),
@@ -285,7 +295,7 @@ class _Attack:
       gradients=tuple(
         tuple(tf.stack(tensors) for tensors in zip(*views, strict=True)) for views in per_view
       ),
-      statistics=self._known.statistics(targets),
+      statistics=statistics,
       seeds=tf.constant(seeds),
     )
 
@@ -296,13 +306,17 @@ class _Attack:
     mean_image = self._known.public_mean_image
     return self._config.start(mean_image, target.num_images, self._seed(target, restart))
 
-  def _controls(self, group: list[Target]) -> dict[str, dict[str, np.ndarray]]:
+  def _controls(
+    self, group: list[Target], contrast: float | None
+  ) -> dict[str, dict[str, np.ndarray]]:
     """What the attacker has without the update: same starts, same steps, no matching term."""
     config = self._config
     mean = self._known.public_mean_image.astype(np.float32)
-    key = ('control', group[0].num_images)
+    key = ('control', group[0].num_images, contrast)
     if key not in self._solvers:
-      self._solvers[key] = Solver(self._known.simulators, group[0].steps, config, matching=False)
+      self._solvers[key] = Solver(
+        self._known.simulators, group[0].steps, config, matching=False, contrast=contrast
+      )
     control = self._solvers[key]
     nothing = tf.zeros((1, group[0].num_images), tf.int32)
     found: dict[str, list[tuple[float, np.ndarray]]] = {}

@@ -53,6 +53,7 @@ def _pixels(**settings) -> AttackConfig:
   plain = AttackConfig(
     total_variation=TotalVariation(weight=0.0),
     batch_norm_statistics=BatchNormStatistics(weight=0.0),
+    hold_contrast=False,
     parametrization=PixelParametrization(),
     rectifier=ExactRectifier(),
   )
@@ -194,7 +195,8 @@ PRESETS: dict[str, Preset] = {
   'best': Preset(
     'The strongest found here for fresh convolutional nets: damped frequencies instead of pixels,'
     ' a surrogate for the derivative of rectifiers, layers balanced, and where the client shared'
-    ' BatchNorm statistics, these, each layer relative to its own.',
+    ' BatchNorm statistics, these, each channel relative to its own. Where a normalised network'
+    ' hides the contrast, it is that of the public mean image.',
     AttackConfig,
   ),
   'best_batch': Preset(

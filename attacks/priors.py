@@ -284,6 +284,11 @@ class Box:
   high: float = 1.0
   name: str = dataclasses.field(default='box', init=False)
 
+  @property
+  def center(self) -> float:
+    """Mid grey."""
+    return (self.low + self.high) / 2
+
   def project(self, images: tf.Tensor) -> tf.Tensor:
     """The nearest images inside the box."""
     return tf.clip_by_value(images, self.low, self.high)

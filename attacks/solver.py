@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from attacks.config import AttackConfig
+from attacks.contrast import with_contrast
 from attacks.local_steps import LocalSteps
 from attacks.matching import NoMatching
 from attacks.optimizers import Lbfgs
@@ -96,6 +97,7 @@ class Solver:
     config: AttackConfig,
     *,
     matching: bool,
+    contrast: float | None = None,
     use_xla: bool = False,
   ):
     """Stores the pieces.
@@ -105,12 +107,14 @@ class Solver:
       steps: The client's local steps in each view.
       config: Settings.
       matching: False deletes the matching term: the prior-only control.
+      contrast: That all images have after each step (`contrast.with_contrast`); None to leave it.
       use_xla: Whether a step is compiled by XLA.
     """
     self._simulators = list(simulators)
     self._local_steps = list(steps)
     self._config = config
     self._matching = matching
+    self._contrast = contrast
     self.use_xla = use_xla
     self._step = tf.function(self._one_step, jit_compile=use_xla, reduce_retracing=True)
     self._steps = tf.function(self._many_steps)
@@ -210,8 +214,10 @@ class Solver:
     change[_IMAGES] = tf.nest.map_structure(tf.multiply, change[_IMAGES], active)
     parameters = tf.nest.map_structure(tf.add, state.parameters, change)
     if parametrization.invertible:
-      moved = config.box.project(parametrization.images(parameters[_IMAGES]))
-      parameters[_IMAGES] = parametrization.parameters(moved)
+      moved = parametrization.images(parameters[_IMAGES])
+      if self._contrast is not None:
+        moved = with_contrast(moved, self._contrast, config.box.center)
+      parameters[_IMAGES] = parametrization.parameters(config.box.project(moved))
     return images, own_loss, parameters, moments
 
   def loss_and_gradient(self, parameters, evidence: Evidence, iteration) -> LossAndGradient:

@@ -1,5 +1,6 @@
 """What an attack on a round can aim at: single clients, or the mean of all of them."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from attacks.batch_norm_statistics import observed_statistics
 from attacks.config import AttackConfig
+from attacks.contrast import hides_contrast
 from attacks.labels import Labels, infer_labels, known_labels, start_logits
 from attacks.local_steps import LocalSteps, local_steps
 from attacks.simulator import ClientSimulator
@@ -104,6 +106,16 @@ class Targets:
     except KeyError:
       raise UserError(f'--rounds: {name} took no part in round {observation.round_num}') from None
 
+  @functools.cached_property
+  def hidden_contrast(self) -> float | None:
+    """Contrast of the public mean image if the model's gradient does not show any; else None."""
+    center = self._config.box.center
+    noise = tf.random.stateless_normal(self.public_mean_image.shape, (0, 1), alg='philox').numpy()
+    image = np.clip(self.public_mean_image + 0.1 * noise, 0, 1)
+    if not hides_contrast(self.simulators[0], image, center):
+      return None
+    return float(np.sqrt(np.mean(np.square(self.public_mean_image - center))))
+
   def check(self, target: Target) -> None:
     """Raises TargetFailed if its update cannot be attacked."""
     for client in target.clients:
@@ -153,12 +165,13 @@ class Targets:
   def statistics(self, targets: Sequence[Target]) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:
     """Batch statistics that the targets shared in the first round, per layer [T, channels] each.
 
-    Empty if the prior on them has no weight, or is not required and a target has none.
+    Empty if there are no targets, or the prior on them has no weight, or is not required and a
+    target has none.
 
     Raises:
       UserError: If they are required, but a target shared none, or took more than one step.
     """
-    if not self._config.batch_norm_statistics.weight:
+    if not targets or not self._config.batch_norm_statistics.weight:
       return ()
     found = []
     for target in targets:

@@ -60,6 +60,11 @@ def threat_model(
   if config.batch_norm_statistics.weight and not only_aggregate and _shared_statistics(observation):
     priors.append('the BatchNorm statistics that the client shared')
   facts.append(f'Its prior is {", ".join([*priors, "pixel values within the known range"])}.')
+  if config.hold_contrast:
+    facts.append(
+      'Where the update does not show how much contrast an image has, it assumes that of the public'
+      ' mean image.'
+    )
   facts.append('It does not use what is public of the defence: it attacks as if there were none.')
   return facts
 

@@ -75,6 +75,12 @@ _FIELDS: dict[str, tuple[str, str | None, Callable[..., Any], str]] = {
     flags.DEFINE_float,
     "Adam's, before the schedule.",
   ),
+  'hold_contrast': (
+    'hold_contrast',
+    None,
+    flags.DEFINE_bool,
+    "Where the update does not show the contrast: the public mean image's.",
+  ),
   'signed': ('optimizer', 'signed', flags.DEFINE_bool, "Only the gradient's sign is used."),
   'warm_up': ('schedule', 'warm_up', flags.DEFINE_integer, 'Iterations of linear warm-up.'),
   'langevin': ('langevin', None, flags.DEFINE_float, 'Noise added to every step.'),
