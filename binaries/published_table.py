@@ -6,7 +6,7 @@ them and with a matching loss that is differentiated, and under ours. Scored str
 published evaluation does; intervals are of the region PSNR's paired change against no defence.
 Utility: 9 clients, full local epochs of batches of 8, BatchNorm aggregated; F1 on test after the
 last round. Cost: seconds of a round over those of an undefended one, both in one process, while the
-shadow learns and afterwards.
+shadow learns and afterwards; and each step of the method over a gradient of the local training.
 
 All is kept in --cache_dir as it comes, so that an interrupted run continues; the table is joined
 from what is there. Needs a generator for each data set (`make generator`).
@@ -238,13 +238,22 @@ def _compute_cost(table: RowCache) -> None:
       settings = TrainingSettings(_COST_ROUNDS, _UTILITY, observed_rounds=(), defense=defense)
       with tempfile.TemporaryDirectory() as directory:
         took: list[float] = []
-        _run(data, _model(data, 0, 'batch'), settings, pathlib.Path(directory), took)
+        run = _run(data, _model(data, 0, 'batch'), settings, pathlib.Path(directory), took)
       # The first two rounds trace, and the last one evaluates.
       seconds[name] = float(np.median(took[2:-1]))
+      if name == 'learning':
+        shadows = run.shadows
     ratios = {name: f'{seconds[name] / seconds["none"]:.2f}' for name in ('learning', 'later')}
     table.add([{'dataset': dataset, **ratios}])
     for name, ratio in ratios.items():
       print(f'BENCH published_{name}_over_none_{dataset} {ratio}')
+    client_id = next(iter(data.clients))
+    steps = shadows.step_seconds(client_id, _UTILITY.batch_size)
+    for name in (name for name in steps if name != 'gradient'):
+      print(f'BENCH published_{name}_over_gradient_{dataset} {steps[name] / steps["gradient"]:.2f}')
+    print(
+      f'BENCH published_state_mib_a_client_{dataset} {shadows.state_bytes(client_id) / 2**20:.2f}'
+    )
 
 
 def _observe(dataset, seed, norm, variant):
@@ -262,7 +271,7 @@ def _observe(dataset, seed, norm, variant):
     return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
 
 
-def _run(data, model, settings, run_dir, seconds: list[float] | None = None) -> None:
+def _run(data, model, settings, run_dir, seconds: list[float] | None = None) -> TrainingRun:
   run = TrainingRun(
     data,
     model,
@@ -273,6 +282,7 @@ def _run(data, model, settings, run_dir, seconds: list[float] | None = None) -> 
   )
   collect = (lambda report: None) if seconds is None else lambda r: seconds.append(r.seconds)
   run.train(resume=False, report=collect)
+  return run
 
 
 def _defense(

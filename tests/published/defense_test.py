@@ -301,3 +301,25 @@ def test_public_settings_hold_no_secret_and_no_shadow():
   assert public['name'] == 'published'
   assert public['amplitude'] == 0.19
   assert not any(isinstance(v, (bytes, tf.keras.Model)) for v in tff.structure.flatten(public) if v)
+
+
+def test_cost_of_the_steps_changes_nothing(tmp_path):
+  shadows = _shadows(tmp_path)
+  shadows.fit_latents()
+  _prepare(shadows, 1)
+  seconds = shadows.step_seconds('client_0', 4, repeats=1)
+  assert set(seconds) == {
+    'pseudo_step',
+    'shadow_update',
+    'exposure',
+    'grad_cam',
+    'noise',
+    'gradient',
+  }
+  assert all(value > 0 for value in seconds.values())
+  # Six maps and latents, and the weights of the shadow's last layer.
+  assert shadows.state_bytes('client_0') == 6 * (64 * 4 + 6 * 4 + 1) + (7 + 1) * 64 * 4
+  other = _shadows(tmp_path / 'other')
+  other.fit_latents()
+  _prepare(other, 1)
+  np.testing.assert_allclose(_prepare(shadows, 2)[0], _prepare(other, 2)[0], atol=1e-6)

@@ -96,6 +96,11 @@ class TrainingRun:
     self._validation_images = data.validation.float_images()
     self._public_mean_image = self._validation_images.mean(axis=0)
 
+  @property
+  def shadows(self) -> ClientShadows | None:
+    """The clients' side of the published defence; None without it."""
+    return self._shadows
+
   def train(
     self,
     *,

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -282,6 +283,49 @@ class ClientShadows:
       figures['shadow/psnr'] = float(np.mean(-10 * np.log10(errors)))
     return images, figures
 
+  def step_seconds(self, client_id: str, batch_size: int, repeats: int = 5) -> dict[str, float]:
+    """What each step costs on one batch of a client's images; nothing that is kept changes.
+
+    Args:
+      client_id: Has at least `batch_size` images and its latents.
+      batch_size: Images.
+      repeats: Of which the median is taken, after one that is not counted.
+
+    Returns:
+      Seconds by step: 'pseudo_step' (2), 'shadow_update' (3, all its steps of Adam), 'exposure'
+      (4), 'grad_cam' (6), 'noise' (6 and 7) and, for comparison, 'gradient', that of the client's
+      own local step.
+    """
+    chosen = np.arange(batch_size)
+    pixels, labels = _batch(self._data.clients[client_id], chosen)
+    latents = tf.constant(self._latents[client_id][:batch_size])
+    target = self._pseudo_step(pixels, labels)
+    maps, _ = self._expose(pixels, latents)
+    rate = tf.constant(self._settings.shadow_rate(batch_size))
+    keys, one = tf.zeros((batch_size, 2), tf.int32), tf.constant(0.1)
+    steps = {
+      'pseudo_step': lambda: self._pseudo_step(pixels, labels),
+      'exposure': lambda: self._expose(pixels, latents),
+      'grad_cam': lambda: self._region_map(pixels, labels),
+      'noise': lambda: self._finish(pixels, maps, pixels[..., :1], keys, one, one),
+      'gradient': lambda: self._gradients(pixels, labels),
+    }
+    if self._settings.update_shadow:
+      steps['shadow_update'] = lambda: self._update_shadow(pixels, labels, latents, target, rate)
+    models = (self._local, self._generator)
+    before = [model.get_weights() for model in models]
+    try:
+      return {name: _median_seconds(step, repeats) for name, step in steps.items()}
+    finally:
+      for model, weights in zip(models, before, strict=True):
+        model.set_weights(weights)
+
+  def state_bytes(self, client_id: str) -> int:
+    """Memory of what a client keeps: latents, maps and weights of its shadow."""
+    state = self._states[client_id]
+    arrays = (self._latents[client_id], state.maps, state.has_map, *state.synthesis)
+    return sum(array.nbytes for array in arrays)
+
   def commit(self) -> None:
     """Ends a round that succeeded: the clients keep what they prepared for it."""
     self._states.update(self._pending)
@@ -459,6 +503,15 @@ class ClientShadows:
         f'--generator gives images of shape {shape}, the data has {tuple(data.image_shape)}; train'
         ' one with the same --image_size and --color'
       )
+
+
+def _median_seconds(step: Callable[[], Any], repeats: int) -> float:
+  took = []
+  for _ in range(1 + repeats):
+    begin = time.perf_counter()
+    step()
+    took.append(time.perf_counter() - begin)
+  return float(np.median(took[1:]))
 
 
 def _copy(model: tf.keras.Model) -> tf.keras.Model:
