@@ -3,7 +3,8 @@
 Protection: 16 clients that send one step on one image in round 1, without normalisation and with
 BatchNorm whose statistics are sent, under the published attacks, as their authors' code computes
 them and with a matching loss that is differentiated, and under ours. Scored strictly and as the
-published evaluation does; intervals are of the region PSNR's paired change against no defence.
+published evaluation does; change and interval are of the region PSNR, paired by image, against no
+defence.
 Utility: 9 clients, full local epochs of batches of 8, BatchNorm aggregated; F1 on test after the
 last round. Cost: seconds of a round over those of an undefended one, both in one process, while the
 shadow learns and afterwards; and each step of the method over a gradient of the local training.
@@ -111,6 +112,7 @@ _COLUMNS = (
   'scoring',
   *_METRICS,
   'f1',
+  'region_psnr_change',
   'ci95_low',
   'ci95_high',
   'images',
@@ -357,6 +359,7 @@ def _join(protection: list[dict], utility: list[dict], cost: list[dict]) -> list
         'scoring': scoring,
         **{name: f'{value:.3f}' for name, value in zip(_METRICS, means, strict=True)},
         'f1': f'{np.mean(own_f1):.4f}' if own_f1 else '',
+        'region_psnr_change': '' if interval is None else f'{interval.mean:.2f}',
         'ci95_low': '' if interval is None or interval.low is None else f'{interval.low:.2f}',
         'ci95_high': '' if interval is None or interval.high is None else f'{interval.high:.2f}',
         'images': len(found),

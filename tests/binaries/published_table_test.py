@@ -53,6 +53,7 @@ def test_rows_are_paired_with_no_defense():
   own = found['published', '', 'strict']
   assert own['region_psnr'] == '22.500'
   # Changes of -2, -1, -3 and -4 dB.
+  assert own['region_psnr_change'] == '-2.50'
   assert float(own['ci95_low']) < -2.5 < float(own['ci95_high']) < 0
   assert (own['images'], own['seeds'], own['f1'], own['round_cost_ratio']) == (
     4,
