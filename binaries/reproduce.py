@@ -7,6 +7,7 @@ is, and results.csv and utility.csv in --output_dir for what came out. Each part
 that an interrupted experiment goes on.
 """
 
+import dataclasses
 import functools
 import logging
 import pathlib
@@ -123,12 +124,7 @@ def _plan() -> reproduction.Plan:
       for name in reproduction.ATTACKS
       if _GENERATOR.value or not reproduction.PRESETS[name].needs_generator
     ]
-  published = None
-  if 'published' in _DEFENSES.value:
-    settings = published_flags.published_settings()
-    published_flags.check_generator()
-    published = functools.partial(published_flags.published_defense, settings, seed=_SEED.value)
-  return reproduction.Plan(
+  plan = reproduction.Plan(
     dataset=_DATASET.value,
     data_dir=_DATA_DIR.value,
     image_size=_IMAGE_SIZE.value or (32 if _DATASET.value in EMBEDDED else 224),
@@ -137,10 +133,15 @@ def _plan() -> reproduction.Plan:
     seed=_SEED.value,
     attacks=tuple(attacks),
     generator=_GENERATOR.value,
-    published=published,
     max_iterations=_MAX_ITERATIONS.value,
     exact_steps=_EXACT_STEPS.value,
   )
+  if 'published' not in _DEFENSES.value:
+    return plan
+  settings = published_flags.published_settings()
+  published_flags.check_generator()
+  make = functools.partial(published_flags.published_defense, settings, seed=_SEED.value)
+  return dataclasses.replace(plan, published=make)
 
 
 def _is_number(value: object) -> bool:
