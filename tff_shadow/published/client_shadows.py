@@ -141,7 +141,8 @@ class ClientShadows:
             client_id, self._latents[client_id], digests[client_id], self._generator_digest
           )
         done += len(digests[client_id])
-      report(done)
+      if len(missing) < sum(len(digests[client_id]) for client_id in group):
+        report(done)
 
   def _groups(self) -> list[list[str]]:
     """Clients side by side until they have enough images to be worth a trace of their own."""
