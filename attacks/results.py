@@ -9,12 +9,24 @@ from typing import Any, Literal
 import numpy as np
 
 from tff_shadow.errors import UserError
-from tff_shadow.observations import load_tensors, save_tensors
+from tff_shadow.observations import Observation, load_tensors, save_tensors
 
 _FORMAT = 'tff-shadow-attack'
 _VERSION = 1
 RESULT = 'result.json'
 RECONSTRUCTIONS = 'reconstructions.safetensors'
+
+
+def described(observation: Observation) -> dict[str, Any]:
+  """What an attack's config.json says of the run that it attacked, as plain JSON values."""
+  return {
+    'dataset': observation.dataset,
+    'model': observation.model_name,
+    'defense': observation.defense.get('name', 'none'),
+    'batch_norm_sharing': observation.batch_norm_sharing,
+    'image_shape': list(observation.image_shape),
+    'num_classes': len(observation.class_names),
+  }
 
 
 @dataclasses.dataclass(frozen=True)

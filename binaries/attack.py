@@ -13,7 +13,7 @@ from absl import flags
 
 from attacks.analytic_attack import recover_observation
 from attacks.engine import AttackProgress, attack_observation
-from attacks.results import TargetResult, read_results, write_results
+from attacks.results import TargetResult, described, read_results, write_results
 from attacks.threads import share_cores
 from attacks.threat_model import threat_model, warnings
 from binaries import attack_flags, command
@@ -102,12 +102,7 @@ def main() -> None:
     'rounds': [seen.round_num for seen in observations],
     'threat_model': sentences,
     'versions': command.versions(),
-    'dataset': observation.dataset,
-    'model': observation.model_name,
-    'defense': observation.defense.get('name', 'none'),
-    'batch_norm_sharing': observation.batch_norm_sharing,
-    'image_shape': list(observation.image_shape),
-    'num_classes': len(observation.class_names),
+    **described(observation),
   }
   output = run_dir / 'attacks' / _NAME.value
   # Seconds, and it may refuse the model: before anything is made.

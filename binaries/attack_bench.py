@@ -12,7 +12,6 @@ on a new batch each; '2epochs', two batches, two times each, in orders the serve
 Rows that the file has already are kept, so that an interrupted run continues.
 """
 
-import csv
 import dataclasses
 import itertools
 import pathlib
@@ -34,6 +33,7 @@ from attacks.scoring.statistics import mean_interval
 from attacks.threads import share_cores
 from binaries import command
 from binaries.progress import Progress
+from binaries.tables import read_rows, write_table
 from tff_shadow.data import EMBEDDED, Partition, load
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
@@ -94,7 +94,7 @@ def main() -> None:
   """Fills the table row by row."""
   _check_flags()
   path = pathlib.Path(_OUTPUT.value)
-  rows = _read_rows(path)
+  rows = read_rows(path)
   done = {tuple(row[name] for name in _KEY) for row in rows}
   models = [
     (norm, sharing)
@@ -116,7 +116,7 @@ def main() -> None:
           # Cells of the same round follow each other; one at a time is kept.
           observed = {round_key: _round(*round_key)}
         rows.append(dict(zip(_KEY, key, strict=True)) | _attack(preset, *observed[round_key]))
-        _write_rows(path, rows)
+        write_table(path, _COLUMNS, rows)
       progress.update(count + 1, ' '.join((dataset, norm, sharing, steps, batch, preset)))
 
 
@@ -204,24 +204,6 @@ def _qualities(images: np.ndarray, own: Truth) -> list[Quality]:
   return [measure(*triple) for triple in zip(matched, own.images, own.regions, strict=True)]
 
 
-def _read_rows(path: pathlib.Path) -> list[dict]:
-  if not path.exists():
-    return []
-  with path.open() as file:
-    return list(csv.DictReader(line for line in file if not line.startswith('#')))
-
-
-def _write_rows(path: pathlib.Path, rows: list[dict]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  with temporary.open('w', newline='') as file:
-    file.write(f'# command: {command.command_line()}\n')
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-  temporary.replace(path)
-
-
 def _check_flags() -> None:
   for name, given, allowed in (
     ('datasets', _DATASETS.value, EMBEDDED),
@@ -231,9 +213,7 @@ def _check_flags() -> None:
     ('batch_norm_sharings', _SHARING.value, BATCH_NORM_SHARING),
     ('model', [_MODEL.value], MODELS),
   ):
-    for value in given:
-      if value not in allowed:
-        raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
+    command.check_choices(name, given, allowed)
   for value in _BATCHES.value:
     if not value.isdecimal() or not 1 <= int(value) <= 16:
       raise UserError(f'--batches={value}: must be numbers from 1 to 16')

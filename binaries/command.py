@@ -6,7 +6,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import app, flags, logging
@@ -51,6 +51,14 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(1)
 
   app.run(wrapped, flags_parser=parse)
+
+
+def check_choices(name: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+  """Raises `UserError` for the first value of the flag `name` that is not among `allowed`."""
+  allowed = list(allowed)
+  for value in given:
+    if value not in allowed:
+      raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
 
 
 def flag_values(module: Any) -> dict[str, Any]:

@@ -30,9 +30,17 @@ from attacks.scoring.metrics import measure
 from attacks.threads import share_cores
 from binaries import command, frontier_plot
 from binaries.progress import Progress
+from binaries.small_federation import (
+  ATTACKED_TRAINING,
+  UTILITY_ROUNDS,
+  UTILITY_TRAINING,
+  attacked_data,
+  small_model,
+  utility_data,
+)
 from binaries.tables import RowCache, write_table
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
-from tff_shadow.data import EMBEDDED, FederatedData, Partition, load
+from tff_shadow.data import EMBEDDED
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
@@ -43,9 +51,7 @@ from tff_shadow.learning import (
   estimate_batch_norm_statistics,
   evaluate,
 )
-from tff_shadow.models import build_model
 from tff_shadow.observations import (
-  ClientTraining,
   Observation,
   Truth,
   WeightArrays,
@@ -74,13 +80,6 @@ _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
 # Group normalisation takes twice the time of a step and more rounds.
 _NORM, _BATCH_NORM_SHARING = 'batch', 'local'
-_UTILITY = ClientTraining('sgd', 0.1, 0.0, 8, 1, None)
-_ATTACKED = ClientTraining('sgd', 0.05, 0.0, 1, 1, 1)
-_IMAGES = 16
-# The federation of a utility run: images of each client, and rounds, more than the undefended F1
-# needs to level off. The phantoms are learned late.
-_CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 64, 'histology_patches': 32}
-_ROUNDS = {'chest_phantom': 60, 'fundus_patches': 24, 'histology_patches': 12}
 _NONE = 'none'
 
 _KEY = ('dataset', 'seed', 'shape', 'strength')
@@ -193,12 +192,11 @@ def _defences() -> list[tuple[str, str]]:
 
 def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
   """Test F1, mean over the last rounds, and validation F1 after each round."""
-  sizes = '/'.join([str(_CLIENT_IMAGES[dataset])] * 9)
-  data = _load(dataset, f'sizes:{sizes}', seed)
-  model = _model(data, seed, _NORM)
-  rounds = _ROUNDS[dataset]
+  data = utility_data(dataset, seed)
+  model = small_model(data, seed, _NORM)
+  rounds = UTILITY_ROUNDS[dataset]
   settings = TrainingSettings(
-    rounds, _UTILITY, observed_rounds=(), seed=seed, batch_norm_sharing=_BATCH_NORM_SHARING
+    rounds, UTILITY_TRAINING, observed_rounds=(), seed=seed, batch_norm_sharing=_BATCH_NORM_SHARING
   )
   test_images = data.test.float_images()
   validation, test = [], []
@@ -224,7 +222,7 @@ def _protection(dataset, seed, keys):
 
   Noise that is added is proportional to its strength, so one run with strength 1 stands for all.
   """
-  data = _load(dataset, f'iid:{_IMAGES}', seed)
+  data = attacked_data(dataset, seed)
   clean, truth = _observe(data, seed, None)
   observe = functools.cache(lambda shape, unit: _observe(data, seed, _noise(shape, unit))[0])
   for shape, strength in keys:
@@ -263,8 +261,8 @@ def with_noise_scaled(clean: Observation, noised: Observation, factor: float) ->
 def _observe(data, seed, noise) -> tuple[Observation, dict[str, Truth]]:
   with tempfile.TemporaryDirectory() as name:
     run_dir = pathlib.Path(name)
-    settings = TrainingSettings(1, _ATTACKED, observed_rounds=(1,), seed=seed)
-    _run(data, _model(data, seed, 'none'), settings, noise, True, run_dir, lambda report: None)
+    settings = TrainingSettings(1, ATTACKED_TRAINING, observed_rounds=(1,), seed=seed)
+    _run(data, small_model(data, seed, 'none'), settings, noise, True, run_dir, lambda report: None)
     observation = read_observation(run_dir / 'observations' / round_directory_name(1))
     return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
 
@@ -276,20 +274,6 @@ def _run(data, model, settings, noise, frozen, run_dir, report) -> None:
     settings = dataclasses.replace(settings, defense=defense)
   TrainingRun(data, model, settings, run_dir, save_every_rounds=settings.rounds).train(
     resume=False, report=report
-  )
-
-
-def _load(dataset: str, partition: str, seed: int) -> FederatedData:
-  return load(dataset, image_size=32, partition=Partition.parse(partition), seed=seed)
-
-
-def _model(data: FederatedData, seed: int, norm):
-  return build_model(
-    'conv_small',
-    image_shape=tuple(data.image_shape),
-    num_classes=data.num_classes,
-    norm=norm,
-    seed=seed,
   )
 
 
@@ -332,9 +316,7 @@ def _check_flags() -> None:
     ('freshness', _FRESHNESS.value, ('frozen', 'fresh')),
     ('parts', _PARTS.value, ('utility', 'protection')),
   ):
-    for value in given:
-      if value not in allowed:
-        raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
+    command.check_choices(name, given, allowed)
   for value in _STRENGTHS.value:
     try:
       _strength(value)

@@ -4,13 +4,13 @@ PSNR in dB of unseen images, mean over images: of the mean training image, after
 at the published learning rate and at the chosen one, and each after the weight steps that follow.
 """
 
-import csv
 import json
 import pathlib
 
 from absl import flags
 
 from binaries import command, run_directory
+from binaries.tables import write_table
 from tff_shadow.errors import UserError
 
 _RUN_DIRS = flags.DEFINE_list('run_dirs', [], 'Run directories, in the order of the rows.')
@@ -39,12 +39,7 @@ def main() -> None:
     raise UserError('--run_dirs is required: run directories of tff-shadow-train-shadow')
   rows = [row for name in _RUN_DIRS.value for row in _rows(pathlib.Path(name))]
   path = pathlib.Path(_OUTPUT.value)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w', newline='') as file:
-    file.write(f'# command: {command.command_line()}\n')
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
+  write_table(path, _COLUMNS, rows)
   print(path.read_text(), end='')
 
 

@@ -32,14 +32,21 @@ from attacks.scoring.statistics import mean_interval
 from attacks.threads import share_cores
 from binaries import command
 from binaries.progress import Progress
+from binaries.small_federation import (
+  ATTACKED_TRAINING,
+  UTILITY_ROUNDS,
+  UTILITY_TRAINING,
+  attacked_data,
+  small_model,
+  utility_data,
+)
 from binaries.tables import RowCache, write_table
-from tff_shadow.data import EMBEDDED, FederatedData, Partition, load
+from tff_shadow.data import EMBEDDED, FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import TrainingRun, TrainingSettings, evaluate
-from tff_shadow.models import build_model, load_generator
+from tff_shadow.models import load_generator
 from tff_shadow.observations import (
-  ClientTraining,
   read_observation,
   read_truth,
   round_directory_name,
@@ -91,11 +98,6 @@ _LATENT_LEARNING_RATE = flags.DEFINE_float(
   'latent_learning_rate', 0.1, 'Of fitting a latent; the published 1e-3 hardly moves it.'
 )
 
-_UTILITY = ClientTraining('sgd', 0.1, 0.0, 8, 1, None)
-_ATTACKED = ClientTraining('sgd', 0.05, 0.0, 1, 1, 1)
-_IMAGES, _CLIENTS = 16, 9
-_CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 64, 'histology_patches': 32}
-_ROUNDS = {'chest_phantom': 60, 'fundus_patches': 24, 'histology_patches': 12}
 _COST_ROUNDS = 6
 
 _KEY = ('dataset', 'seed', 'variant')
@@ -157,10 +159,11 @@ def _compute_utility(table: RowCache) -> None:
   with Progress('utility', len(cells), 'cells') as progress:
     for count, (seed, dataset, variant) in enumerate(cells):
       if (dataset, str(seed), variant) not in done:
-        sizes = '/'.join([str(_CLIENT_IMAGES[dataset])] * _CLIENTS)
-        data = _load(dataset, f'sizes:{sizes}', seed)
-        model = _model(data, seed, 'batch')
-        settings = TrainingSettings(_ROUNDS[dataset], _UTILITY, observed_rounds=(), seed=seed)
+        data = utility_data(dataset, seed)
+        model = small_model(data, seed, 'batch')
+        settings = TrainingSettings(
+          UTILITY_ROUNDS[dataset], UTILITY_TRAINING, observed_rounds=(), seed=seed
+        )
         settings = dataclasses.replace(settings, defense=_defense(dataset, data, variant, seed))
         with tempfile.TemporaryDirectory() as name:
           _run(data, model, settings, pathlib.Path(name))
@@ -228,8 +231,7 @@ def _compute_cost(table: RowCache) -> None:
   for dataset in _DATASETS.value:
     if (dataset,) in done:
       continue
-    sizes = '/'.join([str(_CLIENT_IMAGES[dataset])] * _CLIENTS)
-    data = _load(dataset, f'sizes:{sizes}', 0)
+    data = utility_data(dataset, 0)
     seconds = {}
     for name, variant, changes in (
       ('none', 'none', {}),
@@ -237,10 +239,12 @@ def _compute_cost(table: RowCache) -> None:
       ('later', 'published', {'shadow_rounds': 1}),
     ):
       defense = _defense(dataset, data, variant, 0, **changes)
-      settings = TrainingSettings(_COST_ROUNDS, _UTILITY, observed_rounds=(), defense=defense)
+      settings = TrainingSettings(
+        _COST_ROUNDS, UTILITY_TRAINING, observed_rounds=(), defense=defense
+      )
       with tempfile.TemporaryDirectory() as directory:
         took: list[float] = []
-        run = _run(data, _model(data, 0, 'batch'), settings, pathlib.Path(directory), took)
+        run = _run(data, small_model(data, 0, 'batch'), settings, pathlib.Path(directory), took)
       # The first two rounds trace, and the last one evaluates.
       seconds[name] = float(np.median(took[2:-1]))
       if name == 'learning':
@@ -250,7 +254,7 @@ def _compute_cost(table: RowCache) -> None:
     for name, ratio in ratios.items():
       print(f'BENCH published_{name}_over_none_{dataset} {ratio}')
     client_id = next(iter(data.clients))
-    steps = shadows.step_seconds(client_id, _UTILITY.batch_size)
+    steps = shadows.step_seconds(client_id, UTILITY_TRAINING.batch_size)
     for name in (name for name in steps if name != 'gradient'):
       print(f'BENCH published_{name}_over_gradient_{dataset} {steps[name] / steps["gradient"]:.2f}')
     print(
@@ -259,16 +263,16 @@ def _compute_cost(table: RowCache) -> None:
 
 
 def _observe(dataset, seed, norm, variant):
-  data = _load(dataset, f'iid:{_IMAGES}', seed)
+  data = attacked_data(dataset, seed)
   # Clients hold more than the one image they use; a latent is fitted for that one alone.
   data = dataclasses.replace(
     data, clients={name: examples.take([0]) for name, examples in data.clients.items()}
   )
-  settings = TrainingSettings(1, _ATTACKED, observed_rounds=(1,), seed=seed)
+  settings = TrainingSettings(1, ATTACKED_TRAINING, observed_rounds=(1,), seed=seed)
   settings = dataclasses.replace(settings, defense=_defense(dataset, data, variant, seed))
   with tempfile.TemporaryDirectory() as name:
     run_dir = pathlib.Path(name)
-    _run(data, _model(data, seed, norm), settings, run_dir)
+    _run(data, small_model(data, seed, norm), settings, run_dir)
     observation = read_observation(run_dir / 'observations' / round_directory_name(1))
     return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
 
@@ -311,20 +315,6 @@ def _generator_path(dataset: str) -> str:
   if not pathlib.Path(path).is_file():
     raise UserError(f'--generators: {path} is missing; `make generator` makes it')
   return path
-
-
-def _load(dataset: str, partition: str, seed: int) -> FederatedData:
-  return load(dataset, image_size=32, partition=Partition.parse(partition), seed=seed)
-
-
-def _model(data: FederatedData, seed: int, norm):
-  return build_model(
-    'conv_small',
-    image_shape=tuple(data.image_shape),
-    num_classes=data.num_classes,
-    norm=norm,
-    seed=seed,
-  )
 
 
 def _join(protection: list[dict], utility: list[dict], cost: list[dict]) -> list[dict]:
@@ -386,9 +376,7 @@ def _check_flags() -> None:
     ('norms', _NORM.value, ('none', 'batch', 'group')),
     ('parts', _PARTS.value, ('utility', 'protection', 'cost')),
   ):
-    for value in given:
-      if value not in allowed:
-        raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
+    command.check_choices(name, given, allowed)
 
 
 def run() -> None:

@@ -86,9 +86,7 @@ _MAY_CHANGE = frozenset(
 def main() -> None:
   """Runs what is missing and prints the tables."""
   plan = _plan()
-  for name in _DEFENSES.value:
-    if name not in reproduction.DEFENSES:
-      raise UserError(f'--defenses={name}: use some of {", ".join(reproduction.DEFENSES)}')
+  command.check_choices('defenses', _DEFENSES.value, reproduction.DEFENSES)
   if not _DEFENSES.value:
     raise UserError(f'--defenses: name at least one of {", ".join(reproduction.DEFENSES)}')
   perceptual = None

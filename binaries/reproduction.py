@@ -11,11 +11,9 @@ and simulates all steps of clients that took few.
 `OUTPUT/DEFENCE` is a run directory like those of tff-shadow-train and tff-shadow-attack.
 """
 
-import csv
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +24,7 @@ import tensorflow as tf
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation
 from attacks.presets import PRESETS
-from attacks.results import read_results, write_results
+from attacks.results import described, read_results, write_results
 from attacks.scoring import results
 from attacks.scoring.gate import better_control
 from attacks.scoring.identification import KS, original_ranks
@@ -37,6 +35,7 @@ from attacks.scoring.scores import ImageScore, score, write_scores
 from attacks.threat_model import threat_model
 from binaries import command
 from binaries.progress import Progress
+from binaries.tables import write_rows
 from tff_shadow.data import (
   EMBEDDED,
   PUBLISHED_SETS,
@@ -159,9 +158,8 @@ class Plan:
       )
     if not 0 < self.scale <= 1:
       raise UserError(f'--scale={self.scale}: must be above 0 and at most 1')
+    command.check_choices('attacks', self.attacks, ATTACKS)
     for name in self.attacks:
-      if name not in ATTACKS:
-        raise UserError(f'--attacks={name}: use some of {", ".join(ATTACKS)}')
       if PRESETS[name].needs_generator and not self.generator:
         raise UserError(f'--attacks={name}: needs --generator')
 
@@ -395,12 +393,7 @@ def _write_attack_config(directory, name, observation, seen, config, labels) -> 
     'round': observation.round_num,
     'threat_model': sentences,
     'versions': command.versions(),
-    'dataset': observation.dataset,
-    'model': observation.model_name,
-    'defense': observation.defense.get('name', 'none'),
-    'batch_norm_sharing': observation.batch_norm_sharing,
-    'image_shape': list(observation.image_shape),
-    'num_classes': len(observation.class_names),
+    **described(observation),
   }
   command.write_json(directory / 'config.json', document)
 
@@ -533,26 +526,21 @@ def run(
     train(plan, data, defense, run_dir)
     test = results.read_json(run_dir / 'test.json')
     utility.append({'dataset': plan.dataset, 'defense': defense, **test})
-    write_table(output_dir / 'utility.csv', utility)
+    _write_table(output_dir / 'utility.csv', utility, list(utility[0]))
     for round_num in plan.observed_rounds:
       for name in plan.attacks:
         directory = attack(plan, name, round_num, run_dir)
         rows += score_attack(plan, data, directory, perceptual)
-        write_table(output_dir / 'results.csv', rows, COLUMNS)
+        _write_table(output_dir / 'results.csv', rows, COLUMNS)
   return rows, utility
 
 
-def write_table(
-  path: pathlib.Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None
+def _write_table(
+  path: pathlib.Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]
 ) -> None:
-  """Writes a CSV file, whole or not at all; what does not exist is an empty cell."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', newline='') as file:
-    writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-  os.replace(temporary, path)
+  """What does not exist is an empty cell."""
+  cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+  write_rows(path, columns, cells)
 
 
 def printed(rows: Sequence[dict[str, Any]]) -> str:
@@ -577,7 +565,7 @@ def _write_lenient(path: pathlib.Path, scores: Sequence[LenientScore]) -> None:
     | {'rdlv': row.rdlv, 'rank': row.rank}
     for row in scores
   ]
-  write_table(path, rows, columns)
+  _write_table(path, rows, columns)
 
 
 def _spread(examples: Examples, count: int) -> Examples:

@@ -14,29 +14,37 @@ class RowCache:
   def __init__(self, path: pathlib.Path, columns: Sequence[str]):
     """Reads what is there."""
     self._path, self._columns = path, columns
-    self.rows: list[dict[str, str]] = []
-    if path.exists():
-      with path.open() as file:
-        self.rows = list(csv.DictReader(file))
+    self.rows = read_rows(path)
 
   def add(self, rows: Sequence[dict[str, Any]]) -> None:
     """Adds `rows`; what else they hold than the columns is left out."""
     self.rows += [{name: str(row[name]) for name in self._columns} for row in rows]
-    _write(self._path, self._columns, self.rows, '')
+    write_rows(self._path, self._columns, self.rows)
 
   def done(self, columns: Sequence[str]) -> set[tuple[str, ...]]:
     """The values of `columns` that have rows."""
     return {tuple(row[name] for name in columns) for row in self.rows}
 
 
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+  """The rows of a cache or a table; none if there is no such file."""
+  if not path.exists():
+    return []
+  with path.open() as file:
+    return list(csv.DictReader(line for line in file if not line.startswith('#')))
+
+
 def write_table(path: pathlib.Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
   """Writes a table below a line with the command that made it."""
-  _write(path, columns, rows, f'# command: {command.command_line()}\n')
+  write_rows(path, columns, rows, head=f'# command: {command.command_line()}\n')
 
 
-def _write(path, columns, rows, head) -> None:
+def write_rows(
+  path: pathlib.Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], *, head: str = ''
+) -> None:
+  """Writes `head` and a CSV file below it, whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
+  temporary = path.with_name(path.name + '.tmp')
   with temporary.open('w', newline='') as file:
     file.write(head)
     writer = csv.DictWriter(file, columns, lineterminator='\n')
