@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from tff_shadow.errors import UserError
 from tff_shadow.models import (
+  check_running_statistics,
   collect_statistics,
   inputs_of_layers,
   model_from_config,
@@ -46,12 +47,7 @@ def observed_statistics(
   layers = training_batch_norm_layers(model)
   if not layers:
     return None
-  for layer in layers:
-    if layer.renorm or layer.virtual_batch_size or not 0 <= layer.momentum < 1:
-      raise UserError(
-        f'model: BatchNorm layer {layer.name!r} keeps no plain running mean of its batches (renorm,'
-        ' virtual batches or momentum outside [0, 1)), so its statistics cannot be matched'
-      )
+  check_running_statistics(model)
   variables = model.non_trainable_variables
   before = observation.global_weights.non_trainable
   # Only floating-point ones are sent back; not the state of a random generator.

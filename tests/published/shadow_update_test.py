@@ -3,7 +3,12 @@ import pytest
 import tensorflow as tf
 
 from tff_shadow.errors import UserError
-from tff_shadow.models import classification_loss, collect_statistics, freeze_batch_norm
+from tff_shadow.models import (
+  check_running_statistics,
+  classification_loss,
+  collect_statistics,
+  freeze_batch_norm,
+)
 from tff_shadow.published import shadow_update
 from tff_shadow.published.settings import PublishedSettings
 
@@ -78,7 +83,7 @@ class TestPseudoStep:
       [tf.keras.Input((8, 8, 3)), tf.keras.layers.BatchNormalization(renorm=True)]
     )
     with pytest.raises(UserError, match='keeps no plain running mean'):
-      shadow_update.check_batch_norm(model)
+      check_running_statistics(model)
 
 
 class TestLoss:

@@ -2,6 +2,7 @@
 
 from tff_shadow.models.batch_norm import (
   Statistics,
+  check_running_statistics,
   collect_statistics,
   inputs_of_layers,
   training_batch_norm_layers,
@@ -28,6 +29,7 @@ __all__ = [
   'batch_norm_layers',
   'build_model',
   'check_model',
+  'check_running_statistics',
   'classification_loss',
   'collect_statistics',
   'freeze_batch_norm',

@@ -97,3 +97,17 @@ def training_batch_norm_layers(model: tf.keras.Model) -> list[tf.keras.layers.Ba
   A frozen one ignores the batch, and its running statistics stay.
   """
   return [layer for layer in batch_norm_layers(model) if layer.trainable]
+
+
+def check_running_statistics(model: tf.keras.Model) -> None:
+  """Checks that batch statistics can be recovered from the change of the running ones.
+
+  Raises:
+    UserError: Unless every BatchNorm layer that trains keeps a plain running mean of its batches.
+  """
+  for layer in training_batch_norm_layers(model):
+    if layer.renorm or layer.virtual_batch_size or not 0 <= layer.momentum < 1:
+      raise UserError(
+        f'model: BatchNorm layer {layer.name!r} keeps no plain running mean of its batches (renorm,'
+        ' virtual batches or momentum outside [0, 1)), so its statistics cannot be matched'
+      )

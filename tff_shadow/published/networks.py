@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.models import (
+  check_running_statistics,
   classification_loss,
   freeze_batch_norm,
   model_from_config,
@@ -49,7 +50,7 @@ class ShadowNetworks:
     if freeze:
       for copy in (self._local, self._global):
         freeze_batch_norm(copy)
-    shadow_update.check_batch_norm(self._local)
+    check_running_statistics(self._local)
     self._synthesis = synthesis_variables(self._generator)
     self._trace(tuple(model.inputs[0].shape[1:]))
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tff_shadow.errors import UserError
 from tff_shadow.models import (
   Statistics,
   collect_statistics,
@@ -78,16 +77,6 @@ def pseudo_step(
   for variable, value in zip(model.non_trainable_variables, before, strict=True):
     variable.assign(value)
   return Target(gradient, statistics)
-
-
-def check_batch_norm(model: tf.keras.Model) -> None:
-  """Raises UserError unless every BatchNorm layer keeps a plain running mean of its batches."""
-  for layer in training_batch_norm_layers(model):
-    if layer.renorm or layer.virtual_batch_size or not 0 <= layer.momentum < 1:
-      raise UserError(
-        f'model: BatchNorm layer {layer.name!r} keeps no plain running mean of its batches (renorm,'
-        ' virtual batches or momentum outside [0, 1)), so the shadow cannot match its statistics'
-      )
 
 
 def total_variation(images: tf.Tensor) -> tf.Tensor:
