@@ -6,6 +6,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.data import Examples, FederatedData
@@ -33,6 +34,16 @@ def make_examples(num_examples, seed, image_shape=(8, 8, 1)):
   regions = np.zeros((num_examples, *image_shape[:2], 1), np.uint8)
   regions[:, :half] = 255
   return Examples(images.astype(np.uint8), labels, regions)
+
+
+def make_generator(shape=(8, 8, 1), latent=(5,), activation='sigmoid', seed=0):
+  """A small Keras model from a latent to an image, as any generator may be."""
+  tf.keras.utils.set_random_seed(seed)
+  inputs = tf.keras.Input(latent)
+  x = tf.keras.layers.Dense(16)(tf.keras.layers.Flatten()(inputs))
+  x = tf.keras.layers.BatchNormalization()(x)
+  x = tf.keras.layers.Dense(int(np.prod(shape)), activation=activation)(x)
+  return tf.keras.Model(inputs, tf.keras.layers.Reshape(shape)(x))
 
 
 @pytest.fixture

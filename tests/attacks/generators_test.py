@@ -7,22 +7,14 @@ import tensorflow as tf
 
 from attacks.generators import DeepImagePrior, GenerativePrior
 from tests.attacks.observed_rounds import psnr, smooth_images
+from tests.conftest import make_generator
 
 _SHAPE = (8, 8, 1)
 _SMALL = DeepImagePrior(channels=3, noise_channels=2)
 
 
-def _generator(shape=_SHAPE, latent=(5,), activation='sigmoid', seed=0):
-  tf.keras.utils.set_random_seed(seed)
-  inputs = tf.keras.Input(latent)
-  x = tf.keras.layers.Dense(16)(tf.keras.layers.Flatten()(inputs))
-  x = tf.keras.layers.BatchNormalization()(x)
-  x = tf.keras.layers.Dense(int(np.prod(shape)), activation=activation)(x)
-  return tf.keras.Model(inputs, tf.keras.layers.Reshape(shape)(x))
-
-
 def _functional(generator):
-  """What `_generator` computes, by hand."""
+  """What `make_generator` computes, by hand."""
   norm = next(
     layer for layer in generator.layers if isinstance(layer, tf.keras.layers.BatchNormalization)
   )
@@ -39,7 +31,7 @@ def _functional(generator):
 
 
 def _prior(generator=None, **kwargs):
-  generator = generator or _generator()
+  generator = generator or make_generator()
   return GenerativePrior(generator, _functional(generator), **kwargs)
 
 
@@ -178,7 +170,7 @@ class TestGenerativePrior:
   @pytest.mark.parametrize('weight_share', [0.0, 0.5])
   @pytest.mark.parametrize('latent', [(5,), (2, 3)])
   def test_starts_with_the_generator_s_own_images(self, weight_share, latent):
-    generator = _generator(latent=latent)
+    generator = make_generator(latent=latent)
     prior = _prior(generator, weight_share=weight_share)
     parameters = prior.parameters(_images(3, 2, *_SHAPE))
     latents = parameters['latents']
@@ -190,7 +182,7 @@ class TestGenerativePrior:
       np.testing.assert_allclose(images[lane], generator(latents[lane]), atol=1e-6)
 
   def test_latents_are_standard_normal_and_seeded(self):
-    prior = _prior(_generator(latent=(400,)), weight_share=0.0)
+    prior = _prior(make_generator(latent=(400,)), weight_share=0.0)
     images = _images(3, 4, *_SHAPE)
     latents = prior.parameters(images, seeds=tf.constant([3, 8, 3]))['latents'].numpy()
     assert abs(latents.mean()) < 0.05
@@ -199,7 +191,7 @@ class TestGenerativePrior:
     assert np.abs(np.corrcoef(latents[0].ravel(), latents[1].ravel())[0, 1]) < 0.1
 
   def test_moves_weights_by_their_scale(self):
-    generator = _generator()
+    generator = make_generator()
     prior = _prior(generator, weight_scale=0.1)
     parameters = prior.parameters(_images(2, 1, *_SHAPE))
     parameters['weights'][-1] += tf.constant([[0.0], [2.0]])
@@ -215,7 +207,7 @@ class TestGenerativePrior:
     with_policy = tf.keras.backend.floatx()
     tf.keras.backend.set_floatx('float64')
     try:
-      prior = _prior(_generator(), weight_share=weight_share)
+      prior = _prior(make_generator(), weight_share=weight_share)
     finally:
       tf.keras.backend.set_floatx(with_policy)
     parameters = prior.parameters(_images(2, 2, *_SHAPE, dtype='float64'))

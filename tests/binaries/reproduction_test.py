@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from attacks.local_steps import local_steps
 from binaries import reproduction
 from binaries.reproduction import Plan
+from tests.conftest import make_generator
 from tff_shadow.errors import UserError
 from tff_shadow.models import build_model
 from tff_shadow.observations import (
@@ -120,13 +120,8 @@ def test_the_whole_experiment_and_that_it_goes_on_where_it_stopped(tmp_path, mon
 
 
 def test_published_defense_is_scaled_with_the_rounds(tmp_path):
-  layers = [
-    tf.keras.Input((4,)),
-    tf.keras.layers.Dense(16 * 16 * 3, activation='sigmoid'),
-    tf.keras.layers.Reshape((16, 16, 3)),
-  ]
   settings = PublishedSettings(latents=LatentFit(steps=2), shadow_steps=1, shadow_rounds=50)
-  defense = PublishedDefense(settings, tf.keras.Sequential(layers), (0.5,) * 3, (0.2,) * 3)
+  defense = PublishedDefense(settings, make_generator((16, 16, 3)), (0.5,) * 3, (0.2,) * 3)
   plan = dataclasses.replace(_PLAN, scale=0.02, published=lambda data: defense)
   data = reproduction.load_data(plan)
   found = reproduction.training_settings(plan, data, 'published')

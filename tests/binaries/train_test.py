@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 
 from binaries import train
+from tests.conftest import make_generator
 from tff_shadow.errors import UserError
 from tff_shadow.models import build_model
 from tff_shadow.observations import read_observation, read_truth
@@ -63,14 +63,7 @@ def test_own_keras_model(tmp_path):
 
 
 def test_published_defense_keeps_the_clients_state_and_resumes(tmp_path, capsys):
-  generator = tf.keras.Sequential(
-    [
-      tf.keras.Input((4,)),
-      tf.keras.layers.Dense(32 * 32, activation='sigmoid'),
-      tf.keras.layers.Reshape((32, 32, 1)),
-    ]
-  )
-  generator.save(tmp_path / 'generator.keras')
+  make_generator((32, 32, 1)).save(tmp_path / 'generator.keras')
   arguments = {
     'defense': 'published',
     'published_generator': str(tmp_path / 'generator.keras'),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import make_examples
+from tests.conftest import make_examples, make_generator
 from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.errors import UserError
 from tff_shadow.learning import (
@@ -346,17 +346,11 @@ def test_unreadable_secrets_are_one_clear_line(tmp_path):
 
 
 def _published(data, **changes):
-  shape = tuple(data.image_shape)
-  tf.keras.utils.set_random_seed(0)
-  layers = [
-    tf.keras.Input((5,)),
-    tf.keras.layers.Dense(int(np.prod(shape)), activation='sigmoid'),
-    tf.keras.layers.Reshape(shape),
-  ]
+  generator = make_generator(tuple(data.image_shape))
   settings = PublishedSettings(
     latents=LatentFit(steps=5), **{'shadow_steps': 1, 'shadow_rounds': 2, **changes}
   )
-  return PublishedDefense(settings, tf.keras.Sequential(layers), (0.4,), (0.2,))
+  return PublishedDefense(settings, generator, (0.4,), (0.2,))
 
 
 class TestPublishedDefense:

@@ -2,23 +2,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.conftest import make_generator
 from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
 
 _SHAPE = (8, 8, 1)
 
 
-def _generator(shape=_SHAPE, latent=(5,), activation='sigmoid', seed=0):
-  tf.keras.utils.set_random_seed(seed)
-  inputs = tf.keras.Input(latent)
-  x = tf.keras.layers.Dense(16)(tf.keras.layers.Flatten()(inputs))
-  x = tf.keras.layers.BatchNormalization()(x)
-  x = tf.keras.layers.Dense(int(np.prod(shape)), activation=activation)(x)
-  return tf.keras.Model(inputs, tf.keras.layers.Reshape(shape)(x))
-
-
 def test_round_trip(tmp_path):
-  generator = _generator()
+  generator = make_generator()
   generator.save(tmp_path / 'g.keras')
   loaded = load_generator(str(tmp_path / 'g.keras'), _SHAPE)
   latents = tf.random.stateless_normal((2, 5), (1, 2))
@@ -38,10 +30,10 @@ def test_unreadable_files(tmp_path):
 @pytest.mark.parametrize(
   ('build', 'message'),
   [
-    (lambda: _generator((16, 16, 1)), r'shape \(16, 16, 1\), the data has \(8, 8, 1\)'),
-    (lambda: _generator((8, 8, 3)), r'shape \(8, 8, 3\), the data has'),
-    (lambda: _generator(activation='tanh'), 'pixel values from -'),
-    (lambda: _generator(activation='exponential'), 'must lie in'),
+    (lambda: make_generator((16, 16, 1)), r'shape \(16, 16, 1\), the data has \(8, 8, 1\)'),
+    (lambda: make_generator((8, 8, 3)), r'shape \(8, 8, 3\), the data has'),
+    (lambda: make_generator(activation='tanh'), 'pixel values from -'),
+    (lambda: make_generator(activation='exponential'), 'must lie in'),
     (lambda: _two_inputs(), 'exactly one input'),
     (lambda: _open_latent(), r'\(None, 3\), is not fixed'),
     (lambda: _not_finite(), 'not finite'),
@@ -77,6 +69,6 @@ def _open_latent():
 
 
 def _not_finite():
-  generator = _generator()
+  generator = make_generator()
   generator.layers[-2].bias.assign(np.full(64, np.nan, np.float32))
   return generator

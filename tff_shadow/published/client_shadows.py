@@ -211,12 +211,13 @@ class ClientShadows:
         )
       noised.append(batch)
       if learns and settings.update_shadow:
-        state.synthesis = shadow_update.averaged_weights(
+        networks.synthesis = shadow_update.averaged_weights(
           networks.synthesis, before, settings.shadow_average
         )
-        networks.synthesis = state.synthesis
         if start + batch_size < len(order):
           optimizer_state = networks.train(optimizer, optimizer_state, tf.constant(batch), labels)
+    if learns:
+      state.synthesis = networks.synthesis
     images = np.concatenate(noised)
     clean = examples.images[order].astype(np.float32) / np.float32(255)
     figures = {'noise/image_rms': float(np.sqrt(np.mean(np.square(images - clean))))}
@@ -288,8 +289,8 @@ class ClientShadows:
     shape = tuple(generator.outputs[0].shape[1:])
     if shape != tuple(data.image_shape):
       raise UserError(
-        f'--generator gives images of shape {shape}, the data has {tuple(data.image_shape)}; train'
-        ' one with the same --image_size and --color'
+        f'--published_generator gives images of shape {shape}, the data has'
+        f' {tuple(data.image_shape)}; train one with the same --image_size and --color'
       )
 
 
