@@ -1,14 +1,12 @@
 import collections
 
-import dp_accounting
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from scipy import optimize, stats
+from scipy import stats
 
 from tff_shadow.aggregators import (
-  gaussian_dp_event,
   observation_tap_factory,
   public_shadow_noise_factory,
 )
@@ -241,40 +239,3 @@ class TestExecution:
     assert noise < np.linalg.norm(moved) < 1.05 * np.hypot(noise, 0.5)
     expected = np.hypot(0.5, 0.01 * np.sqrt(moved.size))
     assert output.metrics['aggregator']['sent_norm'] == pytest.approx(expected, rel=0.05)
-
-
-def _analytic_gaussian_epsilon(sensitivity_over_deviation, delta):
-  """Theorem 8 of Balle & Wang 2018, solved for epsilon."""
-  ratio = sensitivity_over_deviation
-
-  def excess(epsilon):
-    return (
-      stats.norm.cdf(ratio / 2 - epsilon / ratio)
-      - np.exp(epsilon) * stats.norm.cdf(-ratio / 2 - epsilon / ratio)
-      - delta
-    )
-
-  return optimize.brentq(excess, 0.0, 100.0)
-
-
-class TestDpEvent:
-  @pytest.mark.parametrize(('multiplier', 'rounds'), [(4.0, 1), (10.0, 1), (20.0, 30)])
-  def test_epsilon_is_the_analytic_gaussian_mechanism_s(self, multiplier, rounds):
-    accountant = dp_accounting.pld.PLDAccountant()
-    accountant.compose(gaussian_dp_event(multiplier, rounds))
-    # Replacing an update moves it by 2 clip_norm; k rounds are one of sqrt(k) times the shift.
-    expected = _analytic_gaussian_epsilon(2.0 * np.sqrt(rounds) / multiplier, 1e-5)
-    assert accountant.get_epsilon(1e-5) == pytest.approx(expected, rel=0.01)
-
-  def test_renyi_accountant_is_a_little_looser(self):
-    accountant = dp_accounting.rdp.RdpAccountant()
-    accountant.compose(gaussian_dp_event(10.0, 10))
-    exact = _analytic_gaussian_epsilon(2.0 * np.sqrt(10) / 10.0, 1e-5)
-    assert exact < accountant.get_epsilon(1e-5) < 1.2 * exact
-
-  def test_arguments(self):
-    for multiplier in (0.0, -1.0, float('nan'), float('inf')):
-      with pytest.raises(ValueError, match='noise_multiplier'):
-        gaussian_dp_event(multiplier, 1)
-    with pytest.raises(ValueError, match='rounds'):
-      gaussian_dp_event(1.0, 0)

@@ -10,10 +10,7 @@ from tff_shadow.aggregators.observation_tap import (
   build_collect_from_clients,
   observation_tap_factory,
 )
-from tff_shadow.aggregators.public_shadow_noise import (
-  gaussian_dp_event,
-  public_shadow_noise_factory,
-)
+from tff_shadow.aggregators.public_shadow_noise import public_shadow_noise_factory
 from tff_shadow.aggregators.shadow_noise import shadow_noise_factory, shaped_update_type
 
 __all__ = [
@@ -22,7 +19,6 @@ __all__ = [
   'NoiseShape',
   'NoiseStrength',
   'build_collect_from_clients',
-  'gaussian_dp_event',
   'observation_tap_factory',
   'public_shadow_noise_factory',
   'shadow_noise_factory',

@@ -4,7 +4,6 @@ import collections
 import math
 from typing import Any
 
-import dp_accounting
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -32,8 +31,9 @@ def public_shadow_noise_factory(
 
   where clip scales the update so that |D^-1 update| <= clip_norm. The shape is public: computed by
   a shadow on public data, kept in the state, broadcast to the clients. So it carries nothing
-  private, the mechanism is the Gaussian one in the coordinates D^-1 x, and `gaussian_dp_event`
-  accounts for it. Noise is fresh in every execution, drawn from the client's own entropy.
+  private, the mechanism is the Gaussian one in the coordinates D^-1 x, and
+  `tff_shadow.privacy.public_shape_guarantee` accounts for it. Noise is fresh in every execution,
+  drawn from the client's own entropy.
 
   Takes any structure of floating point tensors, so it drops into every stock
   `tff.learning.algorithms.build_*(model_aggregator=...)`.
@@ -117,22 +117,3 @@ def normalised_deviations(deviations: Any) -> list[np.ndarray]:
   total = sum(float(np.square(a.astype(np.float64)).sum()) for a in arrays)
   count = sum(a.size for a in arrays)
   return [(a / math.sqrt(total / count)).astype(np.float32) for a in arrays]
-
-
-def gaussian_dp_event(noise_multiplier: float, rounds: int) -> dp_accounting.DpEvent:
-  """What a client spends in `rounds` rounds, for dp-accounting.
-
-  Local differential privacy of the client's whole update: its clipped update is replaced by any
-  other, which moves it by at most twice the clipping norm, so the multiplier counts half.
-
-  Args:
-    noise_multiplier: Of the factory, above 0.
-    rounds: Rounds in which the client takes part.
-  """
-  if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
-    raise ValueError(f'noise_multiplier must be above 0 for a guarantee, found {noise_multiplier}')
-  if rounds < 1:
-    raise ValueError(f'rounds must be at least 1, found {rounds}')
-  return dp_accounting.SelfComposedDpEvent(
-    dp_accounting.GaussianDpEvent(noise_multiplier / 2.0), rounds
-  )

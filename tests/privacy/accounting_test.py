@@ -1,0 +1,137 @@
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from tff_shadow.privacy import (
+  UNPROVEN,
+  dp_fed_avg_guarantee,
+  dp_sgd_guarantee,
+  no_guarantee,
+  public_shape_guarantee,
+)
+
+
+def _analytic_gaussian_epsilon(sensitivity_over_deviation, delta):
+  """Theorem 8 of Balle & Wang 2018, solved for epsilon."""
+  ratio = sensitivity_over_deviation
+
+  def excess(epsilon):
+    return (
+      stats.norm.cdf(ratio / 2 - epsilon / ratio)
+      - np.exp(epsilon) * stats.norm.cdf(-ratio / 2 - epsilon / ratio)
+      - delta
+    )
+
+  return optimize.brentq(excess, 0.0, 100.0)
+
+
+class TestPublicShape:
+  @pytest.mark.parametrize(('multiplier', 'rounds'), [(4.0, 1), (10.0, 1), (20.0, 30)])
+  def test_epsilon_is_the_analytic_gaussian_mechanism_s(self, multiplier, rounds):
+    guarantee = public_shape_guarantee(multiplier, rounds, 1e-5)
+    # Replacing an update moves it by 2 clip_norm; k rounds are one of sqrt(k) times the shift.
+    expected = _analytic_gaussian_epsilon(2.0 * np.sqrt(rounds) / multiplier, 1e-5)
+    assert guarantee.epsilon == pytest.approx(expected, rel=0.01)
+    assert (guarantee.delta, guarantee.unit) == (1e-5, 'client update (local)')
+    assert guarantee.reason is None
+
+  def test_says_what_it_assumes(self):
+    statement = str(public_shape_guarantee(10.0, 7, 1e-5))
+    assert statement.startswith('(')
+    assert 'per client update (local)' in statement
+    assert 'at most 7 rounds' in statement
+    assert 'computed without private data' in statement
+
+
+class TestDpFedAvg:
+  def test_all_clients_in_every_round(self):
+    guarantee = dp_fed_avg_guarantee(5.0, 9, 9, 20, 1e-3)
+    expected = _analytic_gaussian_epsilon(2.0 * np.sqrt(20) / 5.0, 1e-3)
+    assert guarantee.epsilon == pytest.approx(expected, rel=0.01)
+    assert guarantee.unit == 'client'
+    assert any('not against the server' in sentence for sentence in guarantee.assumptions)
+    assert any('all clients take part' in sentence for sentence in guarantee.assumptions)
+
+  def test_sampling_amplifies_and_is_an_assumption(self):
+    guarantee = dp_fed_avg_guarantee(4.0, 10, 1000, 50, 1e-5)
+    # The central limit for uniform sampling (Dong, Roth and Su 2019, corollary 5.4), with half of
+    # the multiplier; Renyi accounting stays above it.
+    inverse = 2.0 / 4.0
+    term = math.exp(inverse**2) * stats.norm.cdf(1.5 * inverse)
+    term += 3.0 * stats.norm.cdf(-0.5 * inverse) - 2.0
+    limit = _analytic_gaussian_epsilon(10 / 1000 * math.sqrt(2 * 50 * term), 1e-5)
+    assert limit < guarantee.epsilon < 3 * limit
+    assert guarantee.epsilon < 0.1 * dp_fed_avg_guarantee(4.0, 1000, 1000, 50, 1e-5).epsilon
+    assert any('10 of 1000 clients' in sentence for sentence in guarantee.assumptions)
+
+  def test_never_more_than_without_sampling(self):
+    # At this share the theorem of sampling gives more than no sampling does.
+    nearly = dp_fed_avg_guarantee(5.0, 8, 9, 20, 1e-3).epsilon
+    assert nearly == dp_fed_avg_guarantee(5.0, 9, 9, 20, 1e-3).epsilon
+
+  def test_arguments(self):
+    for clients in (0, 11):
+      with pytest.raises(ValueError, match=f'clients_per_round .* found {clients}'):
+        dp_fed_avg_guarantee(1.0, clients, 10, 5, 1e-5)
+
+
+class TestDpSgd:
+  def test_is_a_little_below_what_renyi_accounting_finds(self):
+    steps, event = 1000, dp_accounting.GaussianDpEvent(1.1)
+    found = dp_sgd_guarantee(1.1, 4, 100, steps, 1e-5)
+    renyi = dp_accounting.rdp.RdpAccountant()
+    renyi.compose(
+      dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(0.04, event), steps)
+    )
+    assert 0.8 * renyi.get_epsilon(1e-5) < found.epsilon < renyi.get_epsilon(1e-5)
+    assert found.unit == 'example'
+    assert any('Poisson sampling' in sentence for sentence in found.assumptions)
+
+  def test_of_the_whole_data_it_is_the_gaussian_mechanism(self):
+    # Adding one example moves the sum by the clipping norm, once.
+    found = dp_sgd_guarantee(8.0, 10, 10, 4, 1e-5).epsilon
+    assert found == pytest.approx(_analytic_gaussian_epsilon(2.0 / 8.0, 1e-5), rel=0.01)
+
+  def test_arguments(self):
+    for batch in (0, 11):
+      with pytest.raises(ValueError, match=f'batch_size .* found {batch}'):
+        dp_sgd_guarantee(1.0, batch, 10, 5, 1e-5)
+
+
+@pytest.mark.parametrize(
+  'state',
+  [
+    lambda z=1.0, n=1, d=1e-5: public_shape_guarantee(z, n, d),
+    lambda z=1.0, n=1, d=1e-5: dp_fed_avg_guarantee(z, 1, 2, n, d),
+    lambda z=1.0, n=1, d=1e-5: dp_sgd_guarantee(z, 1, 2, n, d),
+  ],
+)
+def test_numbers_out_of_range(state):
+  for multiplier in (0.0, -1.0, float('nan'), float('inf')):
+    with pytest.raises(ValueError, match=f'noise_multiplier .* found {multiplier}'):
+      state(z=multiplier)
+  for delta in (0.0, 1.0, float('nan')):
+    with pytest.raises(ValueError, match=f'delta .* found {delta}'):
+      state(d=delta)
+  with pytest.raises(ValueError, match=r'(rounds|steps) must be at least 1, found 0'):
+    state(n=0)
+
+
+class TestNoGuarantee:
+  @pytest.mark.parametrize('mechanism', UNPROVEN)
+  def test_has_no_numbers_and_a_reason(self, mechanism):
+    guarantee = no_guarantee(mechanism)
+    assert (guarantee.epsilon, guarantee.delta, guarantee.unit) == (None, None, None)
+    assert guarantee.assumptions == ()
+    assert str(guarantee) == f'no formal guarantee: {guarantee.reason}'
+    assert len(guarantee.reason) > 20
+
+  def test_reasons_differ(self):
+    assert len({no_guarantee(mechanism).reason for mechanism in UNPROVEN}) == len(UNPROVEN) >= 5
+
+  def test_unknown(self):
+    with pytest.raises(ValueError, match="found 'magic'"):
+      no_guarantee('magic')

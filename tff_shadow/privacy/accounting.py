@@ -1,0 +1,233 @@
+"""(epsilon, delta) where it may be stated, with what it assumes, and a plain no where it may not.
+
+All accounting is dp-accounting's: here is only which event a mechanism is. A smaller epsilon is
+better; every number errs upward (accountants give upper bounds).
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import dp_accounting
+from dp_accounting import pld, rdp
+
+Unit = Literal['client update (local)', 'client', 'example']
+Unproven = Literal[
+  'none', 'private region', 'private noise shape', 'image noise', 'published', 'no clipping'
+]
+
+_UNPROVEN_REASONS: dict[str, str] = {
+  'none': 'the update is sent as it is',
+  'private region': (
+    'the region map is computed from the private image, so where noise is, and is not, depends on'
+    ' what is to be hidden'
+  ),
+  'private noise shape': (
+    "the noise's covariance is computed from the private image, so it tells of the image itself"
+  ),
+  'image noise': (
+    'noise in a region of the image leaves the pixels outside of it exact and is drawn once for all'
+    ' rounds; privacy/mmse_floor.py bounds what it hides'
+  ),
+  'published': 'the noise of the published method is a deterministic function of image and shadow',
+  'no clipping': 'without clipping one client or example can move the result without limit',
+}
+UNPROVEN: tuple[str, ...] = tuple(_UNPROVEN_REASONS)
+
+_FRESH = 'noise is drawn anew in every round and known to nobody'
+_ONLY_UPDATES = 'only the updates are covered: weights, metrics and statistics sent beside are not'
+_NOT_TUNED = 'the choice of settings by looking at private data is not counted'
+
+
+@dataclasses.dataclass(frozen=True)
+class Guarantee:
+  """What may be stated of a mechanism.
+
+  Attributes:
+    epsilon: None where there is no formal guarantee.
+    delta: None as above.
+    unit: Whose data may be exchanged without being noticed: 'client update (local)', any update of
+      one client, against the server; 'client', all data of one client, or 'example', one image,
+      against who sees the models. None as above.
+    assumptions: Sentences that must all hold.
+    reason: Why there is no guarantee; None where there is one.
+  """
+
+  epsilon: float | None
+  delta: float | None
+  unit: Unit | None
+  assumptions: tuple[str, ...]
+  reason: str | None = None
+
+  def __str__(self) -> str:
+    if self.epsilon is None:
+      return f'no formal guarantee: {self.reason}'
+    statement = f'({self.epsilon:.3g}, {self.delta:g})-differentially private per {self.unit}'
+    return f'{statement}, provided that {"; ".join(self.assumptions)}'
+
+
+def no_guarantee(mechanism: Unproven) -> Guarantee:
+  """The statement for everything else: none, and why.
+
+  Args:
+    mechanism: One of `UNPROVEN`.
+
+  Raises:
+    ValueError: For another mechanism.
+  """
+  if mechanism not in _UNPROVEN_REASONS:
+    raise ValueError(f'mechanism must be one of {UNPROVEN}, found {mechanism!r}')
+  return Guarantee(None, None, None, (), _UNPROVEN_REASONS[mechanism])
+
+
+def public_shape_guarantee(noise_multiplier: float, rounds: int, delta: float) -> Guarantee:
+  """Of `public_shadow_noise_factory`, against the server: local differential privacy.
+
+  The Gaussian mechanism in the coordinates Sigma^(-1/2) y, composed over rounds. A client's clipped
+  update is replaced by any other, which moves it by at most twice the clipping norm, so the
+  multiplier counts half. The privacy loss distribution gives the exact value (Balle and Wang 2018,
+  theorem 8) up to rounding.
+
+  Args:
+    noise_multiplier: Of the factory, above 0.
+    rounds: Rounds in which the client takes part.
+    delta: In (0, 1).
+
+  Raises:
+    ValueError: If a number is out of range.
+  """
+  return Guarantee(
+    _pld_epsilon(_composed(_replaced(noise_multiplier), rounds, 'rounds'), delta),
+    delta,
+    'client update (local)',
+    (
+      "the noise's shape and the clipping norm are public: computed without private data",
+      f'the client takes part in at most {rounds} rounds',
+      'that it takes part is no secret',
+      _FRESH,
+      _ONLY_UPDATES,
+      _NOT_TUNED,
+    ),
+  )
+
+
+def dp_fed_avg_guarantee(
+  noise_multiplier: float, clients_per_round: int, num_clients: int, rounds: int, delta: float
+) -> Guarantee:
+  """Of `tff.aggregators.DifferentiallyPrivateFactory.gaussian_fixed` and `gaussian_adaptive`.
+
+  Client-level, for clients drawn without replacement: one client's data is replaced by any other,
+  so that the sum moves by twice the clipping norm and the multiplier counts half. The multiplier of
+  `gaussian_adaptive` is the total, its noisy count of clipped clients included (Andrew et al. 2021,
+  theorem 1), of which both parts are halved alike. Amplification by sampling is that of Wang, Balle
+  and Kasiviswanathan (2019, theorem 27); without it is another valid value, and the smaller counts.
+
+  Args:
+    noise_multiplier: As given to TFF, above 0.
+    clients_per_round: Drawn in each round.
+    num_clients: To draw from.
+    rounds: Of training.
+    delta: In (0, 1).
+
+  Raises:
+    ValueError: If a number is out of range.
+  """
+  if not 1 <= clients_per_round <= num_clients:
+    raise ValueError(
+      f'clients_per_round must be from 1 to num_clients = {num_clients}, found {clients_per_round}'
+    )
+  gaussian = _replaced(noise_multiplier)
+  epsilon = _pld_epsilon(_composed(gaussian, rounds, 'rounds'), delta)
+  sampling = 'all clients take part in every round'
+  if clients_per_round < num_clients:
+    sampling = (
+      f'each round draws {clients_per_round} of {num_clients} clients uniformly, without'
+      ' replacement and apart from other rounds, and who is drawn stays secret'
+    )
+    accountant = rdp.RdpAccountant(
+      neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE
+    )
+    event = dp_accounting.SampledWithoutReplacementDpEvent(num_clients, clients_per_round, gaussian)
+    accountant.compose(_composed(event, rounds, 'rounds'))
+    epsilon = min(epsilon, float(accountant.get_epsilon(delta)))
+  return Guarantee(
+    epsilon,
+    delta,
+    'client',
+    (
+      'the server is trusted: it sees the clipped updates before it adds the noise, so this holds'
+      ' against who sees the models, not against the server',
+      sampling,
+      'the number of clients is public',
+      'clients are not weighted',
+      _FRESH,
+      _ONLY_UPDATES,
+      _NOT_TUNED,
+    ),
+  )
+
+
+def dp_sgd_guarantee(
+  noise_multiplier: float, batch_size: int, num_examples: int, steps: int, delta: float
+) -> Guarantee:
+  """Of example-level DP-SGD on one client (Abadi et al. 2016).
+
+  One example is added or removed. Counts the Poisson-sampled Gaussian mechanism of every local step
+  of all rounds by its privacy loss distribution.
+
+  Args:
+    noise_multiplier: Standard deviation of the noise on the sum of clipped gradients, over the
+      clipping norm; above 0.
+    batch_size: Expected number of examples in a step.
+    num_examples: Of the client.
+    steps: Local steps over all rounds.
+    delta: In (0, 1).
+
+  Raises:
+    ValueError: If a number is out of range.
+  """
+  if not 1 <= batch_size <= num_examples:
+    raise ValueError(
+      f'batch_size must be from 1 to num_examples = {num_examples}, found {batch_size}'
+    )
+  event = dp_accounting.PoissonSampledDpEvent(
+    batch_size / num_examples, _gaussian(noise_multiplier)
+  )
+  return Guarantee(
+    _pld_epsilon(_composed(event, steps, 'steps'), delta),
+    delta,
+    'example',
+    (
+      f'each step takes each example with probability {batch_size / num_examples:.3g} on its own'
+      ' (Poisson sampling); batches of a shuffled data set are not that and can be less private'
+      ' (Chua et al. 2024)',
+      'gradients are clipped per example, with no BatchNorm to mix them',
+      _FRESH,
+      _ONLY_UPDATES,
+      _NOT_TUNED,
+    ),
+  )
+
+
+def _gaussian(noise_multiplier: float) -> dp_accounting.GaussianDpEvent:
+  if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
+    raise ValueError(f'noise_multiplier must be above 0 for a guarantee, found {noise_multiplier}')
+  return dp_accounting.GaussianDpEvent(float(noise_multiplier))
+
+
+def _replaced(noise_multiplier: float) -> dp_accounting.GaussianDpEvent:
+  return dp_accounting.GaussianDpEvent(_gaussian(noise_multiplier).noise_multiplier / 2.0)
+
+
+def _composed(event: dp_accounting.DpEvent, count: int, name: str) -> dp_accounting.DpEvent:
+  if count < 1:
+    raise ValueError(f'{name} must be at least 1, found {count}')
+  return dp_accounting.SelfComposedDpEvent(event, count)
+
+
+def _pld_epsilon(event: dp_accounting.DpEvent, delta: float) -> float:
+  if not 0 < delta < 1:
+    raise ValueError(f'delta must be in (0, 1), found {delta}')
+  accountant = pld.PLDAccountant()
+  accountant.compose(event)
+  return float(accountant.get_epsilon(delta))
