@@ -8,12 +8,43 @@ from tff_shadow.privacy.accounting import (
   no_guarantee,
   public_shape_guarantee,
 )
+from tff_shadow.privacy.gradients import gradient_information, gradient_jacobian
+from tff_shadow.privacy.information import (
+  image_noise_variances,
+  information_after_rounds,
+  through_image_noise,
+  update_information,
+)
+from tff_shadow.privacy.probed_bounds import ProbedBound, probed_trace_bound, solved_bound
+from tff_shadow.privacy.region_bounds import (
+  cramer_rao_bound,
+  mean_squared_error,
+  pixel_weights,
+  region_psnr,
+  trace_bound,
+  van_trees_bound,
+)
 
 __all__ = [
   'UNPROVEN',
   'Guarantee',
+  'ProbedBound',
+  'cramer_rao_bound',
   'dp_fed_avg_guarantee',
   'dp_sgd_guarantee',
+  'gradient_information',
+  'gradient_jacobian',
+  'image_noise_variances',
+  'information_after_rounds',
+  'mean_squared_error',
   'no_guarantee',
+  'pixel_weights',
+  'probed_trace_bound',
   'public_shape_guarantee',
+  'region_psnr',
+  'solved_bound',
+  'through_image_noise',
+  'trace_bound',
+  'update_information',
+  'van_trees_bound',
 ]
