@@ -15,6 +15,15 @@ from tff_shadow.privacy.information import (
   through_image_noise,
   update_information,
 )
+from tff_shadow.privacy.mmse_floor import (
+  GalleryFloor,
+  MmseFloor,
+  gallery_floor,
+  gaussian_floor,
+  mmse_floor,
+  unbiased_floor,
+)
+from tff_shadow.privacy.prior import GaussianPrior, fit_gaussian_prior
 from tff_shadow.privacy.probed_bounds import ProbedBound, probed_trace_bound, solved_bound
 from tff_shadow.privacy.region_bounds import (
   cramer_rao_bound,
@@ -27,16 +36,23 @@ from tff_shadow.privacy.region_bounds import (
 
 __all__ = [
   'UNPROVEN',
+  'GalleryFloor',
+  'GaussianPrior',
   'Guarantee',
+  'MmseFloor',
   'ProbedBound',
   'cramer_rao_bound',
   'dp_fed_avg_guarantee',
   'dp_sgd_guarantee',
+  'fit_gaussian_prior',
+  'gallery_floor',
+  'gaussian_floor',
   'gradient_information',
   'gradient_jacobian',
   'image_noise_variances',
   'information_after_rounds',
   'mean_squared_error',
+  'mmse_floor',
   'no_guarantee',
   'pixel_weights',
   'probed_trace_bound',
@@ -45,6 +61,7 @@ __all__ = [
   'solved_bound',
   'through_image_noise',
   'trace_bound',
+  'unbiased_floor',
   'update_information',
   'van_trees_bound',
 ]
