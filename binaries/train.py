@@ -15,12 +15,13 @@ import warnings
 import tensorflow_federated as tff
 from absl import flags
 
-from binaries import command, data_flags, published_flags, run_directory
+from binaries import baseline_flags, command, data_flags, published_flags, run_directory
 from binaries.progress import Progress
 from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
+  BASELINES,
   PROPAGATIONS,
   RoundReport,
   ShadowDefense,
@@ -110,9 +111,11 @@ _MAX_CONCURRENT_CLIENTS = flags.DEFINE_integer(
 _DEFENSE = flags.DEFINE_enum(
   'defense',
   'none',
-  ['none', 'shadow', 'published'],
+  ['none', 'shadow', 'published', *BASELINES],
   "none. shadow: noise on each client's update, shaped by its shadow model. published: noise on its"
-  ' images, as Jiang, Ma and Yang 2025 (the flags --published_...).',
+  ' images, as Jiang, Ma and Yang 2025 (the flags --published_...). The others are baselines, with'
+  ' flags --NAME_...; plain Gaussian noise of a fixed scale is shadow with --noise_shape=isotropic'
+  ' --noise_strength_kind=scale --noise_freshness=fresh.',
 )
 _NOISE_SHAPE = flags.DEFINE_enum(
   'noise_shape',
@@ -195,6 +198,9 @@ def main() -> None:
   model = _build_model(data)
   noise = _noise()
   published = published_flags.published_settings() if _DEFENSE.value == 'published' else None
+  defense = None
+  if _DEFENSE.value in BASELINES:
+    defense = baseline_flags.baseline_defense(_DEFENSE.value)
   if noise and noise.saliency.kind not in ('given', 'uniform'):
     build_region_map(noise.saliency, model)  # A layer that does not exist is told before all else.
   settings = TrainingSettings(
@@ -220,7 +226,6 @@ def main() -> None:
   secrets = None
   if noise or (published and published.map_kind == 'white'):
     secrets = _client_secrets(run_dir / _SECRETS, list(data.clients))
-  defense = None
   if noise:
     defense = ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets)
   elif published:
@@ -241,6 +246,7 @@ def main() -> None:
       **command.flag_values(sys.modules[__name__]),
       **command.flag_values(data_flags),
       **command.flag_values(published_flags),
+      **command.flag_values(baseline_flags),
     },
     'dataset': data.name,
     'data_sha256': data.digest(),

@@ -126,6 +126,10 @@ _PER_STEP = {'defense': 'shadow', 'propagation': 'per_step'}
     (_PUBLISHED | {'published_cam_weights': ['1', 'x']}, '--published_cam_weights=1,x'),
     (_PUBLISHED | {'published_latent_steps': 0}, '--published_latent_steps must be'),
     (_PUBLISHED | {'published_latents': 'nowhere'}, '--published_latents=nowhere: has no folder'),
+    (
+      {'defense': 'percentile_gaussian', 'percentile_gaussian_sigma0': -1.0},
+      '--percentile_gaussian_sigma0 must be .* found -1.0',
+    ),
   ],
 )
 def test_bad_flags_name_themselves_and_write_nothing(tmp_path, changes, message):

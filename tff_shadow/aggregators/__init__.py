@@ -10,6 +10,7 @@ from tff_shadow.aggregators.observation_tap import (
   build_collect_from_clients,
   observation_tap_factory,
 )
+from tff_shadow.aggregators.percentile_noise import percentile_noise_factory
 from tff_shadow.aggregators.public_shadow_noise import public_shadow_noise_factory
 from tff_shadow.aggregators.shadow_noise import shadow_noise_factory, shaped_update_type
 
@@ -20,6 +21,7 @@ __all__ = [
   'NoiseStrength',
   'build_collect_from_clients',
   'observation_tap_factory',
+  'percentile_noise_factory',
   'public_shadow_noise_factory',
   'shadow_noise_factory',
   'shaped_update_type',

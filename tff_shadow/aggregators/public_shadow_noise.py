@@ -75,9 +75,7 @@ def public_shadow_noise_factory(
       found, expected = ([tuple(t.shape) for t in tensors] for tensors in (deviations, update))
       if found != expected:
         raise TypeError(f'deviations have the shapes {found}, the update has {expected}')
-      # Each execution, so each client and round, has an entropy of its own; a stateful random op
-      # with a seed would give all clients the same noise.
-      key = tf.raw_ops.NonDeterministicInts(shape=tf.constant([2]), dtype=tf.int32)
+      key = draw_key()
       norm = tf.sqrt(squared_norm(_whitened(update, deviations)))
       finite = tf.math.is_finite(norm)
       scale = tf.where(finite, tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30)), 0.0)
@@ -95,6 +93,15 @@ def public_shadow_noise_factory(
     return ClientSide(transform, value_type, _measure, context)
 
   return client_side_factory(build, inner)
+
+
+def draw_key() -> tf.Tensor:
+  """A key int32 [2] from the entropy of the machine that runs this.
+
+  Each execution, so each client and round, has its own; a stateful random op with a seed would give
+  all clients the same noise.
+  """
+  return tf.raw_ops.NonDeterministicInts(shape=tf.constant([2]), dtype=tf.int32)
 
 
 def _whitened(update, deviations) -> list[tf.Tensor]:

@@ -121,9 +121,9 @@ def check_float32(update_type: tff.types.Type) -> None:
   leaves = tff.structure.flatten(update_type)
   for leaf in leaves:
     if not isinstance(leaf, tff.types.TensorType) or leaf.dtype != np.float32:
-      raise TypeError(f'noise is added to float32 updates only, found {leaf}')
+      raise TypeError(f'the update must be of float32 tensors, found {leaf}')
   if not leaves:
-    raise TypeError('noise is added to float32 updates only, found an empty one')
+    raise TypeError('the update must be of float32 tensors, found an empty one')
 
 
 def noised_update(

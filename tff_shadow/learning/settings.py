@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from tff_shadow.errors import UserError
+from tff_shadow.learning.baselines import BaselineDefense
 from tff_shadow.learning.shadow_fed_avg import ShadowNoise
 from tff_shadow.observations import BatchNormSharing, ClientTraining
 from tff_shadow.published import PublishedDefense
@@ -47,7 +48,7 @@ class TrainingSettings:
     batch_norm_sharing: See `build_weighted_fed_avg`.
     observed_rounds: Rounds whose observation is written.
     seed: Decides client sampling and the order of the local training.
-    defense: Shadow noise, the published defence, or None.
+    defense: Shadow noise, the published defence, a baseline, or None.
   """
 
   rounds: int
@@ -58,7 +59,7 @@ class TrainingSettings:
   batch_norm_sharing: BatchNormSharing = 'aggregate'
   observed_rounds: tuple[int, ...] = (1,)
   seed: int = 0
-  defense: ShadowDefense | PublishedDefense | None = None
+  defense: ShadowDefense | PublishedDefense | BaselineDefense | None = None
   learning_rate_drops: tuple[int, ...] = ()
   learning_rate_drop_factor: float = 0.1
   client_batch_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -100,3 +101,8 @@ class TrainingSettings:
   def shadow_defense(self) -> ShadowDefense | None:
     """The defence if it is noise in the round itself."""
     return self.defense if isinstance(self.defense, ShadowDefense) else None
+
+  @property
+  def baseline(self) -> BaselineDefense | None:
+    """The defence if it is a baseline."""
+    return self.defense if isinstance(self.defense, BaselineDefense) else None

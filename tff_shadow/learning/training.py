@@ -153,11 +153,15 @@ class TrainingRun:
     local = self._settings.training_in(round_num)
     kind = (observed, local.learning_rate)
     if kind not in self._processes:
-      mean = tff.aggregators.MeanFactory()
-      aggregator = observation_tap_factory(mean) if observed else mean
-      self._processes[kind] = self._build(aggregator, local)
+      self._processes[kind] = self._build(self._aggregator(observed), local)
       restore_eager_keras(self._model)
     return self._processes[kind]
+
+  def _aggregator(self, observed: bool) -> tff.aggregators.WeightedAggregationFactory:
+    tap = observation_tap_factory if observed else lambda factory: factory
+    if self._settings.baseline is None:
+      return tap(tff.aggregators.MeanFactory())
+    return self._settings.baseline.aggregator(tap)
 
   def _build(
     self, aggregator: tff.aggregators.WeightedAggregationFactory, local: ClientTraining
@@ -249,6 +253,9 @@ class TrainingRun:
       metrics['noise/maps_fell_back'] = float(work['maps_fell_back'])
       for name in ('noise_to_signal', 'cosine', 'fell_back'):
         metrics[f'noise/{name}'] = float(output.metrics['aggregator'][name])
+    if self._settings.baseline is not None:
+      for name in self._settings.baseline.figures:
+        metrics[f'defense/{name}'] = float(output.metrics['aggregator'][name])
     return output.state, metrics, dropped
 
   def _client_data(
@@ -272,9 +279,12 @@ class TrainingRun:
     return datasets, metrics
 
   def _observed(self, measurements: Any) -> Any:
-    """The tap's part of the aggregator's measurements; the tap is inside the noise."""
-    if self._settings.shadow_defense is not None:
-      measurements = measurements['inner']
+    """The tap's part of the aggregator's measurements; the tap is inside the defence."""
+    path = ('inner',) if self._settings.shadow_defense is not None else ()
+    if self._settings.baseline is not None:
+      path = self._settings.baseline.tap_measurements
+    for name in path:
+      measurements = measurements[name]
     return measurements['observation']
 
   def _validate(self, state: Any) -> dict[str, float]:

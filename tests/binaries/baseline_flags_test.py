@@ -1,0 +1,45 @@
+import dataclasses
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from binaries import baseline_flags
+from tff_shadow.errors import UserError
+from tff_shadow.learning import BASELINES
+
+
+@pytest.fixture(autouse=True)
+def _parsed_flags():
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['train'])
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_every_parameter_has_a_flag_that_reaches_the_defense(name):
+  defense = baseline_flags.baseline_defense(name)
+  assert defense == BASELINES[name]()
+  parameters = dataclasses.asdict(defense)
+  assert parameters
+  assert defense.public_settings() == {'name': name, **parameters}
+  for field, value in parameters.items():
+    # Smaller by little is allowed for all of them.
+    changed = value - 1 if isinstance(value, int) else 0.9 * value
+    with flagsaver.flagsaver(**{f'{name}_{field}': changed}):
+      defense = baseline_flags.baseline_defense(name)
+    assert dataclasses.asdict(defense) == {**parameters, field: changed}
+
+
+@pytest.mark.parametrize(
+  ('name', 'field', 'value'),
+  [
+    ('percentile_gaussian', 'sigma0', float('nan')),
+    ('percentile_gaussian', 'percentile', 100.1),
+  ],
+)
+def test_a_bad_parameter_names_its_flag(name, field, value):
+  with (
+    flagsaver.flagsaver(**{f'{name}_{field}': value}),
+    pytest.raises(UserError, match=rf'^--{name}_{field} must be .* found {value}$'),
+  ):
+    baseline_flags.baseline_defense(name)
