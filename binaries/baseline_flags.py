@@ -12,6 +12,7 @@ _HELP = {
     'sigma0': 'Standard deviation of the noise over the percentile.',
     'percentile': "Of the magnitudes of a client's update, from 0 to 100.",
   },
+  'top_k': {'fraction': 'Of the entries of an update that are sent, the largest ones.'},
 }
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}

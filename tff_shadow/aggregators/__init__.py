@@ -13,6 +13,7 @@ from tff_shadow.aggregators.observation_tap import (
 from tff_shadow.aggregators.percentile_noise import percentile_noise_factory
 from tff_shadow.aggregators.public_shadow_noise import public_shadow_noise_factory
 from tff_shadow.aggregators.shadow_noise import shadow_noise_factory, shaped_update_type
+from tff_shadow.aggregators.top_k import top_k_factory
 
 __all__ = [
   'NOISE_SHAPES',
@@ -25,4 +26,5 @@ __all__ = [
   'public_shadow_noise_factory',
   'shadow_noise_factory',
   'shaped_update_type',
+  'top_k_factory',
 ]

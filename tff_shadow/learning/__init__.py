@@ -1,6 +1,6 @@
 """Federated learning processes and the program that runs them."""
 
-from tff_shadow.learning.baselines import BASELINES, BaselineDefense, PercentileGaussian
+from tff_shadow.learning.baselines import BASELINES, BaselineDefense, PercentileGaussian, TopK
 from tff_shadow.learning.client_work import build_client_work
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
@@ -27,6 +27,7 @@ __all__ = [
   'RoundSampler',
   'ShadowDefense',
   'ShadowNoise',
+  'TopK',
   'TrainingRun',
   'TrainingSettings',
   'build_client_work',

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import tensorflow_federated as tff
 
-from tff_shadow.aggregators import percentile_noise_factory
+from tff_shadow.aggregators import percentile_noise_factory, top_k_factory
 from tff_shadow.aggregators.client_side import Factory
 
 # Makes the server's part of an aggregation one that is observed, or leaves it as it is.
@@ -75,6 +75,22 @@ class PercentileGaussian(_UpdateTransform):
     return percentile_noise_factory(self.sigma0, self.percentile, inner)
 
 
+@dataclasses.dataclass(frozen=True)
+class TopK(_UpdateTransform):
+  """Gradient pruning; the server sees the largest entries of each update.
+
+  Attributes:
+    fraction: See `top_k_factory`.
+  """
+
+  name: ClassVar[str] = 'top_k'
+  fraction: float = 0.1
+
+  def on_client(self, inner: Factory | None) -> Factory:
+    """See `top_k_factory`."""
+    return top_k_factory(self.fraction, inner)
+
+
 BASELINES: dict[str, type[BaselineDefense]] = {
-  baseline.name: baseline for baseline in (PercentileGaussian,)
+  baseline.name: baseline for baseline in (PercentileGaussian, TopK)
 }
