@@ -13,6 +13,7 @@ _HELP = {
     'percentile': "Of the magnitudes of a client's update, from 0 to 100.",
   },
   'top_k': {'fraction': 'Of the entries of an update that are sent, the largest ones.'},
+  'quantization': {'bits': 'Per entry of an update, from 1 to 16.'},
 }
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}

@@ -12,6 +12,7 @@ from tff_shadow.aggregators.observation_tap import (
 )
 from tff_shadow.aggregators.percentile_noise import percentile_noise_factory
 from tff_shadow.aggregators.public_shadow_noise import public_shadow_noise_factory
+from tff_shadow.aggregators.quantization import quantization_factory
 from tff_shadow.aggregators.shadow_noise import shadow_noise_factory, shaped_update_type
 from tff_shadow.aggregators.top_k import top_k_factory
 
@@ -24,6 +25,7 @@ __all__ = [
   'observation_tap_factory',
   'percentile_noise_factory',
   'public_shadow_noise_factory',
+  'quantization_factory',
   'shadow_noise_factory',
   'shaped_update_type',
   'top_k_factory',

@@ -1,6 +1,12 @@
 """Federated learning processes and the program that runs them."""
 
-from tff_shadow.learning.baselines import BASELINES, BaselineDefense, PercentileGaussian, TopK
+from tff_shadow.learning.baselines import (
+  BASELINES,
+  BaselineDefense,
+  PercentileGaussian,
+  Quantization,
+  TopK,
+)
 from tff_shadow.learning.client_work import build_client_work
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
@@ -23,6 +29,7 @@ __all__ = [
   'PROPAGATIONS',
   'BaselineDefense',
   'PercentileGaussian',
+  'Quantization',
   'RoundReport',
   'RoundSampler',
   'ShadowDefense',

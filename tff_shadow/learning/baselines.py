@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import tensorflow_federated as tff
 
-from tff_shadow.aggregators import percentile_noise_factory, top_k_factory
+from tff_shadow.aggregators import percentile_noise_factory, quantization_factory, top_k_factory
 from tff_shadow.aggregators.client_side import Factory
 
 # Makes the server's part of an aggregation one that is observed, or leaves it as it is.
@@ -91,6 +91,22 @@ class TopK(_UpdateTransform):
     return top_k_factory(self.fraction, inner)
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantization(_UpdateTransform):
+  """Stochastic quantisation; the server sees updates of a few bits per entry.
+
+  Attributes:
+    bits: See `quantization_factory`.
+  """
+
+  name: ClassVar[str] = 'quantization'
+  bits: int = 8
+
+  def on_client(self, inner: Factory | None) -> Factory:
+    """See `quantization_factory`."""
+    return quantization_factory(self.bits, inner)
+
+
 BASELINES: dict[str, type[BaselineDefense]] = {
-  baseline.name: baseline for baseline in (PercentileGaussian, TopK)
+  baseline.name: baseline for baseline in (PercentileGaussian, TopK, Quantization)
 }
