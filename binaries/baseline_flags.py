@@ -14,6 +14,11 @@ _HELP = {
   },
   'top_k': {'fraction': 'Of the entries of an update that are sent, the largest ones.'},
   'quantization': {'bits': 'Per entry of an update, from 1 to 16.'},
+  'dp_fedavg': {
+    'clip_norm': "Of a client's update.",
+    'noise_multiplier': 'Standard deviation of the noise on the sum of updates over the clipping'
+    ' norm. The server adds it, so the server sees the clipped updates without.',
+  },
 }
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}

@@ -37,6 +37,8 @@ def test_every_parameter_has_a_flag_that_reaches_the_defense(name):
     ('percentile_gaussian', 'percentile', 100.1),
     ('top_k', 'fraction', 0.0),
     ('quantization', 'bits', 17),
+    ('dp_fedavg', 'clip_norm', 0.0),
+    ('dp_fedavg', 'noise_multiplier', -1.0),
   ],
 )
 def test_a_bad_parameter_names_its_flag(name, field, value):

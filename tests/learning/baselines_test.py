@@ -4,19 +4,21 @@ import csv
 
 import numpy as np
 import pytest
+import tensorflow_federated as tff
 
-from tff_shadow.learning import TopK, TrainingRun, TrainingSettings
+from tff_shadow.aggregators import observation_tap_factory
+from tff_shadow.learning import DpFedAvg, TopK, TrainingRun, TrainingSettings
 from tff_shadow.models import build_model
 from tff_shadow.observations import ClientTraining, read_observation
 
 pytestmark = pytest.mark.usefixtures('tff_worker')
 
 
-def _train(data, run_dir, defense, norm='none', rounds=1, **kwargs):
-  """Runs rounds of one local step, and returns the first observation, figures and the model."""
-  model = build_model('conv_small', image_shape=(8, 8, 1), num_classes=2, norm=norm, seed=1)
+def _train(data, run_dir, defense):
+  """Runs a round of one local step; returns its observation and figures, and the model."""
+  model = build_model('conv_small', image_shape=(8, 8, 1), num_classes=2, seed=1)
   local = ClientTraining('sgd', 0.1, 0.0, batch_size=4, local_epochs=1, max_local_steps=1)
-  settings = TrainingSettings(rounds, local, seed=5, defense=defense, **kwargs)
+  settings = TrainingSettings(1, local, seed=5, defense=defense)
   TrainingRun(data, model, settings, run_dir).train(resume=False)
   with (run_dir / 'metrics.csv').open() as file:
     figures = next(iter(csv.DictReader(file)))
@@ -30,7 +32,7 @@ def _flat(arrays):
 def test_changed_updates_are_observed(tiny_data, tmp_path):
   """For one of those that change a finished update; their factories have tests of their own."""
   defense = TopK(0.2)
-  observation, figures, _ = _train(tiny_data, tmp_path, defense, norm='batch')
+  observation, figures, _ = _train(tiny_data, tmp_path, defense)
   assert observation.defense == {'name': 'top_k', 'fraction': 0.2}
   for client in observation.clients:
     sent = _flat(client.update)
@@ -39,3 +41,46 @@ def test_changed_updates_are_observed(tiny_data, tmp_path):
   mean = np.mean([_flat(client.update) for client in observation.clients], axis=0)
   np.testing.assert_allclose(_flat(observation.aggregate), mean, atol=1e-7)
   assert 0 < float(figures['defense/distortion']) < 1
+
+
+class TestDpFedAvg:
+  def test_clients_clip_and_the_server_adds_noise_to_the_mean(self):
+    defense = DpFedAvg(clip_norm=2.0, noise_multiplier=0.5)
+    size = 4000
+    rng = np.random.default_rng(0)
+    updates = [scale * rng.normal(size=size).astype(np.float32) for scale in (0.01, 1.0)]
+    updates += [np.full(size, 1e30, np.float32), np.zeros(size, np.float32)]
+    process = defense.aggregator(observation_tap_factory, 4).create(
+      tff.types.to_type([(np.float32, (size,))]), tff.types.TensorType(np.float32)
+    )
+    state, noises = process.initialize(), []
+    for _ in range(2):
+      output = process.next(state, [[update] for update in updates], [1.0, 9.0, 1.0, 1.0])
+      state = output.state
+      seen = defense.observed(output.measurements)
+      norm = np.linalg.norm(updates[1])
+      # Its norm overflows: sent as zeros.
+      expected = [updates[0], 2.0 * updates[1] / norm, np.zeros(size), np.zeros(size)]
+      np.testing.assert_allclose(seen['updates'][0], expected, rtol=1e-5)
+      np.testing.assert_allclose(seen['aggregate'][0], np.mean(expected, axis=0), atol=1e-6)
+      np.testing.assert_array_equal(seen['weights'], np.ones(4))
+      noises.append(output.result[0] - np.mean(expected, axis=0))
+    # clip_norm noise_multiplier / clients; standard error 1.1 %.
+    np.testing.assert_allclose(np.std(noises, axis=1), 0.25, rtol=0.05)
+    assert abs(np.corrcoef(noises)[0, 1]) < 5 / np.sqrt(size)
+    event = output.state.dp_event
+    assert event.class_name == b'GaussianDpEvent'
+    assert event.noise_multiplier == pytest.approx(0.5)
+
+  def test_observation_is_before_the_noise_and_the_model_after(self, tiny_data, tmp_path):
+    defense = DpFedAvg(clip_norm=0.01, noise_multiplier=3.0)
+    observation, _, model = _train(tiny_data, tmp_path, defense)
+    assert observation.defense == {'name': 'dp_fedavg', 'clip_norm': 0.01, 'noise_multiplier': 3.0}
+    sent = [_flat(client.update) for client in observation.clients]
+    np.testing.assert_allclose(np.linalg.norm(sent, axis=1), 0.01, rtol=1e-4)
+    assert [client.weight for client in observation.clients] == [1.0] * 3
+    np.testing.assert_allclose(_flat(observation.aggregate), np.mean(sent, axis=0), atol=1e-8)
+    initial = np.concatenate([np.ravel(w) for w in observation.global_weights.trainable])
+    trained = np.concatenate([np.ravel(w) for w in model.get_weights()])
+    noise = trained - initial - _flat(observation.aggregate)
+    assert noise.std() == pytest.approx(0.01, rel=0.05)

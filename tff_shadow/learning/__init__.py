@@ -3,6 +3,7 @@
 from tff_shadow.learning.baselines import (
   BASELINES,
   BaselineDefense,
+  DpFedAvg,
   PercentileGaussian,
   Quantization,
   TopK,
@@ -28,6 +29,7 @@ __all__ = [
   'BASELINES',
   'PROPAGATIONS',
   'BaselineDefense',
+  'DpFedAvg',
   'PercentileGaussian',
   'Quantization',
   'RoundReport',

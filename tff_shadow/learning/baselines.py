@@ -6,13 +6,18 @@ the strength 'scale'.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
+import tensorflow as tf
 import tensorflow_federated as tff
+import tensorflow_privacy as tfp
 
 from tff_shadow.aggregators import percentile_noise_factory, quantization_factory, top_k_factory
 from tff_shadow.aggregators.client_side import Factory
+from tff_shadow.aggregators.update_transform import update_transform_factory
 
 # Makes the server's part of an aggregation one that is observed, or leaves it as it is.
 Tap = Callable[[Factory], Factory]
@@ -23,8 +28,6 @@ class BaselineDefense:
   """A baseline defence; its fields are its parameters, all of them public."""
 
   name: ClassVar[str]
-  # Where the tap's measurements lie among the aggregator's.
-  tap_measurements: ClassVar[tuple[str, ...]] = ()
   # Measurements of the aggregator that are figures of the round.
   figures: ClassVar[tuple[str, ...]] = ()
 
@@ -32,16 +35,21 @@ class BaselineDefense:
     """What an attacker may know: everything."""
     return {'name': self.name, **dataclasses.asdict(self)}
 
-  def aggregator(self, tap: Tap) -> tff.aggregators.WeightedAggregationFactory:
+  def aggregator(
+    self, tap: Tap, clients_per_round: int
+  ) -> tff.aggregators.WeightedAggregationFactory:
     """The aggregation of the clients' updates, with `tap` around what the server receives."""
     return tap(tff.aggregators.MeanFactory())
+
+  def observed(self, measurements: Any) -> Any:
+    """What the tap saw, from the measurements of the aggregator; see `observation_tap_factory`."""
+    return measurements['observation']
 
 
 @dataclasses.dataclass(frozen=True)
 class _UpdateTransform(BaselineDefense):
   """A defence that changes the finished update on the client."""
 
-  tap_measurements: ClassVar[tuple[str, ...]] = ('inner',)
   figures: ClassVar[tuple[str, ...]] = ('distortion',)
 
   def __post_init__(self):
@@ -52,9 +60,15 @@ class _UpdateTransform(BaselineDefense):
     """The factory that changes updates and hands them to `inner`."""
     raise NotImplementedError
 
-  def aggregator(self, tap: Tap) -> tff.aggregators.WeightedAggregationFactory:
+  def aggregator(
+    self, tap: Tap, clients_per_round: int
+  ) -> tff.aggregators.WeightedAggregationFactory:
     """See `BaselineDefense`."""
-    return self.on_client(super().aggregator(tap))
+    return self.on_client(super().aggregator(tap, clients_per_round))
+
+  def observed(self, measurements: Any) -> Any:
+    """See `BaselineDefense`."""
+    return super().observed(measurements['inner'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +121,65 @@ class Quantization(_UpdateTransform):
     return quantization_factory(self.bits, inner)
 
 
+@dataclasses.dataclass(frozen=True)
+class DpFedAvg(BaselineDefense):
+  """DP-FedAvg with a fixed clipping norm (McMahan et al. 2018), by TFF's own aggregator.
+
+  Each client's update, BatchNorm statistics included, is clipped on the client. The *server* adds
+  the noise to the sum and divides by the number of clients drawn for a round, all weighing the
+  same. So a curious server sees every clipped update without noise, and that is what is observed:
+  the noise protects clients from those who see the models that the server hands out, not from the
+  server, unless something that it does not control (secure aggregation with noise shared out among
+  the clients) adds up and noises.
+
+  TFF draws the noise; it cannot be reproduced.
+
+  Attributes:
+    clip_norm: Of a client's update.
+    noise_multiplier: Standard deviation of the noise on the sum over `clip_norm`.
+  """
+
+  name: ClassVar[str] = 'dp_fedavg'
+  clip_norm: float = 1.0
+  noise_multiplier: float = 1.0
+
+  def __post_init__(self):
+    """Raises ValueError naming the field that is out of range."""
+    _check_clipping(self.clip_norm, self.noise_multiplier)
+
+  def aggregator(
+    self, tap: Tap, clients_per_round: int
+  ) -> tff.aggregators.WeightedAggregationFactory:
+    """See `BaselineDefense`."""
+    # The query of DifferentiallyPrivateFactory.gaussian_fixed, which takes no inner factory.
+    query = tfp.NormalizedQuery(
+      tfp.GaussianSumQuery(self.clip_norm, self.clip_norm * self.noise_multiplier),
+      denominator=float(clients_per_round),
+    )
+    # An update whose norm overflows is clipped to NaN; it is sent as zeros.
+    records = update_transform_factory(lambda update: update, tap(tff.aggregators.SumFactory()))
+    return tff.aggregators.as_weighted_aggregator(
+      tff.aggregators.DifferentiallyPrivateFactory(query, record_aggregation_factory=records)
+    )
+
+  def observed(self, measurements: Any) -> Any:
+    """See `BaselineDefense`; the aggregate is the mean before the noise, which the server knows."""
+    seen = super().observed(measurements['dp']['inner'])
+    num_clients = len(tf.nest.flatten(seen['updates'])[0])
+    return {
+      'updates': seen['updates'],
+      'weights': np.ones(num_clients, np.float32),
+      'aggregate': tf.nest.map_structure(lambda total: total / num_clients, seen['aggregate']),
+    }
+
+
+def _check_clipping(clip_norm: float, noise_multiplier: float) -> None:
+  if not (math.isfinite(clip_norm) and clip_norm > 0):
+    raise ValueError(f'clip_norm must be finite and above 0, found {clip_norm}')
+  if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+    raise ValueError(f'noise_multiplier must be finite and not negative, found {noise_multiplier}')
+
+
 BASELINES: dict[str, type[BaselineDefense]] = {
-  baseline.name: baseline for baseline in (PercentileGaussian, TopK, Quantization)
+  baseline.name: baseline for baseline in (PercentileGaussian, TopK, Quantization, DpFedAvg)
 }

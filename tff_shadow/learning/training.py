@@ -161,7 +161,8 @@ class TrainingRun:
     tap = observation_tap_factory if observed else lambda factory: factory
     if self._settings.baseline is None:
       return tap(tff.aggregators.MeanFactory())
-    return self._settings.baseline.aggregator(tap)
+    clients_per_round = self._settings.clients_per_round or len(self._data.clients)
+    return self._settings.baseline.aggregator(tap, clients_per_round)
 
   def _build(
     self, aggregator: tff.aggregators.WeightedAggregationFactory, local: ClientTraining
@@ -280,11 +281,10 @@ class TrainingRun:
 
   def _observed(self, measurements: Any) -> Any:
     """The tap's part of the aggregator's measurements; the tap is inside the defence."""
-    path = ('inner',) if self._settings.shadow_defense is not None else ()
     if self._settings.baseline is not None:
-      path = self._settings.baseline.tap_measurements
-    for name in path:
-      measurements = measurements[name]
+      return self._settings.baseline.observed(measurements)
+    if self._settings.shadow_defense is not None:
+      measurements = measurements['inner']
     return measurements['observation']
 
   def _validate(self, state: Any) -> dict[str, float]:
