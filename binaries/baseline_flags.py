@@ -19,6 +19,11 @@ _HELP = {
     'noise_multiplier': 'Standard deviation of the noise on the sum of updates over the clipping'
     ' norm. The server adds it, so the server sees the clipped updates without.',
   },
+  'dp_sgd': {
+    'clip_norm': "Of one image's gradient.",
+    'noise_multiplier': "Standard deviation of the noise on the sum of a batch's gradients over the"
+    ' clipping norm.',
+  },
 }
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}

@@ -7,17 +7,17 @@ import pytest
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import observation_tap_factory
-from tff_shadow.learning import DpFedAvg, TopK, TrainingRun, TrainingSettings
+from tff_shadow.learning import DpFedAvg, DpSgd, TopK, TrainingRun, TrainingSettings
 from tff_shadow.models import build_model
 from tff_shadow.observations import ClientTraining, read_observation
 
 pytestmark = pytest.mark.usefixtures('tff_worker')
 
 
-def _train(data, run_dir, defense):
-  """Runs a round of one local step; returns its observation and figures, and the model."""
+def _train(data, run_dir, defense, steps=1):
+  """Runs a round of one local step or more; returns its observation and figures, and the model."""
   model = build_model('conv_small', image_shape=(8, 8, 1), num_classes=2, seed=1)
-  local = ClientTraining('sgd', 0.1, 0.0, batch_size=4, local_epochs=1, max_local_steps=1)
+  local = ClientTraining('sgd', 0.1, 0.0, batch_size=4, local_epochs=1, max_local_steps=steps)
   settings = TrainingSettings(1, local, seed=5, defense=defense)
   TrainingRun(data, model, settings, run_dir).train(resume=False)
   with (run_dir / 'metrics.csv').open() as file:
@@ -84,3 +84,17 @@ class TestDpFedAvg:
     trained = np.concatenate([np.ravel(w) for w in model.get_weights()])
     noise = trained - initial - _flat(observation.aggregate)
     assert noise.std() == pytest.approx(0.01, rel=0.05)
+
+
+class TestDpSgd:
+  def test_each_client_and_step_has_its_own_noise(self, tiny_data, tmp_path):
+    # Clipped until next to nothing is left but noise.
+    defense = DpSgd(clip_norm=1e-5, noise_multiplier=1000.0)
+    observation, _, _ = _train(tiny_data, tmp_path, defense, steps=2)
+    assert observation.defense['name'] == 'dp_sgd'
+    sent = [_flat(client.update) for client in observation.clients]
+    # Learning rate, clip_norm noise_multiplier / batch, two steps; standard error 0.3 %.
+    np.testing.assert_allclose(np.std(sent, axis=1), 0.1 * 1e-2 / 4 * np.sqrt(2), rtol=0.02)
+    correlations = np.corrcoef(sent) - np.eye(3)
+    assert np.abs(correlations).max() < 5 / np.sqrt(sent[0].size)
+    assert [client.weight for client in observation.clients] == [8.0] * 3

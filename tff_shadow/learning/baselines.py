@@ -18,6 +18,8 @@ import tensorflow_privacy as tfp
 from tff_shadow.aggregators import percentile_noise_factory, quantization_factory, top_k_factory
 from tff_shadow.aggregators.client_side import Factory
 from tff_shadow.aggregators.update_transform import update_transform_factory
+from tff_shadow.learning.client_work import BuildGradientFn, build_plain_gradient_fn
+from tff_shadow.learning.dp_sgd import build_dp_sgd_gradient_fn
 
 # Makes the server's part of an aggregation one that is observed, or leaves it as it is.
 Tap = Callable[[Factory], Factory]
@@ -34,6 +36,17 @@ class BaselineDefense:
   def public_settings(self) -> dict[str, Any]:
     """What an attacker may know: everything."""
     return {'name': self.name, **dataclasses.asdict(self)}
+
+  def gradients(self, model: tf.keras.Model) -> BuildGradientFn:
+    """How a client gets the gradients of a local step.
+
+    Args:
+      model: The task model; its architecture counts, not its weights.
+
+    Raises:
+      ValueError: If the defence cannot be used with the model.
+    """
+    return build_plain_gradient_fn
 
   def aggregator(
     self, tap: Tap, clients_per_round: int
@@ -173,6 +186,30 @@ class DpFedAvg(BaselineDefense):
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class DpSgd(BaselineDefense):
+  """DP-SGD in every local step, by tensorflow-privacy; see `build_dp_sgd_gradient_fn`.
+
+  The server sees what was trained on clipped and noised gradients, and the number of examples.
+
+  Attributes:
+    clip_norm: Of one example's gradient.
+    noise_multiplier: Standard deviation of the noise on a batch's sum over `clip_norm`.
+  """
+
+  name: ClassVar[str] = 'dp_sgd'
+  clip_norm: float = 1.0
+  noise_multiplier: float = 1.0
+
+  def __post_init__(self):
+    """Raises ValueError naming the field that is out of range."""
+    _check_clipping(self.clip_norm, self.noise_multiplier)
+
+  def gradients(self, model: tf.keras.Model) -> BuildGradientFn:
+    """See `BaselineDefense`."""
+    return build_dp_sgd_gradient_fn(model, self.clip_norm, self.noise_multiplier)
+
+
 def _check_clipping(clip_norm: float, noise_multiplier: float) -> None:
   if not (math.isfinite(clip_norm) and clip_norm > 0):
     raise ValueError(f'clip_norm must be finite and above 0, found {clip_norm}')
@@ -181,5 +218,5 @@ def _check_clipping(clip_norm: float, noise_multiplier: float) -> None:
 
 
 BASELINES: dict[str, type[BaselineDefense]] = {
-  baseline.name: baseline for baseline in (PercentileGaussian, TopK, Quantization, DpFedAvg)
+  baseline.name: baseline for baseline in (PercentileGaussian, TopK, Quantization, DpFedAvg, DpSgd)
 }

@@ -11,6 +11,10 @@ import tensorflow_federated as tff
 from tff_shadow.aggregators import build_collect_from_clients
 
 ModelFn = Callable[[], tff.learning.models.VariableModel]
+# From a batch: number of examples, and the gradients of the trainable variables, as a list.
+GradientFn = Callable[[Any], tuple[tf.Tensor, list[tf.Tensor]]]
+# Made for the model that trains, where it trains, so it may make variables of its own.
+BuildGradientFn = Callable[[tff.learning.models.VariableModel], GradientFn]
 
 
 def is_shared_statistic(variable: Any) -> bool:
@@ -21,6 +25,22 @@ def is_shared_statistic(variable: Any) -> bool:
   return tf.as_dtype(variable.dtype).is_floating
 
 
+def build_plain_gradient_fn(model: tff.learning.models.VariableModel) -> GradientFn:
+  """The gradients of the batch's mean loss."""
+
+  def gradient_fn(batch):
+    with tf.GradientTape() as tape:
+      output = model.forward_pass(batch, training=True)
+    gradients = tape.gradient(
+      output.loss,
+      list(model.trainable_variables),
+      unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    return output.num_examples, gradients
+
+  return gradient_fn
+
+
 def build_client_work(
   model_fn: ModelFn,
   optimizer: tff.learning.optimizers.Optimizer,
@@ -28,6 +48,7 @@ def build_client_work(
   client_weighting: tff.learning.ClientWeighting,
   share_statistics: bool,
   metrics_aggregator: Callable[..., Any] | None = None,
+  build_gradient_fn: BuildGradientFn = build_plain_gradient_fn,
 ) -> tff.learning.templates.ClientWorkProcess:
   """Builds the local training of FedAvg.
 
@@ -47,6 +68,7 @@ def build_client_work(
     client_weighting: Weight of a client in the mean.
     share_statistics: Whether floating-point non-trainable variables are in the update.
     metrics_aggregator: As in TFF; `tff.learning.metrics.sum_then_finalize` by default.
+    build_gradient_fn: Of the gradients that the optimiser gets; the plain ones by default.
 
   Returns:
     A `ClientWorkProcess` without state.
@@ -63,21 +85,16 @@ def build_client_work(
   @tff.tensorflow.computation(weights_type, data_type)
   def client_update(initial_weights, dataset):
     local_model = model_fn()
+    gradient_fn = build_gradient_fn(local_model)
+
+    def one_copy(batch):
+      num_examples, gradients = gradient_fn(batch)
+      return num_examples, [gradients], ()
 
     @tf.function
     def train(initial_weights, dataset):
-      def gradient_fn(batch):
-        with tf.GradientTape() as tape:
-          output = local_model.forward_pass(batch, training=True)
-        gradients = tape.gradient(
-          output.loss,
-          list(local_model.trainable_variables),
-          unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
-        return output.num_examples, [gradients], ()
-
       (update,), num_examples, _ = train_locally(
-        [local_model], optimizer, initial_weights, dataset, gradient_fn, share_statistics
+        [local_model], optimizer, initial_weights, dataset, one_copy, share_statistics
       )
       return client_result(local_model, update, num_examples, client_weighting)
 

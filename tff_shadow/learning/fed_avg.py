@@ -6,7 +6,13 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_shadow.learning.client_work import ModelFn, build_client_work, is_shared_statistic
+from tff_shadow.learning.client_work import (
+  BuildGradientFn,
+  ModelFn,
+  build_client_work,
+  build_plain_gradient_fn,
+  is_shared_statistic,
+)
 from tff_shadow.observations import BATCH_NORM_SHARING, BatchNormSharing
 
 
@@ -20,6 +26,7 @@ def build_weighted_fed_avg(
   model_aggregator: tff.aggregators.WeightedAggregationFactory | None = None,
   metrics_aggregator: Callable[..., Any] | None = None,
   batch_norm_sharing: BatchNormSharing = 'aggregate',
+  build_gradient_fn: BuildGradientFn = build_plain_gradient_fn,
 ) -> tff.learning.templates.LearningProcess:
   """Builds FedAvg (McMahan et al. 2017) with a choice of what BatchNorm shares.
 
@@ -43,6 +50,7 @@ def build_weighted_fed_avg(
       model that has statistics the updates are `OrderedDict(trainable, non_trainable)`.
     metrics_aggregator: As in TFF.
     batch_norm_sharing: See above.
+    build_gradient_fn: See `build_client_work`.
 
   Returns:
     A `LearningProcess`; its client work reports `non_finite`, a flag per client.
@@ -60,6 +68,7 @@ def build_weighted_fed_avg(
     client_weighting=client_weighting,
     share_statistics=share_statistics,
     metrics_aggregator=metrics_aggregator,
+    build_gradient_fn=build_gradient_fn,
   )
   update_type = client_work.next.type_signature.result.result.member.update
   return compose(

@@ -178,6 +178,12 @@ class TrainingRun:
       'model_aggregator': aggregator,
       'batch_norm_sharing': settings.batch_norm_sharing,
     }
+    if settings.baseline is not None:
+      try:
+        build_gradient_fn = settings.baseline.gradients(self._model)
+      except ValueError as error:
+        raise UserError(f'--defense={settings.baseline.name}: {error}') from error
+      return build_weighted_fed_avg(**arguments, build_gradient_fn=build_gradient_fn)
     if settings.shadow_defense is None:
       return build_weighted_fed_avg(**arguments)
     config = model_to_config(self._model)
