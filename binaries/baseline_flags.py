@@ -24,6 +24,9 @@ _HELP = {
     'noise_multiplier': "Standard deviation of the noise on the sum of a batch's gradients over the"
     ' clipping norm.',
   },
+  'soteria': {
+    'percentile': 'Of the features whose gradients in the last layer are pruned, from 0 to 100.',
+  },
 }
 
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}

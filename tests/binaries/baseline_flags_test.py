@@ -41,6 +41,7 @@ def test_every_parameter_has_a_flag_that_reaches_the_defense(name):
     ('dp_fedavg', 'noise_multiplier', -1.0),
     ('dp_sgd', 'clip_norm', float('inf')),
     ('dp_sgd', 'noise_multiplier', -0.5),
+    ('soteria', 'percentile', -0.1),
   ],
 )
 def test_a_bad_parameter_names_its_flag(name, field, value):

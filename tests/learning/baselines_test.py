@@ -7,7 +7,7 @@ import pytest
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import observation_tap_factory
-from tff_shadow.learning import DpFedAvg, DpSgd, TopK, TrainingRun, TrainingSettings
+from tff_shadow.learning import DpFedAvg, DpSgd, Soteria, TopK, TrainingRun, TrainingSettings
 from tff_shadow.models import build_model
 from tff_shadow.observations import ClientTraining, read_observation
 
@@ -98,3 +98,14 @@ class TestDpSgd:
     correlations = np.corrcoef(sent) - np.eye(3)
     assert np.abs(correlations).max() < 5 / np.sqrt(sent[0].size)
     assert [client.weight for client in observation.clients] == [8.0] * 3
+
+
+def test_soteria_prunes_the_last_layer(tiny_data, tmp_path):
+  observation, _, _ = _train(tiny_data, tmp_path, Soteria(60.0))
+  assert observation.defense == {'name': 'soteria', 'percentile': 60.0}
+  for client in observation.clients:
+    kernel = client.update.trainable[-2]
+    assert kernel.shape == (64, 2)
+    # Of 64 scores 38 are below the 60th percentile.
+    assert np.count_nonzero(np.all(kernel == 0, axis=1)) == 38
+    assert np.all(client.update.trainable[-1] != 0)

@@ -7,6 +7,7 @@ from tff_shadow.learning.baselines import (
   DpSgd,
   PercentileGaussian,
   Quantization,
+  Soteria,
   TopK,
 )
 from tff_shadow.learning.client_work import build_client_work
@@ -38,6 +39,7 @@ __all__ = [
   'RoundSampler',
   'ShadowDefense',
   'ShadowNoise',
+  'Soteria',
   'TopK',
   'TrainingRun',
   'TrainingSettings',

@@ -20,6 +20,7 @@ from tff_shadow.aggregators.client_side import Factory
 from tff_shadow.aggregators.update_transform import update_transform_factory
 from tff_shadow.learning.client_work import BuildGradientFn, build_plain_gradient_fn
 from tff_shadow.learning.dp_sgd import build_dp_sgd_gradient_fn
+from tff_shadow.learning.soteria import build_soteria_gradient_fn
 
 # Makes the server's part of an aggregation one that is observed, or leaves it as it is.
 Tap = Callable[[Factory], Factory]
@@ -210,6 +211,29 @@ class DpSgd(BaselineDefense):
     return build_dp_sgd_gradient_fn(model, self.clip_norm, self.noise_multiplier)
 
 
+@dataclasses.dataclass(frozen=True)
+class Soteria(BaselineDefense):
+  """Pruned gradients of the last layer in every local step; see `build_soteria_gradient_fn`.
+
+  The server sees what was trained on them.
+
+  Attributes:
+    percentile: Of the features whose gradients are pruned; the authors' example has 60.
+  """
+
+  name: ClassVar[str] = 'soteria'
+  percentile: float = 60.0
+
+  def __post_init__(self):
+    """Raises ValueError naming the field that is out of range."""
+    if not 0 <= self.percentile <= 100:
+      raise ValueError(f'percentile must be from 0 to 100, found {self.percentile}')
+
+  def gradients(self, model: tf.keras.Model) -> BuildGradientFn:
+    """See `BaselineDefense`."""
+    return build_soteria_gradient_fn(model, self.percentile)
+
+
 def _check_clipping(clip_norm: float, noise_multiplier: float) -> None:
   if not (math.isfinite(clip_norm) and clip_norm > 0):
     raise ValueError(f'clip_norm must be finite and above 0, found {clip_norm}')
@@ -218,5 +242,6 @@ def _check_clipping(clip_norm: float, noise_multiplier: float) -> None:
 
 
 BASELINES: dict[str, type[BaselineDefense]] = {
-  baseline.name: baseline for baseline in (PercentileGaussian, TopK, Quantization, DpFedAvg, DpSgd)
+  baseline.name: baseline
+  for baseline in (PercentileGaussian, TopK, Quantization, DpFedAvg, DpSgd, Soteria)
 }
