@@ -130,6 +130,7 @@ _PER_STEP = {'defense': 'shadow', 'propagation': 'per_step'}
       {'defense': 'percentile_gaussian', 'percentile_gaussian_sigma0': -1.0},
       '--percentile_gaussian_sigma0 must be .* found -1.0',
     ),
+    ({'defense': 'dp_sgd', 'norm': 'batch'}, '--defense=dp_sgd: BatchNorm .* use --norm=group'),
   ],
 )
 def test_bad_flags_name_themselves_and_write_nothing(tmp_path, changes, message):
