@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -46,6 +47,7 @@ def attack_observation(
   targets: Sequence[str] | None = None,
   *,
   labels: Mapping[str, Sequence[int]] | None = None,
+  weights: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
   finished: Sequence[TargetResult] = (),
   on_result: Callable[[list[TargetResult]], None] | None = None,
   progress: Callable[[AttackProgress], None] | None = None,
@@ -64,6 +66,9 @@ def attack_observation(
     targets: Client ids, or `observations.AGGREGATE` for the mean of all clients; all clients by
       default.
     labels: The labels of each target if the attacker was told them; inferred by default.
+    weights: For each target, per round and per trainable variable, what observed and simulated
+      gradient are multiplied by before they are compared: 1 over the deviation of noise that was
+      added to them, say. As they are by default.
     finished: Results of an earlier, interrupted call; kept as they are.
     on_result: Called with all results so far whenever targets are done.
     progress: Called about twice a second.
@@ -82,7 +87,7 @@ def attack_observation(
   known = Targets(observations, config)
   names = list(targets) if targets else known.default_names
   chosen = [known.find(name, None if labels is None else labels[name]) for name in names]
-  attack = _Attack(known, config, progress, checkpoint_path, checkpoint_every_secs)
+  attack = _Attack(known, config, weights, progress, checkpoint_path, checkpoint_every_secs)
   results = {result.target: result for result in finished if result.target in names}
   for group in attack.groups([target for target in chosen if target.name not in results]):
     attack.done = len(results) * config.restarts * config.iterations
@@ -97,9 +102,10 @@ def attack_observation(
 class _Attack:
   """The solvers that the targets share."""
 
-  def __init__(self, known, config, progress, checkpoint_path, checkpoint_every_secs):
+  def __init__(self, known, config, weights, progress, checkpoint_path, checkpoint_every_secs):
     self._known = known
     self._config = config
+    self._weights = weights
     self._progress = progress
     self._checkpoint_path = checkpoint_path
     self._checkpoint_every_secs = checkpoint_every_secs
@@ -288,15 +294,16 @@ class _Attack:
       )
 
   def _evidence(self, lanes, targets, labels, statistics, seeds) -> Evidence:
-    per_view = zip(*(self._known.gradients(target) for target in targets), strict=True)
+    weights = ()
+    if self._weights is not None:
+      weights = _stacked([self._weights[target.name] for target in targets], self._config.dtype)
     return Evidence(
       target=tf.constant([targets.index(target) for target, _ in lanes]),
       labels=tf.constant(np.stack([own.values for own in labels])),
-      gradients=tuple(
-        tuple(tf.stack(tensors) for tensors in zip(*views, strict=True)) for views in per_view
-      ),
+      gradients=_stacked([self._known.gradients(target) for target in targets], self._config.dtype),
       statistics=statistics,
       seeds=tf.constant(seeds),
+      weights=weights,
     )
 
   def _seed(self, target: Target, restart: int) -> tuple[int, int]:
@@ -346,6 +353,14 @@ class _Attack:
     if self._config.combination == 'best':
       return best
     return np.mean([in_order(images, best) for _, images in restarts], axis=0)
+
+
+def _stacked(per_target: Sequence[Sequence[Sequence[Any]]], dtype: str) -> tuple:
+  """Per view, per trainable variable [T, ...], from one such nest for each target."""
+  return tuple(
+    tuple(tf.constant(np.stack(tensors), dtype) for tensors in zip(*views, strict=True))
+    for views in zip(*per_target, strict=True)
+  )
 
 
 def _lane_name(target: Target, restart: int) -> str:

@@ -122,6 +122,10 @@ class ClientSimulator:
       self.model(images, training=True)
     return statistics
 
+  def loss(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """The clients' training loss, a scalar, of images [B, H, W, C] and labels int32 [B]."""
+    return self._loss(labels, self.model(images, training=True))
+
   def mean_gradient(
     self,
     images: tf.Tensor,

@@ -59,6 +59,8 @@ class Evidence(NamedTuple):
     gradients: Per view, per trainable variable: [T, ...], the observed mean gradients.
     statistics: Per BatchNorm layer (mean, variance), [T, channels] each; empty without that prior.
     seeds: int32 [R, 2], of each lane's own draws.
+    weights: Per view, per trainable variable: [T, ...], what both gradients are multiplied by
+      before they are compared; empty to compare them as they are.
   """
 
   target: tf.Tensor
@@ -66,6 +68,7 @@ class Evidence(NamedTuple):
   gradients: Any
   statistics: Any
   seeds: tf.Tensor
+  weights: Any = ()
 
 
 class LossAndGradient(NamedTuple):
@@ -311,6 +314,10 @@ class Solver:
         penalty += config.batch_norm_statistics(statistics, known)
       else:
         simulated = simulator.mean_gradient(images, labels, steps, sharpness)
+      if evidence.weights:
+        weights = [tensor[target] for tensor in evidence.weights[view]]
+        simulated = [tensor * w for tensor, w in zip(simulated, weights, strict=True)]
+        observed = [tensor * w for tensor, w in zip(observed, weights, strict=True)]
       losses.append(config.matching(simulated, observed))
     return tf.add_n(losses) / len(losses), penalty
 

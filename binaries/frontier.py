@@ -14,8 +14,6 @@ Both parts are kept in --cache_dir as they come, so that an interrupted run cont
 holds the rows of which both are there.
 """
 
-import dataclasses
-import functools
 import itertools
 import pathlib
 import tempfile
@@ -29,38 +27,30 @@ from attacks.engine import attack_observation
 from attacks.scoring.metrics import measure
 from attacks.threads import share_cores
 from binaries import command, frontier_plot
+from binaries.attacked_rounds import (
+  UNDEFENDED,
+  AttackedRounds,
+  parse_strength,
+  shadow_noise,
+  train,
+)
 from binaries.progress import Progress
 from binaries.small_federation import (
-  ATTACKED_TRAINING,
   UTILITY_ROUNDS,
   UTILITY_TRAINING,
-  attacked_data,
   small_model,
   utility_data,
 )
 from binaries.tables import RowCache, write_table
-from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
+from tff_shadow.aggregators import NOISE_SHAPES
 from tff_shadow.data import EMBEDDED
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
-  ShadowDefense,
-  ShadowNoise,
-  TrainingRun,
   TrainingSettings,
   estimate_batch_norm_statistics,
   evaluate,
 )
-from tff_shadow.observations import (
-  Observation,
-  Truth,
-  WeightArrays,
-  read_observation,
-  read_truth,
-  round_directory_name,
-)
-from tff_shadow.shadow import SaliencyConfig
-from tff_shadow.shadow.noise_keys import experiment_secret
 
 _OUTPUT = flags.DEFINE_string('output', 'results/frontier.csv', 'Table to write.')
 _PLOT = flags.DEFINE_string('plot', 'docs/frontier.png', 'Plot to write.')
@@ -80,7 +70,6 @@ _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
 # Group normalisation takes twice the time of a step and more rounds.
 _NORM, _BATCH_NORM_SHARING = 'batch', 'local'
-_NONE = 'none'
 
 _KEY = ('dataset', 'seed', 'shape', 'strength')
 _UTILITY_COLUMNS = (*_KEY, 'freshness', 'f1', 'validation_f1')
@@ -128,7 +117,7 @@ def main() -> None:
 def _compute_utility(table: RowCache) -> None:
   cells = []
   for seed, dataset in itertools.product(range(_SEEDS.value), _DATASETS.value):
-    cells.append((dataset, str(seed), _NONE, '0', 'frozen'))
+    cells.append((dataset, str(seed), *UNDEFENDED, 'frozen'))
     cells += [
       (dataset, str(seed), shape, strength, freshness)
       for (shape, strength), freshness in itertools.product(_defences(), _FRESHNESS.value)
@@ -138,7 +127,9 @@ def _compute_utility(table: RowCache) -> None:
     for count, cell in enumerate(cells):
       if cell not in done:
         dataset, seed, shape, strength, freshness = cell
-        f1, curve = _utility(dataset, int(seed), _noise(shape, strength), freshness == 'frozen')
+        f1, curve = _utility(
+          dataset, int(seed), shadow_noise(shape, strength), freshness == 'frozen'
+        )
         row = dict(zip((*_KEY, 'freshness'), cell, strict=True))
         curve = ' '.join(f'{value:.4f}' for value in curve)
         table.add([row | {'f1': f'{f1:.4f}', 'validation_f1': curve}])
@@ -150,7 +141,7 @@ def _compute_protection(table: RowCache) -> None:
   done = table.done(_KEY)
   with Progress('protection', len(cells), 'cells') as progress:
     for count, (dataset, seed) in enumerate(cells):
-      wanted = [(_NONE, '0'), *_defences()]
+      wanted = [UNDEFENDED, *_defences()]
       missing = [key for key in wanted if (dataset, str(seed), *key) not in done]
       if missing:
         for key, values in _protection(dataset, seed, missing):
@@ -164,30 +155,10 @@ def _compute_protection(table: RowCache) -> None:
       progress.update(count + 1, f'{dataset} {seed}')
 
 
-def _noise(shape: str, strength: str) -> ShadowNoise | None:
-  if shape == _NONE:
-    return None
-  kind, value = _strength(strength)
-  return ShadowNoise(
-    shape,
-    NoiseStrength('ratio' if kind == 'ratio' else 'scale', value),
-    SaliencyConfig(kind='given'),
-    propagation='images' if kind == 'images' else 'per_step',
-  )
-
-
-def _strength(text: str) -> tuple[str, float]:
-  """Kind and value; raises `ValueError` for text that is no strength."""
-  kind, value = frontier_plot.split_strength(text)
-  if kind not in ('ratio', 'scale', 'images') or text.startswith('ratio:'):
-    raise ValueError('must be a ratio, scale:S or images:S')
-  return kind, NoiseStrength('scale', value).value
-
-
 def _defences() -> list[tuple[str, str]]:
   """Pairs (shape, strength); the scale of the other shapes is in other units."""
   pairs = itertools.product(_SHAPES.value, _STRENGTHS.value)
-  return [(a, b) for a, b in pairs if a == 'correlated' or _strength(b)[0] == 'ratio']
+  return [(a, b) for a, b in pairs if a == 'correlated' or parse_strength(b)[0] == 'ratio']
 
 
 def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
@@ -209,7 +180,7 @@ def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
       test.append(evaluate(model, test_images, data.test.labels)['f1'])
 
   with tempfile.TemporaryDirectory() as name:
-    _run(data, model, settings, noise, frozen, pathlib.Path(name), report)
+    train(data, model, settings, noise, pathlib.Path(name), frozen=frozen, report=report)
   return float(np.mean(test)), validation
 
 
@@ -218,63 +189,17 @@ def _last(rounds: int) -> int:
 
 
 def _protection(dataset, seed, keys):
-  """Yields each (shape, strength) with PSNR and region PSNR in dB of the attack on every image.
-
-  Noise that is added is proportional to its strength, so one run with strength 1 stands for all.
-  """
-  data = attacked_data(dataset, seed)
-  clean, truth = _observe(data, seed, None)
-  observe = functools.cache(lambda shape, unit: _observe(data, seed, _noise(shape, unit))[0])
-  for shape, strength in keys:
-    observation = clean
-    if shape != _NONE:
-      kind, value = _strength(strength)
-      if kind == 'images':
-        observation = observe(shape, strength)
-      else:
-        unit = '1.0' if kind == 'ratio' else f'{kind}:1.0'
-        observation = with_noise_scaled(clean, observe(shape, unit), value)
+  """Yields each (shape, strength) with PSNR and region PSNR in dB of the attack on every image."""
+  rounds = AttackedRounds(dataset, seed)
+  for key in keys:
     values = []
-    for result in attack_observation(observation, AttackConfig(seed=seed)):
+    for result in attack_observation(rounds.observation(*key), AttackConfig(seed=seed)):
       if result.status != 'ok':
-        raise RuntimeError(f'{dataset}, {shape}: attack on {result.target}: {result.reason}')
-      own = truth[result.target]
+        raise RuntimeError(f'{dataset}, {key[0]}: attack on {result.target}: {result.reason}')
+      own = rounds.truth[result.target]
       quality = measure(result.reconstructions['attack'][0], own.images[0], own.regions[0])
       values.append((quality.psnr, quality.region_psnr))
-    yield (shape, strength), values
-
-
-def with_noise_scaled(clean: Observation, noised: Observation, factor: float) -> Observation:
-  """`noised` with the difference of every client's update from `clean` times `factor`."""
-  clients = []
-  for own in noised.clients:
-    arrays = [
-      before + np.float32(factor) * (after - before)
-      for before, after in zip(
-        clean.client(own.client_id).update.trainable, own.update.trainable, strict=True
-      )
-    ]
-    clients.append(dataclasses.replace(own, update=WeightArrays(tuple(arrays))))
-  return dataclasses.replace(noised, clients=tuple(clients))
-
-
-def _observe(data, seed, noise) -> tuple[Observation, dict[str, Truth]]:
-  with tempfile.TemporaryDirectory() as name:
-    run_dir = pathlib.Path(name)
-    settings = TrainingSettings(1, ATTACKED_TRAINING, observed_rounds=(1,), seed=seed)
-    _run(data, small_model(data, seed, 'none'), settings, noise, True, run_dir, lambda report: None)
-    observation = read_observation(run_dir / 'observations' / round_directory_name(1))
-    return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
-
-
-def _run(data, model, settings, noise, frozen, run_dir, report) -> None:
-  if noise is not None:
-    secrets = {client_id: experiment_secret(settings.seed, client_id) for client_id in data.clients}
-    defense = ShadowDefense(noise, frozen, secrets)
-    settings = dataclasses.replace(settings, defense=defense)
-  TrainingRun(data, model, settings, run_dir, save_every_rounds=settings.rounds).train(
-    resume=False, report=report
-  )
+    yield key, values
 
 
 def _join(utility: list[dict], protection: list[dict]) -> list[dict]:
@@ -283,11 +208,13 @@ def _join(utility: list[dict], protection: list[dict]) -> list[dict]:
   for row in protection:
     values = (float(row['psnr']), float(row['region_psnr']))
     measured.setdefault(tuple(row[name] for name in _KEY), []).append(values)
-  undefended = {(row['dataset'], row['seed']): row for row in utility if row['shape'] == _NONE}
+  undefended = {
+    (row['dataset'], row['seed']): row for row in utility if row['shape'] == UNDEFENDED[0]
+  }
   rows = []
   for row in utility:
     dataset, seed, shape, strength = (row[name] for name in _KEY)
-    own, clean = measured.get((dataset, seed, shape, strength)), (dataset, seed, _NONE, '0')
+    own, clean = measured.get((dataset, seed, shape, strength)), (dataset, seed, *UNDEFENDED)
     if own is None or clean not in measured or (dataset, seed) not in undefended:
       continue
     other = undefended[dataset, seed]
@@ -319,7 +246,7 @@ def _check_flags() -> None:
     command.check_choices(name, given, allowed)
   for value in _STRENGTHS.value:
     try:
-      _strength(value)
+      parse_strength(value)
     except ValueError as error:
       raise UserError(f'--strengths={value}: {error}') from error
 

@@ -1,0 +1,1 @@
+"""Attackers that know how the update was defended."""

@@ -1,0 +1,226 @@
+"""What attackers that know the defence make of shadow noise: results/adaptive.csv.
+
+One round as in the frontier: 16 clients that send one step on one image. 'best' knows of no
+defence. 'calibrated' simulates the defence on public images (half of the validation split), chooses
+there how to match, how smooth to be and how much to denoise, by a network trained on the other half
+to take out region noise, and then attacks; with the clients' region maps given, or not. The truth
+of the attacked clients decides nothing. The change of region PSNR is against the undefended round
+under the same attack, paired by image, with its 95 % interval.
+
+Rows are kept in --cache_dir as they come, so that an interrupted run continues.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+
+import numpy as np
+import tensorflow_federated as tff
+from absl import flags
+
+from attacks.adaptive.calibrated import attack_calibrated, calibrate
+from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
+from attacks.adaptive.simulated_defense import SimulatedRound, simulate_round
+from attacks.config import AttackConfig
+from attacks.engine import attack_observation
+from attacks.results import TargetResult
+from attacks.scoring.metrics import measure
+from attacks.scoring.statistics import mean_interval
+from attacks.threads import share_cores
+from binaries import command
+from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_strength
+from binaries.progress import Progress
+from binaries.tables import RowCache, write_table
+from tff_shadow.aggregators import NOISE_SHAPES
+from tff_shadow.data import EMBEDDED, Examples
+from tff_shadow.errors import UserError
+from tff_shadow.execution import local_worker_context
+
+_OUTPUT = flags.DEFINE_string('output', 'results/adaptive.csv', 'Table to write.')
+_CACHE_DIR = flags.DEFINE_string('cache_dir', 'runs/adaptive', 'Finished rows, to go on from.')
+_DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
+_DEFENSES = flags.DEFINE_list(
+  'defenses',
+  [
+    *('isotropic/0.3', 'isotropic/1.0', 'diagonal/0.3', 'diagonal/1.0'),
+    *('correlated/0.3', 'correlated/1.0', 'correlated/images:0.05', 'correlated/images:0.1'),
+  ],
+  'SHAPE/STRENGTH, strengths as of the frontier; the undefended round is always attacked too.',
+)
+_SEEDS = flags.DEFINE_integer('seeds', 1, 'Number of seeds.', lower_bound=1)
+_ITERATIONS = flags.DEFINE_integer('iterations', 500, 'Of an inversion.', lower_bound=1)
+_CALIBRATION_CLIENTS = flags.DEFINE_integer(
+  'calibration_clients', 12, 'Clients that the attacker plays itself.', lower_bound=2
+)
+_DENOISER_STEPS = flags.DEFINE_integer(
+  'denoiser_steps', 1500, "Of the denoiser's training; 0 for no denoiser.", lower_bound=0
+)
+
+_BEST, _CALIBRATED = 'best', 'calibrated'
+# A chest film is not turned over.
+_AUGMENTATIONS = {'chest_phantom': ('shifts', 'brightness')}
+_METRICS = ('psnr', 'ssim', 'region_psnr', 'region_ssim')
+_KEY = ('dataset', 'seed', 'shape', 'strength')
+_CELL = (*_KEY, 'attack', 'knows_region')
+_CACHE_COLUMNS = (*_CELL, 'chosen', 'image', *_METRICS)
+_GROUP = ('dataset', 'shape', 'strength', 'attack', 'knows_region')
+_COLUMNS = (
+  *_GROUP,
+  'chosen',
+  *_METRICS,
+  'region_psnr_change',
+  'ci95_low',
+  'ci95_high',
+  'images',
+  'seeds',
+)
+
+
+def main() -> None:
+  """Computes what is missing and writes the table."""
+  command.check_choices('datasets', _DATASETS.value, EMBEDDED)
+  defenses = [UNDEFENDED, *map(_parse_defense, _DEFENSES.value)]
+  share_cores(AttackConfig().lanes)
+  cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'adaptive.csv', _CACHE_COLUMNS)
+  cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
+  done = cache.done(_KEY)
+  rounds: AttackedRounds | None = None
+  denoisers: dict[str, RegionDenoiser | None] = {}
+  with local_worker_context(), Progress('adaptive', len(cells), 'cells') as progress:
+    for count, (dataset, seed, defense) in enumerate(cells):
+      if (dataset, str(seed), *defense) not in done:
+        if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
+          rounds = AttackedRounds(dataset, seed)
+        public, training = _halves(rounds.data.validation)
+        if dataset not in denoisers:
+          denoisers[dataset] = _denoiser(dataset, training)
+        base = dict(zip(_KEY, (dataset, seed, *defense), strict=True))
+        rows = _attack(rounds, defense, public, denoisers[dataset])
+        cache.add([base | row for row in rows])
+      progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
+  rows = _join(cache.rows)
+  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
+  print(f'{len(rows)} rows in {_OUTPUT.value}')
+
+
+def _attack(rounds, defense, public, denoiser) -> list[dict]:
+  """Rows of all attacks on one round, all images."""
+  observation = rounds.observation(*defense)
+  config = AttackConfig(seed=rounds.seed, iterations=_ITERATIONS.value)
+  rows = _rows(rounds, attack_observation(observation, config), _BEST, '', '')
+  simulated = simulate_round(
+    observation,
+    observation.clients[0],
+    public,
+    num_clients=_CALIBRATION_CLIENTS.value,
+    seed=rounds.seed,
+  )
+  trials = calibrate(simulated, config, denoiser)
+  earlier: dict = {}
+  for knows_region in (False, True):
+    trial = next(trial for trial in trials if trial.knows_region == knows_region)
+    results = attack_calibrated(
+      observation, trial, config, denoiser, _maps(rounds, simulated, knows_region), earlier
+    )
+    chosen = f'{trial.candidate}, denoised {trial.level:g}'
+    rows += _rows(rounds, results, _CALIBRATED, 'yes' if knows_region else 'no', chosen)
+  return rows
+
+
+def _maps(rounds: AttackedRounds, simulated: SimulatedRound, knows_region: bool):
+  """The region maps that the attacker works with, of every client."""
+  return {
+    name: own.regions if knows_region else simulated.mean_map for name, own in rounds.truth.items()
+  }
+
+
+def _rows(
+  rounds: AttackedRounds, results: list[TargetResult], attack: str, knows: str, chosen: str
+) -> list[dict]:
+  rows = []
+  for image, result in enumerate(results):
+    if result.status != 'ok':
+      raise RuntimeError(f'{attack} on {result.target}: {result.reason}')
+    own = rounds.truth[result.target]
+    quality = measure(result.reconstructions['attack'][0], own.images[0], own.regions[0])
+    rows.append(
+      {'attack': attack, 'knows_region': knows, 'chosen': chosen, 'image': image}
+      | {name: f'{getattr(quality, name):.4f}' for name in _METRICS}
+    )
+  return rows
+
+
+def _halves(public: Examples) -> tuple[Examples, Examples]:
+  """Public images to calibrate on, and others to train the denoiser on."""
+  order = np.random.default_rng(0).permutation(len(public))
+  return public.take(order[::2]), public.take(order[1::2])
+
+
+def _denoiser(dataset: str, training: Examples) -> RegionDenoiser | None:
+  if not _DENOISER_STEPS.value:
+    return None
+  settings = DenoiserSettings(steps=_DENOISER_STEPS.value)
+  if dataset in _AUGMENTATIONS:
+    settings = dataclasses.replace(settings, augmentations=_AUGMENTATIONS[dataset])
+  with Progress(f'denoiser {dataset}', settings.steps, 'steps') as progress:
+    return RegionDenoiser(
+      training.float_images(),
+      training.float_regions(),
+      settings,
+      lambda step, loss: progress.update(step, f'loss {loss:.5f}'),
+    )
+
+
+def _join(rows: list[dict]) -> list[dict]:
+  """A row of the table for each group of `_GROUP`."""
+  groups: dict[tuple, dict] = {}
+  chosen: dict[tuple, list[str]] = {}
+  for row in rows:
+    key = tuple(row[name] for name in _GROUP)
+    values = [float(row[name]) for name in _METRICS]
+    groups.setdefault(key, {})[row['seed'], row['image']] = values
+    chosen.setdefault(key, []).append(row['chosen'])
+  region = _METRICS.index('region_psnr')
+  table = []
+  for (dataset, shape, strength, *attack), found in groups.items():
+    clean = groups.get((dataset, *UNDEFENDED, *attack), {})
+    changes = [own[region] - clean[at][region] for at, own in found.items() if at in clean]
+    interval = mean_interval(changes) if (shape, strength) != UNDEFENDED and changes else None
+    means = np.mean(list(found.values()), axis=0)
+    key = (dataset, shape, strength, *attack)
+    table.append(
+      dict.fromkeys(_COLUMNS, '')
+      | dict(zip(_GROUP, key, strict=True))
+      | {name: f'{value:.3f}' for name, value in zip(_METRICS, means, strict=True)}
+      | {
+        'chosen': ' / '.join(dict.fromkeys(chosen[key])),
+        'region_psnr_change': '' if interval is None else f'{interval.mean:.2f}',
+        'ci95_low': '' if interval is None or interval.low is None else f'{interval.low:.2f}',
+        'ci95_high': '' if interval is None or interval.high is None else f'{interval.high:.2f}',
+        'images': len(found),
+        'seeds': len({seed for seed, _ in found}),
+      }
+    )
+  return table
+
+
+def _parse_defense(text: str) -> tuple[str, str]:
+  shape, _, strength = text.partition('/')
+  try:
+    kind, _ = parse_strength(strength)
+  except ValueError as error:
+    raise UserError(f'--defenses={text}: the strength {error}') from error
+  command.check_choices('defenses', [shape], NOISE_SHAPES)
+  if kind != 'ratio' and shape != 'correlated':
+    raise UserError(f'--defenses={text}: {kind} is a strength of correlated noise alone')
+  return shape, strength
+
+
+def run() -> None:
+  """Console script."""
+  tff.test.set_no_default_context()
+  command.run(main)
+
+
+if __name__ == '__main__':
+  run()

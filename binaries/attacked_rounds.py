@@ -1,0 +1,133 @@
+"""Rounds of the small federation as the server sees them, without defence and with shadow noise."""
+
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+
+from binaries import frontier_plot
+from binaries.small_federation import ATTACKED_TRAINING, attacked_data, small_model
+from tff_shadow.aggregators import NoiseStrength
+from tff_shadow.data import FederatedData
+from tff_shadow.learning import (
+  RoundReport,
+  ShadowDefense,
+  ShadowNoise,
+  TrainingRun,
+  TrainingSettings,
+)
+from tff_shadow.observations import (
+  Observation,
+  Truth,
+  WeightArrays,
+  read_observation,
+  read_truth,
+  round_directory_name,
+)
+from tff_shadow.shadow import SaliencyConfig
+from tff_shadow.shadow.noise_keys import experiment_secret
+
+UNDEFENDED = ('none', '0')
+
+
+def shadow_noise(shape: str, strength: str) -> ShadowNoise | None:
+  """The noise of a row of a table, in the region that the data set gives; None for `UNDEFENDED`."""
+  if shape == UNDEFENDED[0]:
+    return None
+  kind, value = parse_strength(strength)
+  return ShadowNoise(
+    shape,
+    NoiseStrength('ratio' if kind == 'ratio' else 'scale', value),
+    SaliencyConfig(kind='given'),
+    propagation='images' if kind == 'images' else 'per_step',
+  )
+
+
+def parse_strength(text: str) -> tuple[str, float]:
+  """Kind and value; raises `ValueError` for text that is no strength."""
+  kind, value = frontier_plot.split_strength(text)
+  if kind not in ('ratio', 'scale', 'images') or text.startswith('ratio:'):
+    raise ValueError('must be a ratio, scale:S or images:S')
+  return kind, NoiseStrength('scale', value).value
+
+
+def train(
+  data: FederatedData,
+  model,
+  settings: TrainingSettings,
+  noise: ShadowNoise | None,
+  run_dir: pathlib.Path,
+  *,
+  frozen: bool = True,
+  report: Callable[[RoundReport], None] = lambda report: None,
+) -> None:
+  """Trains `model` with noise whose keys follow from the seed."""
+  if noise is not None:
+    secrets = {client_id: experiment_secret(settings.seed, client_id) for client_id in data.clients}
+    settings = dataclasses.replace(settings, defense=ShadowDefense(noise, frozen, secrets))
+  TrainingRun(data, model, settings, run_dir, save_every_rounds=settings.rounds).train(
+    resume=False, report=report
+  )
+
+
+class AttackedRounds:
+  """The first round of one data set and seed, under any shadow noise.
+
+  Noise that is added is proportional to its strength, so that one run with strength 1 stands for
+  all strengths.
+
+  Attributes:
+    dataset: Its name.
+    seed: Decides everything.
+    data: The clients, and the public images.
+    truth: What the clients trained on.
+  """
+
+  def __init__(self, dataset: str, seed: int):
+    """Runs the undefended round."""
+    self.dataset, self.seed = dataset, seed
+    self.data = attacked_data(dataset, seed)
+    self._observed: dict[tuple[str, str], Observation] = {}
+    self._observed[UNDEFENDED], self.truth = self._run(None)
+
+  def observation(self, shape: str, strength: str) -> Observation:
+    """What the server sees of the round under this noise."""
+    if (shape, strength) == UNDEFENDED:
+      return self._unit(*UNDEFENDED)
+    kind, value = parse_strength(strength)
+    if kind == 'images':
+      return self._unit(shape, strength)
+    unit = self._unit(shape, '1.0' if kind == 'ratio' else f'{kind}:1.0')
+    return with_noise_scaled(self._unit(*UNDEFENDED), unit, value)
+
+  def _unit(self, shape: str, strength: str) -> Observation:
+    key = (shape, strength)
+    if key not in self._observed:
+      self._observed[key], _ = self._run(shadow_noise(shape, strength))
+    return self._observed[key]
+
+  def _run(self, noise: ShadowNoise | None) -> tuple[Observation, dict[str, Truth]]:
+    with tempfile.TemporaryDirectory() as name:
+      run_dir = pathlib.Path(name)
+      settings = TrainingSettings(1, ATTACKED_TRAINING, observed_rounds=(1,), seed=self.seed)
+      train(self.data, small_model(self.data, self.seed, 'none'), settings, noise, run_dir)
+      observation = read_observation(run_dir / 'observations' / round_directory_name(1))
+      return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
+
+
+def with_noise_scaled(clean: Observation, noised: Observation, factor: float) -> Observation:
+  """`noised` with the difference of every client's update from `clean` times `factor`."""
+  clients = []
+  for own in noised.clients:
+    arrays = [
+      before + np.float32(factor) * (after - before)
+      for before, after in zip(
+        clean.client(own.client_id).update.trainable, own.update.trainable, strict=True
+      )
+    ]
+    clients.append(dataclasses.replace(own, update=WeightArrays(tuple(arrays))))
+  strength = noised.defense['strength']
+  defense = {**noised.defense, 'strength': {**strength, 'value': factor * strength['value']}}
+  return dataclasses.replace(noised, clients=tuple(clients), defense=defense)
