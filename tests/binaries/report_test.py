@@ -8,6 +8,7 @@ from safetensors import numpy as safetensors_numpy
 
 from tests.attacks import synthetic_run
 from tests.attacks.scoring.lpips_reference import seeded_weights
+from tests.binaries.programs import assert_one_error_line, run_all
 
 
 def _run(*flags):
@@ -19,13 +20,6 @@ def _run(*flags):
     timeout=120,
     check=False,
   )
-
-
-def _assert_error(done, *parts):
-  assert done.returncode == 1
-  assert len(done.stderr.strip().splitlines()) == 1
-  for part in ('error: ', *parts):
-    assert part in done.stderr
 
 
 @pytest.fixture
@@ -43,7 +37,7 @@ def test_writes_report_and_scores_and_keeps_them(run_dir):
   with (run_dir / 'attacks/pixels/scores.csv').open(newline='') as file:
     assert [row['target'] for row in csv.DictReader(file)] == [f'client_0{i}' for i in range(3)]
   before = (run_dir / 'report.html').read_bytes()
-  _assert_error(_run(f'--run_dir={run_dir}'), 'report.html', '--overwrite')
+  assert_one_error_line(_run(f'--run_dir={run_dir}'), 'report.html', '--overwrite')
   assert (run_dir / 'report.html').read_bytes() == before
   done = _run(f'--run_dir={run_dir}', '--overwrite')
   assert done.returncode == 0, done.stderr
@@ -53,7 +47,7 @@ def test_writes_report_and_scores_and_keeps_them(run_dir):
 def test_several_runs_on_one_page(run_dir, tmp_path):
   other = synthetic_run.write_run(tmp_path / 'other', dataset='chest', targets=2, size=8)
   flags = [f'--run_dir={run_dir}', f'--run_dir={other}']
-  _assert_error(_run(*flags), '--output_dir is missing')
+  assert_one_error_line(_run(*flags), '--output_dir is missing')
   done = _run(*flags, f'--output_dir={tmp_path / "report"}')
   assert done.returncode == 0, done.stderr
   summary = json.loads((tmp_path / 'report/summary.json').read_text())
@@ -66,7 +60,9 @@ def test_lpips_and_gallery(tmp_path):
   weights = tmp_path / 'vgg.safetensors'
   safetensors_numpy.save_file(seeded_weights('vgg'), weights)
   flags = [f'--run_dir={run_dir}', f'--lpips_weights={weights}']
-  _assert_error(_run(*flags), 'vgg.safetensors: tensor features.0.weight', '--lpips_net=alex')
+  assert_one_error_line(
+    _run(*flags), 'vgg.safetensors: tensor features.0.weight', '--lpips_net=alex'
+  )
   done = _run(*flags, '--lpips_net=vgg', '--gallery=run')
   assert done.returncode == 0, done.stderr
   (entry,) = json.loads((run_dir / 'summary.json').read_text())['attacks']
@@ -77,12 +73,17 @@ def test_lpips_and_gallery(tmp_path):
 
 
 def test_mistakes_take_one_line(run_dir, tmp_path):
-  _assert_error(_run(), '--run_dir is missing')
-  _assert_error(_run(f'--run_dir={tmp_path / "absent"}'), 'directory not found')
-  _assert_error(_run(f'--run_dir={run_dir}', f'--run_dir={run_dir}/'), 'twice')
-  _assert_error(_run(f'--run_dir={run_dir}', '--max_images=0'), 'max_images')
-  _assert_error(_run(f'--run_dir={run_dir}', 'extra'), "'extra'")
-  _assert_error(_run(f'--run_dir={run_dir}', '--lpips_net=alex'), '--lpips_weights')
+  own = f'--run_dir={run_dir}'
+  wrong = [
+    ((), '--run_dir is missing'),
+    ((f'--run_dir={tmp_path / "absent"}',), 'directory not found'),
+    ((own, f'{own}/'), 'twice'),
+    ((own, '--max_images=0'), 'max_images'),
+    ((own, 'extra'), "'extra'"),
+    ((own, '--lpips_net=alex'), '--lpips_weights'),
+  ]
+  for ended, (_, message) in zip(run_all('report', [f for f, _ in wrong]), wrong, strict=True):
+    assert_one_error_line(ended, message)
   (run_dir / 'truth/round_00001.safetensors').unlink()
-  _assert_error(_run(f'--run_dir={run_dir}'), 'round_00001.safetensors: file not found')
+  assert_one_error_line(_run(own), 'round_00001.safetensors: file not found')
   assert not (run_dir / 'report.html').exists()

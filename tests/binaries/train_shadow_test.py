@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.binaries.attack_test import ROOT
+from tests.binaries.programs import ROOT, assert_one_error_line, run_all
 from tff_shadow.data import Partition, load
 from tff_shadow.models import load_generator
 from tff_shadow.shadow.generator_training import GeneratorSettings, GeneratorTraining
@@ -113,7 +113,6 @@ def test_killed_and_interrupted_and_resumed_as_if_never_ended(tmp_path):
     assert float(row['latent_psnr']) == pytest.approx(found[name]['latent']['mean'], abs=0.01)
 
 
-# In one process of their own: two programs may define the same flag.
 _BAD = [
   ([], '--run_dir is required'),
   (['--run_dir=RUN', '--split=test'], '--split=test: .*--inversion_split'),
@@ -124,40 +123,12 @@ _BAD = [
   (['--run_dir=RUN', '--augment=flips'], '--augment=flips'),
   (['--run_dir=RUN', '--resume'], 'config.json is missing'),
 ]
-_SCRIPT = """
-import json, sys
-from absl import flags
-from absl.testing import flagsaver
-from binaries import train_shadow
-from tff_shadow.errors import UserError
-messages = []
-for arguments in json.loads(sys.argv[1]):
-  saved = flagsaver.save_flag_values()
-  flags.FLAGS.unparse_flags()
-  flags.FLAGS(['train_shadow', *arguments])
-  try:
-    train_shadow.main()
-    messages.append('no error')
-  except UserError as error:
-    messages.append(str(error))
-  flagsaver.restore_flag_values(saved)
-print(json.dumps(messages))
-"""
 
 
 def test_bad_flags_name_themselves_and_write_nothing(tmp_path):
   run_dir = tmp_path / 'run'
   cases = [[flag.replace('RUN', str(run_dir)) for flag in (*_FLAGS, *more)] for more, _ in _BAD]
-  done = subprocess.run(
-    [sys.executable, '-c', _SCRIPT, json.dumps(cases)],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    timeout=300,
-  )
-  assert done.returncode == 0, done.stderr
-  messages = json.loads(done.stdout.splitlines()[-1])
-  for (_, pattern), message in zip(_BAD, messages, strict=True):
-    assert re.search(pattern, message), (pattern, message)
-    assert '\n' not in message
+  for (_, pattern), ended in zip(_BAD, run_all('train_shadow', cases), strict=True):
+    assert_one_error_line(ended)
+    assert re.search(pattern, ended.stderr), (pattern, ended.stderr)
   assert not run_dir.exists()
