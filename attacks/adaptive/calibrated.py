@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from attacks.adaptive.denoiser import RegionDenoiser
-from attacks.adaptive.simulated_defense import SimulatedRound, relative_deviations
+from attacks.adaptive.simulated_defense import Sensitivity, SimulatedRound
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, Matching, SquaredMatching
@@ -202,6 +202,7 @@ def _invert(
 def _weights(observation, whitening, first, maps) -> dict[str, list[list[np.ndarray]]]:
   """By what the entries of each client's gradient are multiplied."""
   simulator = ClientSimulator(observation)
+  sensitivity = Sensitivity(simulator)
   weights = {}
   for result in first:
     if result.status != 'ok':
@@ -210,8 +211,8 @@ def _weights(observation, whitening, first, maps) -> dict[str, list[list[np.ndar
       continue
     guess = result.reconstructions['attack']
     own = np.broadcast_to(maps[result.target], (*guess.shape[:3], 1))
-    deviations = relative_deviations(
-      simulator, observation.defense, guess, np.array(result.labels, np.int32), own
+    deviations = sensitivity.relative_deviations(
+      observation.defense, guess, np.array(result.labels, np.int32), own
     )
     if whitening == 'deviations':
       weights[result.target] = [[1 / array for array in deviations]]

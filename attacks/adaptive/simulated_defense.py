@@ -80,13 +80,14 @@ def simulate_round(
     raise UserError(f'{len(public)} public images are too few: {needed} are needed')
   chosen = np.random.default_rng(seed).permutation(len(public))[:needed]
   simulator = ClientSimulator(observation)
+  sensitivity = Sensitivity(simulator)
   steps = local_steps(like, observation.client_training)
   clients, truth, maps = [], {}, {}
   for index in range(num_clients):
     name = f'public_{index:02d}'
     own = public.take(chosen[index * like.num_images : (index + 1) * like.num_images])
     truth[name] = Truth(own.float_images(), own.labels, own.float_regions())
-    play = _Play(simulator, defense, truth[name], (seed, index))
+    play = _Play(simulator, sensitivity, defense, truth[name], (seed, index))
     maps[name] = play.maps
     update = play.update(steps, like.num_steps)
     clients.append(
@@ -100,45 +101,91 @@ def simulate_round(
   return SimulatedRound(played, truth, maps)
 
 
-def relative_deviations(
-  simulator: ClientSimulator,
-  defense: Mapping[str, Any],
-  images: np.ndarray,
-  labels: np.ndarray,
-  maps: np.ndarray,
-  *,
-  seed: int = 0,
-) -> list[np.ndarray]:
-  """How the standard deviation of diagonal noise differs between the entries of a gradient.
+class Sensitivity:
+  """How much of the region each entry of a client's gradient carries, at the old weights."""
 
-  Args:
-    simulator: Of the client.
-    defense: `Observation.defense`, of diagonal shape.
-    images: [B, H, W, C], guesses of the client's.
-    labels: int32 [B].
-    maps: [B, H, W, 1], guesses of its region maps.
-    seed: Of the probes.
+  def __init__(self, simulator: ClientSimulator):
+    """Takes the model that is differentiated; traced once for each size of the images."""
+    self._simulator = simulator
+    self._squared = tf.function(self._sum_of_probes)
 
-  Returns:
-    One array per trainable variable; their root mean square over all entries is 1.
-  """
-  squared = _squared_sensitivity(
-    simulator, tf.constant(images, tf.float32), labels, tf.constant(maps, tf.float32), seed
-  )
-  # As in the aggregator: variances in proportion to S_j, and a floor of equal ones.
-  variances = [np.sqrt(tensor.numpy().astype(np.float64)) for tensor in squared]
-  mean = np.mean(np.concatenate([array.ravel() for array in variances]))
-  floor = defense['floor']
-  if not mean > 0:
-    return [np.ones(array.shape, np.float32) for array in variances]
-  return [np.sqrt((1 - floor) * array / mean + floor).astype(np.float32) for array in variances]
+  def derivative(
+    self, images: tf.Tensor, labels: tf.Tensor, direction: tf.Tensor
+  ) -> list[tf.Tensor]:
+    """How the gradient moves as the images [B, H, W, C] move along `direction`."""
+    _, (derivative,) = gradient_and_derivatives(
+      lambda x: self._simulator.loss(x, labels),
+      self._simulator.model.trainable_variables,
+      images,
+      [direction],
+    )
+    return derivative
+
+  def squared(
+    self, images: np.ndarray, labels: np.ndarray, maps: np.ndarray, seed: int
+  ) -> list[tf.Tensor]:
+    """S_j^2 by Rademacher probes, as the defence estimates it.
+
+    Args:
+      images: [B, H, W, C].
+      labels: int32 [B].
+      maps: Region maps [B, H, W, 1].
+      seed: Of the probes.
+
+    Returns:
+      One tensor per trainable variable.
+    """
+    keys = tf.random.experimental.stateless_split(tf.constant([seed, 1]), len(images))
+    floats = (tf.constant(array, tf.float32) for array in (images, maps))
+    return self._squared(*floats, tf.constant(labels), keys)
+
+  def relative_deviations(
+    self,
+    defense: Mapping[str, Any],
+    images: np.ndarray,
+    labels: np.ndarray,
+    maps: np.ndarray,
+    *,
+    seed: int = 0,
+  ) -> list[np.ndarray]:
+    """How the standard deviation of diagonal noise differs between the entries of a gradient.
+
+    Args:
+      defense: `Observation.defense`, of diagonal shape.
+      images: [B, H, W, C], guesses of the client's.
+      labels: int32 [B].
+      maps: [B, H, W, 1], guesses of its region maps.
+      seed: Of the probes.
+
+    Returns:
+      One array per trainable variable; their root mean square over all entries is 1.
+    """
+    squared = self.squared(images, labels, maps, seed)
+    # As in the aggregator: variances in proportion to S_j, and a floor of equal ones.
+    variances = [np.sqrt(tensor.numpy().astype(np.float64)) for tensor in squared]
+    mean = np.mean(np.concatenate([array.ravel() for array in variances]))
+    floor = defense['floor']
+    if not mean > 0:
+      return [np.ones(array.shape, np.float32) for array in variances]
+    return [np.sqrt((1 - floor) * array / mean + floor).astype(np.float32) for array in variances]
+
+  def _sum_of_probes(self, images, maps, labels, keys):
+    def body(draw, *total):
+      direction = region_noise(maps, keys, images.shape[-1], 'rademacher', draw, _PROBES)
+      derivative = self.derivative(images, labels, direction)
+      return draw + 1, *(a + tf.square(b) / _PROBES for a, b in zip(total, derivative, strict=True))
+
+    zeros = [tf.zeros_like(variable) for variable in self._simulator.model.trainable_variables]
+    _, *total = tf.while_loop(lambda draw, *_: draw < _PROBES, body, [tf.constant(0), *zeros])
+    return total
 
 
 class _Play:
   """One client of a simulated round."""
 
-  def __init__(self, simulator, defense, truth, key: tuple[int, int]):
+  def __init__(self, simulator, sensitivity, defense, truth, key: tuple[int, int]):
     self._simulator = simulator
+    self._sensitivity = sensitivity
     self._defense = defense
     self._truth = truth
     self._key = tf.constant(key, tf.int32)
@@ -200,37 +247,15 @@ class _Play:
       sensitivity_energy=tf.zeros(()),
       shape=[],
     )
-    maps, labels = tf.constant(self.maps), self._truth.labels
+    labels = self._truth.labels
     if shape == 'correlated':
-      direction = region_noise(maps, self._keys(), channels, 'normal')
-      moved = _derivative(self._simulator, images, labels, direction)
+      direction = region_noise(tf.constant(self.maps), self._keys(), channels, 'normal')
+      moved = self._sensitivity.derivative(images, tf.constant(labels), direction)
       value['shape'] = [scale * tensor for tensor in moved]
     elif shape == 'diagonal' or strength.kind == 'region_psnr':
-      squared = _squared_sensitivity(self._simulator, images, labels, maps, int(self._key[1]))
+      squared = self._sensitivity.squared(images, labels, self.maps, int(self._key[1]))
       squared = [scale**2 * tensor for tensor in squared]
       value['sensitivity_energy'] = tf.add_n([tf.reduce_sum(tensor) for tensor in squared])
       value['shape'] = squared if shape == 'diagonal' else []
     noised, _ = noised_update(value, shape, strength, self._defense['floor'])
     return noised
-
-
-def _derivative(simulator, images, labels, direction) -> list[tf.Tensor]:
-  _, (derivative,) = gradient_and_derivatives(
-    lambda x: simulator.loss(x, tf.constant(labels)),
-    simulator.model.trainable_variables,
-    images,
-    [direction],
-  )
-  return derivative
-
-
-def _squared_sensitivity(simulator, images, labels, maps, seed: int) -> list[tf.Tensor]:
-  """S_j^2 at the old weights, by Rademacher probes."""
-  keys = tf.random.experimental.stateless_split(tf.constant([seed, 1]), len(images))
-  total = None
-  for draw in range(_PROBES):
-    direction = region_noise(maps, keys, images.shape[-1], 'rademacher', draw, _PROBES)
-    derivative = _derivative(simulator, images, labels, direction)
-    squares = [tf.square(tensor) / _PROBES for tensor in derivative]
-    total = squares if total is None else [a + b for a, b in zip(total, squares, strict=True)]
-  return total

@@ -78,3 +78,9 @@ def test_rows_are_joined_and_drawn(tmp_path):
     in lines
   )
   assert (tmp_path / 't.png').stat().st_size > 5000
+
+
+def test_bad_defenses_of_the_adaptive_table():
+  wrong = ['--defenses=diagonal/-1', '--defenses=diagonal/images:0.1', '--defenses=square/1.0']
+  for ended, flag in zip(run_all('adaptive_table', [[flag] for flag in wrong]), wrong, strict=True):
+    assert_one_error_line(ended, flag.replace('square/1.0', 'square'))

@@ -1,0 +1,85 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from attacks.adaptive import calibrated
+from attacks.adaptive.calibrated import CANDIDATES, Candidate, attack_calibrated, calibrate
+from attacks.adaptive.simulated_defense import simulate_round
+from attacks.config import AttackConfig
+from attacks.engine import attack_observation
+from attacks.matching import CosineMatching, SquaredMatching
+from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
+
+_CONFIG = AttackConfig(iterations=20, xla='off')
+
+
+@pytest.fixture(scope='module')
+def simulated():
+  observation = _defended(_observed(), 'diagonal', value=1.0)
+  return simulate_round(observation, observation.clients[0], _public(), num_clients=3, seed=1)
+
+
+class _Halfway:
+  """Stands in for a denoiser: moves images halfway to mid grey if told of 0.12."""
+
+  def __call__(self, images, deviation, regions):
+    assert regions.shape == (*images.shape[:3], 1)
+    return (images + 0.5) / 2 if deviation[0] == 0.12 else np.zeros_like(images)
+
+
+def test_the_best_trial_is_first_and_can_be_repeated(simulated):
+  candidates = (Candidate(CosineMatching(balance=0.5), 0.15), Candidate(SquaredMatching(), 1.5))
+  seen = []
+  trials = calibrate(
+    simulated, _CONFIG, _Halfway(), candidates, lambda done, best: seen.append((done, best))
+  )
+  assert len(trials) == 2 * 2 * len(calibrated.LEVELS)
+  assert [t.region_psnr for t in trials] == sorted((t.region_psnr for t in trials), reverse=True)
+  assert seen[-1] == (2, trials[0])
+  assert len({t.region_psnr for t in trials if t.level == 0.5}) == 1  # All black.
+  # What it reached on its own clients, it reaches again when it is told to.
+  results = attack_calibrated(simulated.observation, trials[0], _CONFIG, _Halfway(), simulated.maps)
+  images = [result.reconstructions['attack'] for result in results]
+  again = calibrated._mean_region_psnr(results, images, simulated)
+  assert again == pytest.approx(trials[0].region_psnr, abs=1e-6)
+
+
+def test_the_first_candidate_is_the_attack_that_knows_of_no_noise(simulated):
+  trial = calibrated.Trial(CANDIDATES[0], 0.0, False, 0.0)
+  maps = {'public_01': simulated.mean_map}
+  (found,) = attack_calibrated(simulated.observation, trial, _CONFIG, None, maps)
+  (plain,) = attack_observation(simulated.observation, _CONFIG, ['public_01'])
+  np.testing.assert_array_equal(found.reconstructions['attack'], plain.reconstructions['attack'])
+
+
+def test_entries_of_much_noise_count_less(simulated):
+  first = calibrated._invert(simulated.observation, CANDIDATES[0], _CONFIG, [], simulated.maps)
+  flat = {}
+  for whitening in ('deviations', 'low_noise'):
+    weights = calibrated._weights(simulated.observation, whitening, first, simulated.maps)
+    flat[whitening] = np.concatenate([array.ravel() for array in weights['public_00'][0]])
+  assert np.mean(flat['low_noise']) == pytest.approx(0.5, abs=0.02)
+  quiet = flat['low_noise'] > 0
+  assert flat['deviations'][quiet].min() >= flat['deviations'][~quiet].max() > 0
+  # An entry that counts for nothing may hold anything.
+  observation = simulated.observation
+  client = observation.client('public_00')
+  zero = [weights['public_00'][0]]
+  spoiled = tuple(
+    np.where(weight == 0, array + 1e3, array)
+    for weight, array in zip(zero[0], client.update.trainable, strict=True)
+  )
+  client = dataclasses.replace(client, update=dataclasses.replace(client.update, trainable=spoiled))
+  other = dataclasses.replace(observation, clients=(client,))
+  arguments = {'labels': {'public_00': [0]}, 'weights': {'public_00': zero}}
+  (a,), (b,) = (
+    attack_observation(seen, _CONFIG, ['public_00'], **arguments) for seen in (observation, other)
+  )
+  np.testing.assert_allclose(a.reconstructions['attack'], b.reconstructions['attack'], atol=1e-4)
+
+
+def test_whitened_candidates_are_tried_for_diagonal_noise_alone(simulated):
+  kinds = {c.whitening for c in calibrated.candidates_for(simulated.observation)}
+  assert kinds == {'none', 'deviations', 'low_noise'}
+  assert {c.whitening for c in calibrated.candidates_for(_observed())} == {'none'}
