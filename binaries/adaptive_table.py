@@ -28,12 +28,10 @@ from attacks.scoring.metrics import measure
 from attacks.scoring.statistics import mean_interval
 from attacks.threads import share_cores
 from binaries import command
-from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_strength
+from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_defense
 from binaries.progress import Progress
 from binaries.tables import RowCache, write_table
-from tff_shadow.aggregators import NOISE_SHAPES
 from tff_shadow.data import EMBEDDED, Examples
-from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 
 _OUTPUT = flags.DEFINE_string('output', 'results/adaptive.csv', 'Table to write.')
@@ -79,7 +77,7 @@ _COLUMNS = (
 def main() -> None:
   """Computes what is missing and writes the table."""
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
-  defenses = [UNDEFENDED, *map(_parse_defense, _DEFENSES.value)]
+  defenses = [UNDEFENDED, *map(parse_defense, _DEFENSES.value)]
   share_cores(AttackConfig().lanes)
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'adaptive.csv', _CACHE_COLUMNS)
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
@@ -202,18 +200,6 @@ def _join(rows: list[dict]) -> list[dict]:
       }
     )
   return table
-
-
-def _parse_defense(text: str) -> tuple[str, str]:
-  shape, _, strength = text.partition('/')
-  try:
-    kind, _ = parse_strength(strength)
-  except ValueError as error:
-    raise UserError(f'--defenses={text}: the strength {error}') from error
-  command.check_choices('defenses', [shape], NOISE_SHAPES)
-  if kind != 'ratio' and shape != 'correlated':
-    raise UserError(f'--defenses={text}: {kind} is a strength of correlated noise alone')
-  return shape, strength
 
 
 def run() -> None:

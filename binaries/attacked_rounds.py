@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from binaries import frontier_plot
+from binaries import command, frontier_plot
 from binaries.small_federation import ATTACKED_TRAINING, attacked_data, small_model
-from tff_shadow.aggregators import NoiseStrength
+from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.data import FederatedData
+from tff_shadow.errors import UserError
 from tff_shadow.learning import (
   RoundReport,
   ShadowDefense,
@@ -51,6 +52,19 @@ def parse_strength(text: str) -> tuple[str, float]:
   if kind not in ('ratio', 'scale', 'images') or text.startswith('ratio:'):
     raise ValueError('must be a ratio, scale:S or images:S')
   return kind, NoiseStrength('scale', value).value
+
+
+def parse_defense(text: str) -> tuple[str, str]:
+  """Shape and strength from SHAPE/STRENGTH; `UserError` for what is none, of --defenses."""
+  shape, _, strength = text.partition('/')
+  try:
+    kind, _ = parse_strength(strength)
+  except ValueError as error:
+    raise UserError(f'--defenses={text}: the strength {error}') from error
+  command.check_choices('defenses', [shape], NOISE_SHAPES)
+  if kind != 'ratio' and shape != 'correlated':
+    raise UserError(f'--defenses={text}: {kind} is a strength of correlated noise alone')
+  return shape, strength
 
 
 def train(
