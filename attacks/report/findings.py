@@ -1,6 +1,7 @@
 """What the scores mean: a verdict on each attack, in words, and summary.json."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from attacks.report.reading import Run, ScoredAttack, Training
@@ -92,35 +93,42 @@ def leaked_images(scores: list[ImageScore]) -> int:
   return count
 
 
-def judge(scores: list[ImageScore], identification: Identification) -> tuple[str, str]:
+def judge(
+  scores: list[ImageScore],
+  identification: Identification,
+  negligible: Mapping[str, float] = NEGLIGIBLE,
+) -> tuple[str, str]:
   """The verdict on an attack, and the reason in words for the two verdicts in the middle.
 
   leaked: the mean margin passes the gate's thresholds in dB, over the image or over the region.
   partly_leaked: the interval of a margin (PSNR or SSIM, image or region) lies above
-    `NEGLIGIBLE`, or at least one image was rebuilt 6 dB closer than by either control, or
+    `negligible`, or at least one image was rebuilt 6 dB closer than by either control, or
     originals are picked out by their reconstructions more often than by chance (p < 0.05).
-  not_beyond_guess: all intervals lie at or below `NEGLIGIBLE`, at least `MIN_IMAGES` images,
+  not_beyond_guess: all intervals lie at or below `negligible`, at least `MIN_IMAGES` images,
     each scored and each with both controls. A failed attack shows nothing.
   inconclusive: anything else.
   """
-  intervals = {metric: mean_interval(gate.margins(scores, metric)) for metric in NEGLIGIBLE}
+  intervals = {metric: mean_interval(gate.margins(scores, metric)) for metric in negligible}
   if any(gate.exceeds_gate(intervals[metric]) for metric in ('psnr', 'region_psnr')):
     return 'leaked', ''
-  signs = _signs_of_leaking(scores, identification, intervals)
+  signs = _signs_of_leaking(scores, identification, intervals, negligible)
   if signs:
     return 'partly_leaked', '; '.join(signs)
-  reason = _reason_for_doubt(scores, intervals)
+  reason = _reason_for_doubt(scores, intervals, negligible)
   return ('inconclusive', reason) if reason else ('not_beyond_guess', '')
 
 
 def _signs_of_leaking(
-  scores: list[ImageScore], identification: Identification, intervals: dict[str, Interval]
+  scores: list[ImageScore],
+  identification: Identification,
+  intervals: dict[str, Interval],
+  negligible: Mapping[str, float],
 ) -> list[str]:
   signs = []
   above = [
     METRIC_WORDS[metric]
     for metric, interval in intervals.items()
-    if interval.low is not None and interval.low > NEGLIGIBLE[metric]
+    if interval.low is not None and interval.low > negligible[metric]
   ]
   if above:
     signs.append(f'the attack came closer than a guess by {", ".join(above)}')
@@ -135,7 +143,9 @@ def _signs_of_leaking(
   return signs
 
 
-def _reason_for_doubt(scores: list[ImageScore], intervals: dict[str, Interval]) -> str:
+def _reason_for_doubt(
+  scores: list[ImageScore], intervals: dict[str, Interval], negligible: Mapping[str, float]
+) -> str:
   unscored = sum(row.status != 'ok' for row in scores)
   if unscored:
     return f'the attack gave no usable result on {unscored} of {len(scores)} images'
@@ -143,7 +153,7 @@ def _reason_for_doubt(scores: list[ImageScore], intervals: dict[str, Interval]) 
     return 'a control is missing, so there is nothing to compare with'
   if len(scores) < MIN_IMAGES:
     return f'too few images: {len(scores)}, where at least {MIN_IMAGES} are needed'
-  if any((intervals[metric].high or 0) > limit for metric, limit in NEGLIGIBLE.items()):
+  if any((intervals[metric].high or 0) > limit for metric, limit in negligible.items()):
     return 'the 95 % interval allows both a gain over the guess and none'
   return ''
 
@@ -244,12 +254,14 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
     'label_accuracy': _label_accuracy(inferred, multiset_labels(attack.result)),
     'metrics': {set_name: _means(scores, set_name) for set_name in SETS},
     'lpips': None if lpips is None else {'net': lpips.net, 'weights_sha256': lpips.digest},
-    'identified': _identified(attack.identification),
-    'identified_by_lpips': _identified(attack.identification_by_lpips),
+    'identified': identification_json(attack.identification),
+    'identified_by_lpips': identification_json(attack.identification_by_lpips),
     'gallery': run.measures.gallery,
     'better_control': gate.better_control(scores),
-    'margin': {name: _as_json(mean_interval(gate.margins(scores, name))) for name in NEGLIGIBLE},
-    'margin_per_image_control': _as_json(mean_interval(gate.margins(scores, per_image=True))),
+    'margin': {
+      name: interval_json(mean_interval(gate.margins(scores, name))) for name in NEGLIGIBLE
+    },
+    'margin_per_image_control': interval_json(mean_interval(gate.margins(scores, per_image=True))),
     'gate': {
       'line': gate.gate_line(config['dataset'], scores),
       'passed': gate.gate_passed(scores),
@@ -264,14 +276,15 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
 
 
 def _means(scores: list[ImageScore], set_name: str) -> dict[str, Any]:
-  means = {name: _as_json(_mean_of(scores, set_name, name)) for name in METRIC_NAMES}
+  means = {name: interval_json(_mean_of(scores, set_name, name)) for name in METRIC_NAMES}
   if set_name == results.ATTACK:
     known = [row.rdlv for row in scores if row.rdlv is not None]
-    means['rdlv'] = _as_json(mean_interval(known))
+    means['rdlv'] = interval_json(mean_interval(known))
   return means
 
 
-def _identified(identification: Identification | None) -> dict[str, Any] | None:
+def identification_json(identification: Identification | None) -> dict[str, Any] | None:
+  """The fields of `Identification`; None for none."""
   if identification is None:
     return None
   fields = dataclasses.asdict(identification)
@@ -293,7 +306,8 @@ def _mean_of(scores: list[ImageScore], set_name: str, metric: str) -> Interval:
   return mean_interval([value for value in values if value is not None])
 
 
-def _as_json(interval: Interval) -> dict[str, float | int | None]:
+def interval_json(interval: Interval) -> dict[str, float | int | None]:
+  """An interval as summary.json has it: mean, ci95_low, ci95_high, n."""
   return {
     'mean': interval.mean,
     'ci95_low': interval.low,

@@ -51,7 +51,16 @@ def write_report(
     UserError: If they cannot be written.
   """
   summary = findings.summarise(runs, title)
-  html = render(runs, summary, max_images)
+  write_pages(output_dir, render(runs, summary, max_images), summary)
+  return summary
+
+
+def write_pages(output_dir: pathlib.Path, html: str, summary: dict[str, Any]) -> None:
+  """Writes a page and its summary into `output_dir`, each atomically.
+
+  Raises:
+    UserError: If they cannot be written.
+  """
   text = json.dumps(summary, indent=2, allow_nan=False) + '\n'
   try:
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -61,21 +70,25 @@ def write_report(
       os.replace(temporary, output_dir / name)
   except OSError as error:
     raise UserError(f'--output_dir={output_dir}: cannot be written ({error.strerror})') from None
-  return summary
 
 
-def render(runs: list[Run], summary: dict[str, Any], max_images: int) -> str:
-  """The page as one self-contained HTML text with at most `max_images` cases for each attack."""
-  environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+  """Finds the templates, and knows the filters that they use."""
+  found = jinja2.Environment(
     loader=jinja2.PackageLoader('attacks.report'),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  environment.filters.update(
+  found.filters.update(
     mean=_mean, interval=_interval, pretty=_pretty, quality=quality_words, region=region_words
   )
+  return found
+
+
+def render(runs: list[Run], summary: dict[str, Any], max_images: int) -> str:
+  """The page as one self-contained HTML text with at most `max_images` cases for each attack."""
   entries = iter(summary['attacks'])
   sections = [
     {
@@ -94,22 +107,26 @@ def render(runs: list[Run], summary: dict[str, Any], max_images: int) -> str:
     }
     for run in runs
   ]
-  return environment.get_template('report.html.j2').render(
-    summary=summary,
-    sections=sections,
-    verdict_words=findings.VERDICT_WORDS,
-    defense_words=findings.defense_words,
-    control_words=findings.CONTROL_WORDS,
-    share=share_words,
-    error_scale=pictures.error_scale_uri(),
-    error_range=pictures.ERROR_RANGE,
-    error_colormap=pictures.ERROR_COLORMAP,
-    psnr_cap=PSNR_CAP_DB,
-    min_prior_ssim=MIN_PRIOR_SSIM,
-    clear_gain=gate.GATE_MEAN_DB,
-    clear_low=gate.GATE_LOW_DB,
-    negligible=findings.NEGLIGIBLE,
-    min_images=findings.MIN_IMAGES,
+  return (
+    environment()
+    .get_template('report.html.j2')
+    .render(
+      summary=summary,
+      sections=sections,
+      verdict_words=findings.VERDICT_WORDS,
+      defense_words=findings.defense_words,
+      control_words=findings.CONTROL_WORDS,
+      share=share_words,
+      error_scale=pictures.error_scale_uri(),
+      error_range=pictures.ERROR_RANGE,
+      error_colormap=pictures.ERROR_COLORMAP,
+      psnr_cap=PSNR_CAP_DB,
+      min_prior_ssim=MIN_PRIOR_SSIM,
+      clear_gain=gate.GATE_MEAN_DB,
+      clear_low=gate.GATE_LOW_DB,
+      negligible=findings.NEGLIGIBLE,
+      min_images=findings.MIN_IMAGES,
+    )
   )
 
 

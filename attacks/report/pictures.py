@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -73,7 +74,7 @@ def training_uri(training: Training, dark: bool) -> str | None:
   groups = curve_groups(training)
   if not groups:
     return None
-  ink, grid = ('#d6dae0', '#3a414b') if dark else ('#2b323b', '#dfe3e8')
+  ink, grid = _inks(dark)
   plot = figure.Figure(figsize=(4.6 * len(groups), 3.0), dpi=160, layout='constrained')
   for axes, (title, curves) in zip(
     np.atleast_1d(plot.subplots(1, len(groups))), groups, strict=True
@@ -91,6 +92,43 @@ def training_uri(training: Training, dark: bool) -> str | None:
     axes.grid(color=grid, linewidth=0.8)
     axes.spines[:].set_visible(False)
     axes.legend(frameon=False, labelcolor=ink, fontsize=9)
+  return _figure_uri(plot)
+
+
+def strip_uri(groups: Mapping[str, Sequence[float | None]], label: str, dark: bool) -> str:
+  """PNG data URI of a row of dots for each group, one dot a value, with the mean as a bar.
+
+  Args:
+    groups: From a row's name to its values; None is left out.
+    label: Of the axis.
+    dark: For a dark page.
+  """
+  ink, grid = _inks(dark)
+  plot = figure.Figure(figsize=(7.5, 0.55 * len(groups) + 0.8), dpi=160, layout='constrained')
+  axes = plot.subplots()
+  for row, (color, values) in enumerate(zip(_CURVE_COLORS, groups.values(), strict=False)):
+    known = np.array([value for value in values if value is not None])
+    # Evenly spread, so that equal values stay apart.
+    height = row + 0.5 * ((np.arange(len(known)) * 0.618) % 1 - 0.5)
+    axes.plot(known, height, '.', color=color, alpha=0.75, markersize=7)
+    if len(known):
+      axes.plot([known.mean()] * 2, [row - 0.38, row + 0.38], color=ink, linewidth=2)
+  axes.set_facecolor('none')
+  axes.set_yticks(range(len(groups)), list(groups))
+  axes.set_ylim(len(groups) - 0.5, -0.5)
+  axes.set_xlabel(label, color=ink)
+  axes.tick_params(colors=ink, labelsize=9, length=0)
+  axes.grid(color=grid, linewidth=0.8, axis='x')
+  axes.spines[:].set_visible(False)
+  return _figure_uri(plot)
+
+
+def _inks(dark: bool) -> tuple[str, str]:
+  """Colours of text and of grid lines."""
+  return ('#d6dae0', '#3a414b') if dark else ('#2b323b', '#dfe3e8')
+
+
+def _figure_uri(plot: figure.Figure) -> str:
   buffer = io.BytesIO()
   plot.savefig(buffer, format='png', transparent=True, metadata={'Software': None})
   return _uri(buffer.getvalue())

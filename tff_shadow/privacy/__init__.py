@@ -33,6 +33,7 @@ from tff_shadow.privacy.region_bounds import (
   trace_bound,
   van_trees_bound,
 )
+from tff_shadow.privacy.statement import Participation, guarantee_of
 
 __all__ = [
   'UNPROVEN',
@@ -40,6 +41,7 @@ __all__ = [
   'GaussianPrior',
   'Guarantee',
   'MmseFloor',
+  'Participation',
   'ProbedBound',
   'cramer_rao_bound',
   'dp_fed_avg_guarantee',
@@ -49,6 +51,7 @@ __all__ = [
   'gaussian_floor',
   'gradient_information',
   'gradient_jacobian',
+  'guarantee_of',
   'image_noise_variances',
   'information_after_rounds',
   'mean_squared_error',

@@ -1,0 +1,28 @@
+"""How much an audit attacks: stated beforehand, and printed with what came of it."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """What every client of a round is attacked with.
+
+  Attributes:
+    presets: Attacks that do not know the defence; of `attacks.presets`. 'best' stands for
+      'best_batch' too where clients trained on several images.
+    iterations: Optimiser steps per restart of each attack.
+    calibration_clients: Clients that the adaptive attacker plays itself; 0 for no such attacker.
+    denoiser_steps: Of the training of its denoiser; 0 for none.
+  """
+
+  presets: tuple[str, ...]
+  iterations: int
+  calibration_clients: int
+  denoiser_steps: int
+
+
+BUDGETS = {
+  'quick': Budget(('best',), 150, 0, 0),
+  'default': Budget(('best',), 300, 8, 600),
+  'thorough': Budget(('best', 'inverting_gradients', 'deep_image_prior'), 500, 16, 2000),
+}

@@ -1,0 +1,108 @@
+"""Rounds as they would have been without the defence, at the same weights and on the same images.
+
+An audit compares with these: what a defence takes from the attacker, and whether the attack works
+at all. They are computed from the truth, which only scoring and this may open.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from attacks.local_steps import local_steps
+from attacks.simulator import ClientSimulator
+from tff_shadow.models import model_from_config
+from tff_shadow.observations import (
+  ClientObservation,
+  Observation,
+  Truth,
+  WeightArrays,
+)
+
+
+def without_defense(
+  observation: Observation, truth: Mapping[str, Truth], clients: Sequence[str]
+) -> Observation:
+  """The round with what `clients` would have sent if nothing had been done to it.
+
+  Of clients that went through their images several times one possible order is taken. BatchNorm
+  statistics are those of the first pass over all images, and sent where they were.
+  """
+  simulator = ClientSimulator(observation)
+  replayed = [
+    _replayed(observation, simulator, observation.client(name), truth[name]) for name in clients
+  ]
+  return _round_of(observation, replayed)
+
+
+def single_images(
+  observation: Observation, truth: Mapping[str, Truth], clients: Sequence[str]
+) -> tuple[Observation, dict[str, Truth]]:
+  """The positive control: each client takes one undefended step on the first of its images.
+
+  An attack that sees nothing here sees nothing anywhere, so that nothing follows from it.
+
+  Returns:
+    The round, and its truth.
+  """
+  simulator = ClientSimulator(observation)
+  replayed, shown = [], {}
+  for name in clients:
+    own = truth[name]
+    shown[name] = Truth(own.images[:1], own.labels[:1], own.regions[:1])
+    like = dataclasses.replace(
+      observation.client(name), num_images=1, num_steps=1, batch_size=1, weight=1.0
+    )
+    replayed.append(_replayed(observation, simulator, like, shown[name]))
+  return _round_of(observation, replayed), shown
+
+
+def is_single_image_round(observation: Observation, clients: Sequence[str]) -> bool:
+  """Whether all of `clients` sent one step on one image, so that the round is its own control."""
+  return all(
+    (client.num_images, client.num_steps) == (1, 1) for client in map(observation.client, clients)
+  )
+
+
+def _round_of(observation: Observation, clients: Sequence[ClientObservation]) -> Observation:
+  updates = [client.update.trainable for client in clients]
+  mean = [np.mean(arrays, axis=0) for arrays in zip(*updates, strict=True)]
+  return dataclasses.replace(
+    observation,
+    clients=tuple(clients),
+    aggregate=WeightArrays(tuple(mean)),
+    defense={'name': 'none'},
+  )
+
+
+def _replayed(
+  observation: Observation, simulator: ClientSimulator, like: ClientObservation, own: Truth
+) -> ClientObservation:
+  steps = local_steps(like, observation.client_training)
+  gradient = simulator.mean_gradient(tf.constant(own.images), tf.constant(own.labels), steps)
+  scale = simulator.update_over_gradient(like.num_steps)
+  update = tuple(-scale * tensor.numpy() for tensor in gradient)
+  statistics = like.update.non_trainable and _statistics_update(observation, own.images)
+  return dataclasses.replace(like, update=WeightArrays(update, statistics), dropped=False)
+
+
+def _statistics_update(observation: Observation, images: np.ndarray) -> tuple[np.ndarray, ...]:
+  """How one pass in training mode moves what is shared of the BatchNorm statistics."""
+  model = model_from_config(observation.model_config)
+  for variable, array in zip(
+    model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
+  ):
+    variable.assign(array)
+  for variable, array in zip(
+    model.trainable_variables, observation.global_weights.trainable, strict=True
+  ):
+    variable.assign(array)
+  model(images, training=True)
+  return tuple(
+    (variable - before).numpy()
+    for variable, before in zip(
+      model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
+    )
+    if variable.dtype.is_floating
+  )

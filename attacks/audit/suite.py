@@ -1,0 +1,247 @@
+"""Runs the attacks of an audit, each resumable, and keeps what they reconstruct."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
+from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
+from attacks.adaptive.simulated_defense import SimulatedRound, simulate_round
+from attacks.audit.budget import Budget
+from attacks.config import AttackConfig
+from attacks.engine import AttackProgress, attack_observation
+from attacks.presets import PRESETS
+from attacks.results import TargetResult, read_results, write_results
+from attacks.threat_model import threat_model
+from tff_shadow.data import Examples
+from tff_shadow.errors import UserError
+from tff_shadow.observations import Observation, Truth
+
+# From what is being done, and its number of steps, to a context that is told how far it is.
+Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int, str], None]]]
+
+_CHECKPOINT = 'checkpoint.safetensors'
+_KNOWS = 'knows.json'
+ADAPTIVE, ADAPTIVE_REGION = 'adaptive', 'adaptive_region'
+
+
+@dataclasses.dataclass(frozen=True)
+class Attacked:
+  """One attack of the suite on one round.
+
+  Attributes:
+    name: A preset, `ADAPTIVE` (knows the defence, and of the regions only what public images show)
+      or `ADAPTIVE_REGION` (told the clients' regions too).
+    results: One per client; empty if the attack could not be made.
+    knows: What the attacker is assumed to know, in sentences.
+    problem: Why the attack could not be made; None if it was.
+  """
+
+  name: str
+  results: tuple[TargetResult, ...]
+  knows: tuple[str, ...]
+  problem: str | None = None
+
+
+class Suite:
+  """The attacks of one audit."""
+
+  def __init__(
+    self,
+    budget: Budget,
+    directory: pathlib.Path,
+    *,
+    public: Examples,
+    augmentations: Sequence[str],
+    seed: int,
+    lanes: int,
+    watch: Watch,
+  ):
+    """Attacks nothing yet.
+
+    Args:
+      budget: What is made.
+      directory: Where results are kept; those in it are not made again.
+      public: Images of the modality, with labels and regions, that no client trains on.
+      augmentations: Of `DenoiserSettings`, that leave an image of the modality one.
+      seed: Decides everything.
+      lanes: See `AttackConfig`.
+      watch: Shows progress.
+    """
+    self._budget = budget
+    self._directory = directory
+    order = np.random.default_rng(seed).permutation(len(public))
+    self._played, self._learned = public.take(order[::2]), public.take(order[1::2])
+    self._augmentations = tuple(augmentations)
+    self._seed = seed
+    self._lanes = lanes
+    self._watch = watch
+    self._denoiser: RegionDenoiser | None = None
+
+  def unaware(
+    self, place: str, observations: Sequence[Observation], clients: Sequence[str]
+  ) -> list[Attacked]:
+    """The attacks that know of no defence, on one round or several jointly.
+
+    Args:
+      place: Names the directory of the results.
+      observations: The rounds.
+      clients: Ids.
+    """
+    several = any(observations[0].client(name).num_images > 1 for name in clients)
+    presets = list(self._budget.presets)
+    if several and 'best' in presets:
+      presets.insert(1, 'best_batch')
+    attacked = []
+    for preset in presets:
+      config = dataclasses.replace(
+        PRESETS[preset].build(),
+        iterations=self._budget.iterations,
+        lanes=self._lanes,
+        seed=self._seed,
+      )
+      knows = threat_model(
+        observations[0], config, labels_known=False, num_rounds=len(observations)
+      )
+      try:
+        results = self._invert(f'{place}/{preset}', observations, config, clients)
+      except (UserError, tf.errors.OpError) as error:
+        attacked.append(Attacked(preset, (), tuple(knows), str(error)))
+      else:
+        attacked.append(Attacked(preset, tuple(results), tuple(knows)))
+    return attacked
+
+  def adaptive(
+    self, place: str, observation: Observation, truth: Mapping[str, Truth], clients: Sequence[str]
+  ) -> list[Attacked]:
+    """The attacks that know the defence, with the clients' regions unknown and known.
+
+    Args:
+      place: Names the directory of the results.
+      observation: The round.
+      truth: Gives the regions to the attacker that is told them, and nothing else.
+      clients: Ids.
+    """
+    names = [ADAPTIVE]
+    if _regions_may_be_told(observation, clients):
+      names.append(ADAPTIVE_REGION)
+    if not self._budget.calibration_clients:
+      return []
+    saved = {name: self._saved(f'{place}/{name}') for name in names}
+    if all(attacked is not None for attacked in saved.values()):
+      return list(saved.values())
+    try:
+      made = self._adaptive(place, observation, truth, clients, names)
+    except (UserError, tf.errors.OpError) as error:
+      return [Attacked(ADAPTIVE, (), (), str(error))]
+    for attacked in made:
+      directory = self._directory / place / attacked.name
+      directory.mkdir(parents=True, exist_ok=True)
+      (directory / _KNOWS).write_text(json.dumps(attacked.knows))
+      write_results(directory, attacked.results)
+    return made
+
+  def _saved(self, place: str) -> Attacked | None:
+    directory = self._directory / place
+    results = read_results(directory)
+    if not results:
+      return None
+    knows = json.loads((directory / _KNOWS).read_text())
+    return Attacked(directory.name, tuple(results), tuple(knows))
+
+  def _adaptive(self, place, observation, truth, clients, names) -> list[Attacked]:
+    config = AttackConfig(iterations=self._budget.iterations, lanes=self._lanes, seed=self._seed)
+    like = _typical(observation, clients)
+    count = min(self._budget.calibration_clients, len(self._played) // like.num_images)
+    simulated = simulate_round(observation, like, self._played, num_clients=count, seed=self._seed)
+    denoiser = self._trained_denoiser()
+    total = len(candidates_for(observation))
+    with self._watch(f'{place}: {total} settings on public images', total) as update:
+      trials = calibrate(
+        simulated,
+        config,
+        denoiser,
+        progress=lambda done, best: update(done, f'best {best.region_psnr:.1f} dB'),
+      )
+    earlier: dict = {}
+    made = []
+    with self._watch(f'{place}: {" and ".join(names)}', len(names)) as update:
+      for done, name in enumerate(names):
+        told = name == ADAPTIVE_REGION
+        trial = next(trial for trial in trials if trial.knows_region == told)
+        maps = {client: truth[client].regions if told else simulated.mean_map for client in clients}
+        results = attack_calibrated(observation, trial, config, denoiser, maps, earlier)
+        made.append(Attacked(name, tuple(results), _knows(trial, simulated)))
+        update(done + 1, str(trial.candidate))
+    return made
+
+  def _trained_denoiser(self) -> RegionDenoiser | None:
+    if self._denoiser is None and self._budget.denoiser_steps:
+      settings = DenoiserSettings(
+        steps=self._budget.denoiser_steps, augmentations=self._augmentations, seed=self._seed
+      )
+      with self._watch('denoiser', settings.steps) as update:
+        self._denoiser = RegionDenoiser(
+          self._learned.float_images(),
+          self._learned.float_regions(),
+          settings,
+          lambda step, loss: update(step, f'loss {loss:.5f}'),
+        )
+    return self._denoiser
+
+  def _invert(self, place, observations, config, clients) -> list[TargetResult]:
+    directory = self._directory / place
+    directory.mkdir(parents=True, exist_ok=True)
+    finished = read_results(directory)
+    total = config.iterations * config.restarts * len(clients)
+    with self._watch(place, total) as update:
+
+      def show(at: AttackProgress) -> None:
+        update(at.done, f'iteration {at.iteration}, loss {at.loss:.2e}')
+
+      return attack_observation(
+        list(observations),
+        config,
+        list(clients),
+        finished=finished,
+        on_result=lambda done: write_results(directory, done),
+        progress=show,
+        checkpoint_path=directory / _CHECKPOINT,
+      )
+
+
+def _typical(observation: Observation, clients: Sequence[str]):
+  """The client of the middle number of images."""
+  ranked = sorted(map(observation.client, clients), key=lambda client: client.num_images)
+  return ranked[len(ranked) // 2]
+
+
+def _regions_may_be_told(observation: Observation, clients: Sequence[str]) -> bool:
+  """Whether the truth holds the maps of the defence, in an order that reconstructions have."""
+  given = observation.defense.get('saliency', {}).get('kind', 'given') == 'given'
+  return given and all(observation.client(name).num_images == 1 for name in clients)
+
+
+def _knows(trial: Trial, simulated: SimulatedRound) -> tuple[str, ...]:
+  regions = 'It is told the region maps of the clients.'
+  if not trial.knows_region:
+    regions = 'It knows the mean region map of public images, and not those of the clients.'
+  denoised = 'It leaves noise in the images as it is.'
+  if trial.level:
+    denoised = (
+      'It takes noise out of the images by a network trained on public images (deviation'
+      f' {trial.level:g}).'
+    )
+  return (
+    'It is an honest-but-curious server that knows the defence with all its settings, and not its'
+    ' keys.',
+    f'It has played the round itself with {len(simulated.truth)} clients of public images, and'
+    f' takes the settings that came closest there: {trial.candidate}.',
+    denoised,
+    regions,
+  )

@@ -1,0 +1,363 @@
+"""The content of an audit's summary.json; every number of its page comes from here."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attacks.audit.strongest import (
+  Scored,
+  strongest,
+  strongest_identification,
+  strongest_names,
+)
+from attacks.audit.suite import Attacked
+from attacks.audit.verdict import judge_round
+from attacks.report.findings import (
+  NEGLIGIBLE,
+  VERDICTS,
+  identification_json,
+  interval_json,
+  leaked_images,
+)
+from attacks.scoring import gate, results
+from attacks.scoring.label_accuracy import multiset_labels
+from attacks.scoring.scores import ImageScore
+from attacks.scoring.statistics import mean_interval
+
+METRICS = ('psnr', 'region_psnr', 'ssim', 'region_ssim')
+
+
+class RoundEvidence(NamedTuple):
+  """All that was tried on one round, or on several jointly.
+
+  Attributes:
+    rounds: Their numbers.
+    attacks: Those made on what the server saw.
+    failed: Those that could not be made.
+    undefended: Those made on the same round without the defence; empty if it has none.
+    control: The attack on undefended single images.
+    problems: What else could not be done, in sentences.
+    bounds: PSNR in dB over the region that no attack passes, by name with what it rests on; see
+      `tff_shadow.privacy`.
+  """
+
+  rounds: tuple[int, ...]
+  attacks: Sequence[Scored]
+  failed: Sequence[Attacked]
+  undefended: Sequence[Scored]
+  control: Scored
+  problems: Sequence[str] = ()
+  bounds: Sequence[Mapping[str, Any]] = ()
+
+
+def summarise_round(
+  evidence: RoundEvidence, tolerated: Mapping[str, float] = NEGLIGIBLE
+) -> dict[str, Any]:
+  """One entry of 'rounds'.
+
+  Intervals are those of `findings.interval_json`; dB where PSNRs are compared.
+
+  rounds: Numbers of the rounds that this rests on.
+  verdict, reasons: Of `verdict.judge_round`.
+  images, clients: How many.
+  strongest: metric -> interval, each image by the attack that came closest.
+  guess: metric -> interval of the better control, by the mean of that metric.
+  margin: metric -> interval of strongest minus guess, paired by image.
+  worst: The image with the greatest margin of region PSNR: client, image, label, and its values.
+  leaked_images: As `findings.leaked_images`.
+  undefended: As 'strongest', of the round without the defence; null if it has none.
+  change: metric -> interval of strongest minus undefended, paired by image; null likewise.
+  attacks: One for each: name, metrics, margin, identified, labels, strongest_on, failed, knows,
+    seconds.
+  not_made: name and problem of those that could not be made.
+  identified: Of the attack that tells most, its p-value corrected for their number.
+  control: metrics, margin, passed, images of the positive control.
+  groups: Rows of `_groups`.
+  per_client: Rows of `_clients`.
+  per_image: Region PSNR of each image, PSNR where there is no region: strongest, undefended, guess.
+  bounds: See `RoundEvidence`.
+  """
+  problems = [*evidence.problems]
+  problems += [
+    f'The attack {own.name} could not be made: {own.problem}.' for own in evidence.failed
+  ]
+  scores = strongest(evidence.attacks) if evidence.attacks else []
+  identification = strongest_identification(evidence.attacks) if scores else None
+  verdict = judge_round(scores, identification, evidence.control.scores, problems, tolerated)
+  clean = strongest(evidence.undefended) if evidence.undefended else []
+  return {
+    'rounds': list(evidence.rounds),
+    'verdict': verdict.name,
+    'reasons': list(verdict.reasons),
+    'images': len(scores),
+    'clients': len({row.target for row in scores}),
+    'strongest': _means(scores, results.ATTACK),
+    'guess': {metric: _guess(scores, metric) for metric in METRICS},
+    'margin': _margins(scores),
+    'worst': _worst(scores),
+    'leaked_images': leaked_images(scores),
+    'undefended': _means(clean, results.ATTACK) if clean else None,
+    'change': {metric: _change(scores, clean, metric) for metric in METRICS} if clean else None,
+    'attacks': _attacks(evidence.attacks),
+    'not_made': [{'name': own.name, 'problem': own.problem} for own in evidence.failed],
+    'identified': identification_json(identification),
+    'control': _control(evidence.control),
+    'groups': _groups(scores),
+    'per_client': _clients(scores),
+    'per_image': _per_image(scores, clean),
+    'bounds': [dict(bound) for bound in evidence.bounds],
+  }
+
+
+def _attacks(attacks: Sequence[Scored]) -> list[dict[str, Any]]:
+  names = strongest_names(attacks) if attacks else []
+  rows = []
+  for attack in attacks:
+    labels = multiset_labels(attack.result)
+    rows.append(
+      {
+        'name': attack.attacked.name,
+        'metrics': _means(attack.scores, results.ATTACK),
+        'margin': _margins(attack.scores),
+        'identified': identification_json(attack.identification),
+        'labels': dataclasses.asdict(labels) if labels.of else None,
+        'strongest_on': names.count(attack.attacked.name),
+        'failed': sum(row.status != 'ok' for row in attack.scores),
+        'knows': list(attack.attacked.knows),
+        'seconds': sum(own.seconds for own in attack.attacked.results),
+      }
+    )
+  return rows
+
+
+def _control(control: Scored) -> dict[str, Any]:
+  margin = mean_interval(gate.margins(control.scores))
+  return {
+    'metrics': _means(control.scores, results.ATTACK),
+    'margin': interval_json(margin),
+    'passed': gate.exceeds_gate(margin),
+    'images': len(control.scores),
+  }
+
+
+def _margins(scores: Sequence[ImageScore]) -> dict[str, Any]:
+  return {metric: interval_json(mean_interval(gate.margins(scores, metric))) for metric in METRICS}
+
+
+def _means(scores: Sequence[ImageScore], set_name: str) -> dict[str, Any]:
+  return {
+    metric: interval_json(mean_interval(_values(scores, set_name, metric))) for metric in METRICS
+  }
+
+
+def _guess(scores: Sequence[ImageScore], metric: str) -> dict[str, Any]:
+  control = gate.better_control(scores, metric)
+  return interval_json(mean_interval(_values(scores, control, metric) if control else []))
+
+
+def _values(scores: Sequence[ImageScore], set_name: str, metric: str) -> list[float]:
+  known = (row.quality[set_name] for row in scores if set_name in row.quality)
+  values = (getattr(quality, metric) for quality in known)
+  return [value for value in values if value is not None]
+
+
+def _change(
+  scores: Sequence[ImageScore], clean: Sequence[ImageScore], metric: str
+) -> dict[str, Any]:
+  """Paired by image; images that either lacks are left out."""
+  changes = []
+  for own, other in zip(scores, clean, strict=True):
+    pair = [_value(row, results.ATTACK, metric) for row in (own, other)]
+    if None not in pair:
+      changes.append(pair[0] - pair[1])
+  return interval_json(mean_interval(changes))
+
+
+def _value(row: ImageScore, set_name: str | None, metric: str) -> float | None:
+  quality = row.quality.get(set_name)
+  return None if quality is None else getattr(quality, metric)
+
+
+def _closeness(row: ImageScore, set_name: str | None) -> float | None:
+  """Region PSNR; PSNR where the region is empty."""
+  value = _value(row, set_name, 'region_psnr')
+  return _value(row, set_name, 'psnr') if value is None else value
+
+
+def _gains(scores: Sequence[ImageScore]) -> list[float]:
+  """Of each image, over the region; 0 where the attack failed. See `gate.margins`."""
+  control = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
+  gains = []
+  for row in scores:
+    pair = _closeness(row, results.ATTACK), _closeness(row, control)
+    gains.append(0.0 if None in pair else pair[0] - pair[1])
+  return gains
+
+
+def _worst(scores: Sequence[ImageScore]) -> dict[str, Any] | None:
+  if not scores:
+    return None
+  gains = _gains(scores)
+  index = int(np.argmax(gains))
+  row = scores[index]
+  values = {metric: _value(row, results.ATTACK, metric) for metric in METRICS}
+  return {
+    'client': row.target,
+    'image': row.image,
+    'label': row.label,
+    'margin': gains[index],
+    **values,
+  }
+
+
+def _groups(scores: Sequence[ImageScore]) -> list[dict[str, Any]]:
+  """Kinds of images: those of each class, of the smaller and of the larger clients.
+
+  Clients are compared only where their numbers of images differ.
+  """
+  counts = {name: sum(row.target == name for row in scores) for name in {r.target for r in scores}}
+  classes = sorted({row.label for row in scores})
+  kinds: list[tuple[str, Callable[[ImageScore], bool]]] = [
+    (f'class {label}', lambda row, label=label: row.label == label) for label in classes
+  ]
+  if len(set(counts.values())) > 1:
+    middle = float(np.median(list(counts.values())))
+    kinds += [
+      (f'clients of at most {middle:g} images', lambda row: counts[row.target] <= middle),
+      (f'clients of more than {middle:g} images', lambda row: counts[row.target] > middle),
+    ]
+  gains = _gains(scores)
+  rows = []
+  for name, belongs in kinds:
+    chosen = [pair for pair in zip(scores, gains, strict=True) if belongs(pair[0])]
+    if chosen:
+      own = [gain for _, gain in chosen]
+      rows.append(
+        {
+          'name': name,
+          'margin': interval_json(mean_interval(own)),
+          'worst': max(own),
+          'leaked_images': leaked_images([row for row, _ in chosen]),
+        }
+      )
+  return rows
+
+
+def _clients(scores: Sequence[ImageScore]) -> list[dict[str, Any]]:
+  """Of each client, the mean and the greatest gain over its images, the worst client first."""
+  gains: dict[str, list[float]] = {}
+  for row, gain in zip(scores, _gains(scores), strict=True):
+    gains.setdefault(row.target, []).append(gain)
+  rows = [
+    {'client': name, 'images': len(own), 'margin': float(np.mean(own)), 'worst': max(own)}
+    for name, own in gains.items()
+  ]
+  return sorted(rows, key=lambda row: -row['worst'])
+
+
+def _per_image(scores: Sequence[ImageScore], clean: Sequence[ImageScore]) -> dict[str, Any]:
+  control = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
+  return {
+    'strongest': [_closeness(row, results.ATTACK) for row in scores],
+    'undefended': [_closeness(row, results.ATTACK) for row in clean],
+    'guess': [_closeness(row, control) for row in scores],
+  }
+
+
+def summarise(
+  rounds: Sequence[Mapping[str, Any]],
+  *,
+  title: str,
+  defended: bool,
+  adaptive: bool,
+  **document: Any,
+) -> dict[str, Any]:
+  """The whole content of summary.json.
+
+  Args:
+    rounds: Of `summarise_round`, at least one.
+    title: Of the page.
+    defended: Whether anything is done against attacks.
+    adaptive: Whether an attacker who knows the defence was among them.
+    **document: What the page shows besides: scope, seed, budget, tolerated, guarantee, utility,
+      command, versions.
+  """
+  worst = min(rounds, key=lambda entry: VERDICTS.index(entry['verdict']))
+  return {
+    'format': 'tff-shadow-audit',
+    'version': 1,
+    'title': title,
+    'verdict': worst['verdict'],
+    'headline': _headline(rounds, worst),
+    'reasons': list(worst['reasons']),
+    'defended': defended,
+    **document,
+    'rounds': [dict(entry) for entry in rounds],
+    'recommendations': _recommendations(worst, defended, adaptive),
+    'limits': list(_LIMITS),
+  }
+
+
+_LIMITS = (
+  'The verdict holds for these attacks, this budget, model, data and rounds. A stronger attack may'
+  ' recover more: without a formal guarantee no audit proves that images are safe.',
+  'PSNR and SSIM measure likeness of pixels, not whether a person or a disease can be recognised.',
+  'Which attack came closest was decided by the originals, image by image, which no attacker can'
+  ' do; so what one attacker would have at best is overestimated.',
+  'Intervals treat images as independent, and cover no other seed.',
+  'The server is assumed to follow the protocol: it does not change the model to draw out more.',
+)
+
+
+def _headline(rounds: Sequence[Mapping[str, Any]], worst: Mapping[str, Any]) -> str:
+  where = round_words(worst['rounds'])
+  where = where[0].lower() + where[1:]
+  if worst['verdict'] == 'leaked':
+    leaked = f'{worst["leaked_images"]} of {worst["images"]} training images'
+    return f'From {where} the server could have rebuilt {leaked} clearly.'
+  if worst['verdict'] == 'partly_leaked':
+    return f'From {where} the server could have seen something of training images.'
+  if worst['verdict'] == 'inconclusive':
+    return f'Whether the server could have seen training images is not settled: {where}.'
+  count = 'the audited round' if len(rounds) == 1 else f'all {len(rounds)} audited rounds'
+  return f'From {count} no attack saw anything of the images beyond what could be guessed.'
+
+
+def round_words(rounds: Sequence[int]) -> str:
+  """'Round 3', or 'Rounds 1, 2, 3 together'."""
+  if len(rounds) == 1:
+    return f'Round {rounds[0]}'
+  return f'Rounds {", ".join(map(str, rounds))} together'
+
+
+def _recommendations(worst: Mapping[str, Any], defended: bool, adaptive: bool) -> list[str]:
+  leaking = worst['verdict'] in ('leaked', 'partly_leaked')
+  sentences = []
+  if leaking:
+    sentences.append(
+      'Treat the images of this run as disclosed to whoever saw the updates of single clients.'
+    )
+  if leaking and not defended:
+    sentences.append(
+      'Train with a defence (--defense), or with secure aggregation over many clients so that the'
+      ' server sees no single update, and audit again.'
+    )
+  if leaking and defended:
+    sentences.append(
+      'Raise the strength of the noise, or take larger batches and more local steps, and audit'
+      ' again; compare the usefulness of the model before and after.'
+    )
+  if worst['verdict'] == 'inconclusive':
+    sentences.append('Remove the reasons named above, with more clients or a larger budget.')
+  if defended and not adaptive:
+    sentences.append(
+      'Audit with --budget=default or thorough: an attacker who knows the defence recovers more.'
+    )
+  if worst['verdict'] == 'not_beyond_guess':
+    sentences.append(
+      'Repeat the audit when the model, the data, the local training or the defence changes.'
+    )
+  sentences.append('Labels are private too, and noise against pictures does not hide them.')
+  return sentences

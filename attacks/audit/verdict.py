@@ -1,0 +1,60 @@
+"""The verdict of an audit, which fails closed: whatever is missing makes it worse, never better."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from attacks.report.findings import NEGLIGIBLE, judge
+from attacks.scoring import gate
+from attacks.scoring.identification import Identification
+from attacks.scoring.scores import ImageScore
+from attacks.scoring.statistics import mean_interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What follows for one round.
+
+  Attributes:
+    name: One of `findings.VERDICTS`.
+    reasons: Why it is not better, in sentences.
+  """
+
+  name: str
+  reasons: tuple[str, ...]
+
+
+def judge_round(
+  scores: Sequence[ImageScore],
+  identification: Identification,
+  control: Sequence[ImageScore],
+  problems: Sequence[str],
+  tolerated: Mapping[str, float] = NEGLIGIBLE,
+) -> Verdict:
+  """The verdict on what the strongest attack recovered.
+
+  A leak that was found is one, whatever else went wrong. That there is none may be said only if
+  the same attack recovers undefended single images (the positive control passes the gate), every
+  attack could be made, and there is an attacker who knows the defence.
+
+  Args:
+    scores: Of the strongest attack; may be empty.
+    identification: Likewise.
+    control: Scores of the positive control.
+    problems: What could not be done, in sentences.
+    tolerated: Gains over a guess that are none; see `findings.NEGLIGIBLE`.
+  """
+  if not scores:
+    return Verdict('inconclusive', ('No attack could be made.', *problems))
+  name, reason = judge(list(scores), identification, tolerated)
+  reasons = (f'{reason[0].upper()}{reason[1:]}.',) if reason else ()
+  if name in ('leaked', 'partly_leaked'):
+    return Verdict(name, reasons)
+  doubts = [*reasons, *problems]
+  margin = mean_interval(gate.margins(list(control)))
+  if not gate.exceeds_gate(margin):
+    found = 'nothing' if margin.mean is None else f'{margin.mean:.1f} dB more than a guess'
+    doubts.append(
+      f'The positive control failed: of undefended single images the attack recovers {found},'
+      ' so that it would see no leak if there were one.'
+    )
+  return Verdict('inconclusive' if doubts else name, tuple(doubts))

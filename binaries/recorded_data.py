@@ -1,0 +1,44 @@
+"""Loads the data that flags name: those of this program, or those that a config.json recorded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tff_shadow.data import FederatedData, Partition, load, load_manifests
+from tff_shadow.errors import UserError
+
+MANIFESTS = ('train_manifest', 'validation_manifest', 'test_manifest', 'image_root')
+
+
+def load_recorded(values: Mapping[str, Any], *, seed: int) -> FederatedData:
+  """Loads what the flags of `binaries.data_flags` name.
+
+  Args:
+    values: From the name of each flag to its value.
+    seed: Decides the partition and, where a set has no such split, what is held out.
+
+  Raises:
+    UserError: Names the flag, file or row at fault.
+  """
+  if values['dataset'] == 'manifests':
+    for name in MANIFESTS:
+      if not values[name]:
+        raise UserError(f'--{name} is required with --dataset=manifests')
+    return load_manifests(
+      *(values[name] for name in MANIFESTS),
+      image_size=values['image_size'],
+      partition=Partition.parse(values['partition']),
+      seed=seed,
+      color=values['color'],
+    )
+  for name in MANIFESTS:
+    if values[name]:
+      raise UserError(f'--{name} needs --dataset=manifests')
+  return load(
+    values['dataset'],
+    image_size=values['image_size'],
+    partition=Partition.parse(values['partition']),
+    seed=seed,
+    data_dir=values['data_dir'],
+    color=values['color'],
+    max_examples=values['max_examples'],
+  )

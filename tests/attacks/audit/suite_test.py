@@ -1,0 +1,88 @@
+import contextlib
+import dataclasses
+
+import numpy as np
+import pytest
+
+from attacks.adaptive import calibrated
+from attacks.audit import suite as suites
+from attacks.audit.budget import BUDGETS
+from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
+from tff_shadow.observations import Truth
+
+_BUDGET = dataclasses.replace(
+  BUDGETS['default'], iterations=6, calibration_clients=2, denoiser_steps=2
+)
+
+
+@contextlib.contextmanager
+def _watch(what, total):
+  yield lambda done, text: None
+
+
+def _suite(directory, budget=_BUDGET):
+  return suites.Suite(
+    budget,
+    directory,
+    public=_public(),
+    augmentations=(),
+    seed=0,
+    lanes=4,
+    watch=_watch,
+  )
+
+
+@pytest.fixture(scope='module')
+def observation():
+  return _defended(_observed(), 'isotropic', value=0.5)
+
+
+@pytest.fixture
+def one_candidate(monkeypatch):
+  first = calibrated.CANDIDATES[:1]
+  monkeypatch.setattr(suites, 'candidates_for', lambda observation: first)
+  monkeypatch.setattr(calibrated, 'candidates_for', lambda observation: first)
+
+
+@pytest.mark.usefixtures('one_candidate')
+def test_the_attacker_who_knows_the_defence_attacks_once(tmp_path, observation):
+  clients = [client.client_id for client in observation.clients]
+  shape = (1, *observation.image_shape)
+  truth = {
+    name: Truth(np.full(shape, np.nan, np.float32), np.zeros(1, np.int32), np.ones((*shape[:3], 1)))
+    for name in clients
+  }
+  # Of the truth it is given the regions alone: the images are NaN.
+  unknown, known = _suite(tmp_path).adaptive('here', observation, truth, clients)
+  assert (unknown.name, known.name) == (suites.ADAPTIVE, suites.ADAPTIVE_REGION)
+  assert any('not those of the clients' in fact for fact in unknown.knows)
+  assert any('is told the region' in fact for fact in known.knows)
+  for attacked in (unknown, known):
+    assert [result.target for result in attacked.results] == clients
+    assert all(np.isfinite(r.reconstructions['attack']).all() for r in attacked.results)
+  written = (tmp_path / 'here' / 'adaptive' / 'result.json').stat().st_mtime_ns
+  again = _suite(tmp_path).adaptive('here', observation, truth, clients)
+  assert [own.knows for own in again] == [unknown.knows, known.knows]
+  np.testing.assert_array_equal(
+    again[0].results[0].reconstructions['attack'], unknown.results[0].reconstructions['attack']
+  )
+  assert (tmp_path / 'here' / 'adaptive' / 'result.json').stat().st_mtime_ns == written
+
+
+def test_what_cannot_be_simulated_is_a_problem_and_no_crash(tmp_path, observation):
+  unknown = dataclasses.replace(observation, defense={'name': 'prayer'})
+  (attacked,) = _suite(tmp_path).adaptive('here', unknown, {}, ['client_00'])
+  assert 'prayer' in attacked.problem
+  assert not attacked.results
+
+
+def test_presets_that_cannot_attack_are_problems(tmp_path, observation):
+  training = dataclasses.replace(observation.client_training, optimizer='adam')
+  other = dataclasses.replace(observation, client_training=training)
+  (attacked,) = _suite(tmp_path).unaware('here', [other], ['client_00'])
+  assert 'adam' in attacked.problem
+
+
+def test_no_budget_for_it_means_no_such_attacker(tmp_path, observation):
+  budget = dataclasses.replace(_BUDGET, calibration_clients=0)
+  assert _suite(tmp_path, budget).adaptive('here', observation, {}, ['client_00']) == []

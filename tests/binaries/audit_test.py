@@ -1,0 +1,118 @@
+"""The program as a process: an audit of a defended run, killed and resumed; its error lines."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.binaries.programs import ROOT, assert_one_error_line, run_all
+
+_TRAIN = [
+  '--dataset=chest_phantom',
+  '--image_size=32',
+  '--max_examples=60',
+  '--partition=iid:3',
+  '--batch_size=1',
+  '--max_local_steps=1',
+  '--rounds=2',
+  '--observed_rounds=1,2',
+  '--client_learning_rate=0.05',
+  '--defense=shadow',
+  '--noise_shape=isotropic',
+  '--noise_strength_kind=ratio',
+  '--noise_strength=0.5',
+  '--saliency=given',
+]
+_AUDIT = ['--budget=quick', '--iterations=8', '--annex']
+
+
+def _command(program, *arguments):
+  return [sys.executable, '-m', f'binaries.{program}', *map(str, arguments)]
+
+
+def _run(program, *arguments):
+  return subprocess.run(
+    _command(program, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300
+  )
+
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('run') / 'run'
+  done = _run('train', f'--run_dir={directory}', *_TRAIN)
+  assert done.returncode == 0, done.stderr
+  return directory
+
+
+@pytest.fixture(scope='module')
+def summary(run_dir):
+  """Of an audit that was killed on the way."""
+  command = _command('audit', f'--run_dir={run_dir}', *_AUDIT)
+  audit = run_dir / 'audits' / 'audit'
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+  half = audit / 'round_00001' / 'observed' / 'best' / 'result.json'
+  for _ in range(1200):
+    if half.exists() or process.poll() is not None:
+      break
+    time.sleep(0.1)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert half.exists()
+  assert not (audit / 'report.html').exists()
+  before = half.stat().st_mtime_ns
+  refused = _run('audit', f'--run_dir={run_dir}', *_AUDIT)
+  assert_one_error_line(refused, '--name=audit', '--resume')
+  done = _run('audit', f'--run_dir={run_dir}', *_AUDIT, '--resume')
+  assert done.returncode == 0, done.stderr
+  assert half.stat().st_mtime_ns == before  # Not attacked again.
+  found = json.loads((audit / 'summary.json').read_text())
+  assert found['headline'] in done.stdout
+  return found
+
+
+def test_an_audit_has_all_its_parts(summary, run_dir):
+  assert [entry['rounds'] for entry in summary['rounds']][:2] == [[1], [2]]
+  for entry in summary['rounds'][:2]:
+    assert [own['name'] for own in entry['attacks']] == ['best']
+    assert entry['images'] == entry['clients'] == entry['control']['images'] == 3
+    assert entry['undefended']['psnr']['n'] == 3
+    assert entry['change']['region_psnr']['n'] == 3
+  # Three images and no attacker who knows the defence are too little to say that nothing leaked.
+  assert summary['verdict'] in ('inconclusive', 'partly_leaked', 'leaked')
+  assert summary['guarantee'].startswith('no formal guarantee')
+  assert set(summary['utility']['test']) >= {'f1', 'accuracy'}
+  assert summary['scope']['Rounds audited'] == '1, 2 of 2'
+  assert 'Annex' in (run_dir / 'audits' / 'audit' / 'report.html').read_text()
+
+
+@pytest.mark.usefixtures('summary')
+def test_wrong_flags_end_in_one_line(run_dir, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(run_dir, other)
+  config = json.loads((other / 'config.json').read_text())
+  (other / 'config.json').write_text(json.dumps({**config, 'data_sha256': 'another'}))
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  at = f'--run_dir={run_dir}'
+  cases = [
+    ([], '--run_dir'),
+    (['--run_dir=/nowhere'], '--run_dir=/nowhere'),
+    ([f'--run_dir={empty}'], 'config.json'),
+    ([at, '--name=../x'], '--name'),
+    ([at, '--name=b', '--rounds=3'], '--rounds=3'),
+    ([at, '--name=b', '--tolerated_db=-1'], '--tolerated_db'),
+    ([at, '--name=b', '--delta=2'], '--delta'),
+    ([at, '--name=b', '--augment=colour'], '--augment'),
+    ([at, '--resume', '--seed=5', *_AUDIT], '--seed'),
+    ([at, '--name=b', f'--undefended_run_dir={run_dir}'], '--undefended_run_dir'),
+    ([f'--run_dir={other}', '--name=b'], 'SHA-256'),
+  ]
+  results = run_all('audit', [arguments for arguments, _ in cases])
+  for (arguments, part), ended in zip(cases, results, strict=True):
+    assert ended.returncode == 1, arguments
+    assert_one_error_line(ended, part)
+  assert not (run_dir / 'audits' / 'b').exists()

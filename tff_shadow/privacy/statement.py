@@ -1,0 +1,82 @@
+"""Which guarantee a run's defence has, from what is public of it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tff_shadow.privacy.accounting import (
+  Guarantee,
+  Unproven,
+  dp_fed_avg_guarantee,
+  dp_sgd_guarantee,
+  no_guarantee,
+)
+
+
+class Participation(NamedTuple):
+  """How often data is used in a run.
+
+  Attributes:
+    rounds: Of training.
+    clients_per_round: Drawn in each.
+    num_clients: To draw from.
+    images: Of the smallest client, which has the weakest guarantee.
+    batch_size: Its images per local step.
+    steps: Its local steps in a round.
+  """
+
+  rounds: int
+  clients_per_round: int
+  num_clients: int
+  images: int
+  batch_size: int
+  steps: int
+
+
+def guarantee_of(
+  defense: Mapping[str, Any], participation: Participation, delta: float
+) -> Guarantee:
+  """What may be stated formally of a run.
+
+  Args:
+    defense: `Observation.defense`.
+    participation: Of its smallest client.
+    delta: In (0, 1).
+
+  Raises:
+    ValueError: If `delta` is out of range.
+  """
+  name = defense['name']
+  multiplier = defense.get('noise_multiplier')
+  if name == 'dp_fedavg' and multiplier:
+    return dp_fed_avg_guarantee(
+      multiplier,
+      participation.clients_per_round,
+      participation.num_clients,
+      participation.rounds,
+      delta,
+    )
+  if name == 'dp_sgd' and multiplier:
+    return dp_sgd_guarantee(
+      multiplier,
+      min(participation.batch_size, participation.images),
+      participation.images,
+      participation.steps * participation.rounds,
+      delta,
+    )
+  return no_guarantee(_unproven(defense))
+
+
+def _unproven(defense: Mapping[str, Any]) -> Unproven:
+  name = defense['name']
+  if name in ('none', 'published'):
+    return name
+  if name != 'shadow':
+    return 'no clipping'
+  if defense['saliency']['kind'] not in ('given', 'uniform'):
+    return 'private region'
+  if defense['propagation'] == 'images':
+    return 'image noise'
+  # Isotropic noise in proportion to the update tells its norm; of an absolute scale it lacks the
+  # clipping that would bound what one update can change.
+  isotropic = defense['shape'] == 'isotropic' and defense['strength']['kind'] == 'scale'
+  return 'no clipping' if isotropic else 'private noise shape'
