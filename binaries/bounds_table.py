@@ -19,12 +19,13 @@ import tensorflow_federated as tff
 from absl import flags
 
 from binaries import command
-from binaries.attacked_rounds import AttackedRounds, parse_defense
+from binaries.attacked_rounds import AttackedRounds, parse_defense, parse_strength
 from binaries.linearised_release import LinearisedRelease
 from binaries.progress import Progress
 from binaries.small_federation import small_model
 from binaries.tables import RowCache, write_table
 from tff_shadow.data import EMBEDDED
+from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.privacy import region_psnr
 
@@ -37,7 +38,7 @@ _DEFENSES = flags.DEFINE_list(
     *('isotropic/0.3', 'isotropic/1.0', 'diagonal/0.3', 'diagonal/1.0'),
     *('correlated/0.3', 'correlated/1.0', 'correlated/images:0.05', 'correlated/images:0.1'),
   ],
-  'SHAPE/STRENGTH, as of the adaptive table.',
+  'SHAPE/STRENGTH, as of the adaptive table, but for scale:S.',
 )
 _IMAGES = flags.DEFINE_integer('images', 4, 'Clients over which is averaged.', lower_bound=1)
 
@@ -48,7 +49,7 @@ _COLUMNS = (*_KEY, 'unbiased_region_psnr', 'prior_region_psnr', 'images')
 def main() -> None:
   """Computes what is missing and writes the table."""
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
-  defenses = [parse_defense(text) for text in _DEFENSES.value]
+  defenses = [_parse_defense(text) for text in _DEFENSES.value]
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'bounds.csv', _COLUMNS)
   done = cache.done(_KEY)
   cells = list(itertools.product(_DATASETS.value, defenses))
@@ -63,6 +64,13 @@ def main() -> None:
       progress.update(count + 1, f'{dataset} {"/".join(defense)}')
   write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, cache.rows)
   print(f'{len(cache.rows)} rows in {_OUTPUT.value}')
+
+
+def _parse_defense(text: str) -> tuple[str, str]:
+  shape, strength = parse_defense(text)
+  if parse_strength(strength)[0] == 'scale':
+    raise UserError(f'--defenses={text}: the strength must be a ratio or images:S')
+  return shape, strength
 
 
 def _linearised(dataset: str) -> LinearisedRelease:

@@ -51,8 +51,13 @@ class LinearisedRelease:
     Returns:
       Of attackers without bias (Cramer-Rao; infinite where the release does not identify the
       region), and of those that know the prior (van Trees).
+
+    Raises:
+      ValueError: For scale:S, an absolute strength of noise on the update.
     """
     kind, value = parse_strength(strength)
+    if kind == 'scale':
+      raise ValueError(f'strength must be a ratio or images:S, found {strength}')
     pairs = []
     for index, client in enumerate(self._clients):
       region, channels = client.regions[0], client.images.shape[-1]

@@ -50,3 +50,8 @@ def test_noise_in_the_images_is_bounded_whatever_the_model(release):
   assert other.errors('correlated', 'images:0.1') == weak
   assert strong[0] == pytest.approx(4 * weak[0])
   assert weak[1] < strong[1] < strong[0]
+
+
+def test_absolute_scales_are_refused(release):
+  with pytest.raises(ValueError, match='found scale:'):
+    release.errors('correlated', 'scale:0.1')
