@@ -10,7 +10,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench generator published clean
+.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
 
 setup: $(STAMP)
 
@@ -102,6 +102,14 @@ generator-%: $(STAMP)
 # The published defence against none; continues results/published.csv where it stopped.
 published: $(STAMP) $(patsubst %,generator-%,$(filter-out %_64,$(GENERATORS)))
 	$(BIN)/python -m binaries.published_table
+
+# Attacks that know shadow noise; continues results/adaptive.csv where it stopped.
+adaptive: $(STAMP)
+	$(BIN)/python -m binaries.adaptive_table
+
+# Bounds of the region error under the same noise; continues results/bounds.csv where it stopped.
+bounds: $(STAMP)
+	$(BIN)/python -m binaries.bounds_table
 
 # The attack against the same attack in PyTorch, which lives in an environment of its own and is no
 # dependency. PIP_INDEX_URL=... names an index of wheels for the CPU only; the default index may

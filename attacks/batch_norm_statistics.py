@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from attacks.local_steps import local_steps
 from tff_shadow.errors import UserError
 from tff_shadow.models import (
   check_running_statistics,
@@ -11,7 +12,46 @@ from tff_shadow.models import (
   model_from_config,
   training_batch_norm_layers,
 )
-from tff_shadow.observations import ClientObservation, ClientTraining, Observation
+from tff_shadow.observations import AGGREGATE, ClientObservation, ClientTraining, Observation
+
+
+def without_statistics(observation: Observation, client: ClientObservation) -> str | None:
+  """Why a client's update tells no statistics that an attack can match; None if it does.
+
+  Of the model see `unmatchable_layers`.
+
+  Args:
+    observation: Of the round.
+    client: One of its clients, or the mean of them.
+  """
+  is_mean = client.client_id == AGGREGATE
+  if is_mean or not local_steps(client, observation.client_training).is_single:
+    return (
+      f'{client.client_id} took more than one local step, or is a mean; only the statistics of a'
+      ' single step are simulated'
+    )
+  if not _shared(observation, client):
+    return (
+      f'{client.client_id} shared no BatchNorm statistics (the model must have such layers, and the'
+      ' round --batch_norm_sharing=aggregate)'
+    )
+  return None
+
+
+def unmatchable_layers(observation: Observation) -> str | None:
+  """Why statistics of the model's layers cannot be matched, whoever shares them; None if they can.
+
+  Builds the model and calls it once.
+  """
+  model = model_from_config(observation.model_config)
+  if not training_batch_norm_layers(model):
+    return 'the model has no BatchNorm layer that trains'
+  try:
+    check_running_statistics(model)
+    _values_per_image(model, observation.image_shape)
+  except UserError as error:
+    return str(error)
+  return None
 
 
 def observed_statistics(
@@ -37,9 +77,9 @@ def observed_statistics(
   Raises:
     UserError: If the observation does not hold together, or a layer's statistics cannot be had.
   """
-  changes = client.update.non_trainable
-  if observation.batch_norm_sharing != 'aggregate' or not changes or client.dropped:
+  if not _shared(observation, client):
     return None
+  changes = client.update.non_trainable
   sizes = _step_sizes(client, observation.client_training)
   if not sizes:
     return None
@@ -112,6 +152,12 @@ def proxy_statistics(
     (np.mean([mean for mean, _ in layer], axis=0), np.mean([var for _, var in layer], axis=0))
     for layer in zip(*batches, strict=True)
   ]
+
+
+def _shared(observation: Observation, client: ClientObservation) -> bool:
+  """Whether the client's update has running statistics in it."""
+  is_sent = observation.batch_norm_sharing == 'aggregate' and not client.dropped
+  return is_sent and bool(client.update.non_trainable)
 
 
 def _values_per_image(model: tf.keras.Model, image_shape: tuple[int, int, int]) -> list[int]:

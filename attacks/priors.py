@@ -225,8 +225,8 @@ class BatchNormStatistics:
       and layers. All layers then count the same; else those of large activations outweigh the
       others. To the unit of variance 1 % of its mean over the layer's channels is added, for
       channels that are nearly constant.
-    required: Whether a target that shared no statistics is refused; it is attacked without them
-      otherwise.
+    required: Whether a target whose statistics cannot be matched is refused; it is attacked without
+      them otherwise.
   """
 
   weight: float

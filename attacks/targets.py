@@ -7,7 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attacks.batch_norm_statistics import observed_statistics
+from attacks.batch_norm_statistics import (
+  observed_statistics,
+  unmatchable_layers,
+  without_statistics,
+)
 from attacks.config import AttackConfig
 from attacks.contrast import hides_contrast
 from attacks.labels import Labels, infer_labels, known_labels, start_logits
@@ -166,40 +170,32 @@ class Targets:
     """Batch statistics that the targets shared in the first round, per layer [T, channels] each.
 
     Empty if there are no targets, or the prior on them has no weight, or is not required and a
-    target has none.
+    target has none that can be matched.
 
     Raises:
-      UserError: If they are required, but a target shared none, or took more than one step.
+      UserError: If they are required, but a target shared none, took more than one step, or the
+        model's layers do not tell them; or if the observation does not hold together.
     """
-    if not targets or not self._config.batch_norm_statistics.weight:
+    prior = self._config.batch_norm_statistics
+    if not targets or not prior.weight:
       return ()
-    found = []
+    first = self._observations[0]
     for target in targets:
-      try:
-        found.append(self._statistics(target))
-      except UserError:
-        if self._config.batch_norm_statistics.required:
-          raise
+      reason = without_statistics(first, target.clients[0]) or self._unmatchable_layers
+      if reason and prior.required:
+        raise UserError(f'--bn_weight: {reason}')
+      if reason:
         return ()
+    found = [observed_statistics(first, target.clients[0]) for target in targets]
     dtype = self.simulators[0].dtype
     return tuple(
       tuple(tf.constant(np.stack(part), dtype) for part in zip(*layers, strict=True))
       for layers in zip(*found, strict=True)
     )
 
-  def _statistics(self, target: Target) -> list[tuple[np.ndarray, np.ndarray]]:
-    if not target.steps[0].is_single or target.name == AGGREGATE:
-      raise UserError(
-        f'--bn_weight: {target.name} took more than one local step, or is a mean; only the'
-        ' statistics of a single step are simulated'
-      )
-    statistics = observed_statistics(self._observations[0], target.clients[0])
-    if statistics is None:
-      raise UserError(
-        f'--bn_weight: {target.name} shared no BatchNorm statistics (the model must have such'
-        ' layers, and the round --batch_norm_sharing=aggregate)'
-      )
-    return statistics
+  @functools.cached_property
+  def _unmatchable_layers(self) -> str | None:
+    return unmatchable_layers(self._observations[0])
 
 
 def _shapes(observation: Observation) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from attacks.batch_norm_statistics import unmatchable_layers, without_statistics
 from attacks.config import AttackConfig
 from attacks.generators import GenerativePrior
 from attacks.initialization import MeanImageStart
@@ -57,7 +58,7 @@ def threat_model(
   if config.simulation == 'between':
     facts.append('It does not use how the local steps went, only where they led.')
   priors = [_PRIORS[prior.name] for prior in config.image_priors]
-  if config.batch_norm_statistics.weight and not only_aggregate and _shared_statistics(observation):
+  if config.batch_norm_statistics.weight and not only_aggregate and _uses_statistics(observation):
     priors.append('the BatchNorm statistics that the client shared')
   facts.append(f'Its prior is {", ".join([*priors, "pixel values within the known range"])}.')
   if config.hold_contrast:
@@ -76,13 +77,11 @@ def _batch_sizes(observation: Observation) -> str:
   return f'{min(sizes)} to {max(sizes)} (that of each client)'
 
 
-def _shared_statistics(observation: Observation) -> bool:
+def _uses_statistics(observation: Observation) -> bool:
   """Whether an attack can use BatchNorm statistics of some client."""
-  return observation.batch_norm_sharing == 'aggregate' and any(
-    any(array.size for array in client.update.non_trainable)
-    and local_steps(client, observation.client_training).is_single
-    for client in observation.clients
-  )
+  clients = observation.clients
+  told = any(without_statistics(observation, client) is None for client in clients)
+  return told and unmatchable_layers(observation) is None
 
 
 def warnings(

@@ -2,9 +2,9 @@
 
 Trains under each defence, attacks the published rounds with the published attacks, as their code
 computes them and with a matching loss that is differentiated, and with our own beside them, and
-scores all strictly and as the publication does (lenient). See binaries/reproduction.py for what it
-is, and results.csv and utility.csv in --output_dir for what came out. Each part is kept there, so
-that an interrupted experiment goes on.
+scores all strictly and as the publication does (lenient). See binaries/published_protocol.py for
+what it is, and results.csv and utility.csv in --output_dir for what came out. Each part is kept
+there, so that an interrupted experiment goes on.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ import warnings
 import tensorflow_federated as tff
 from absl import flags
 
-from binaries import command, published_flags, reproduction, run_directory
+from attacks.presets import PRESETS
+from binaries import command, published_flags, reproduction, reproduction_table, run_directory
+from binaries.published_protocol import ATTACKS, DEFENSES, Plan
 from tff_shadow.data import EMBEDDED, PUBLISHED_SETS
 from tff_shadow.errors import UserError
 from tff_shadow.models import MODELS
@@ -46,13 +48,11 @@ _SCALE = flags.DEFINE_float(
   1.0,
   'In (0, 1]: shrinks client sizes, held-out images, rounds and attack iterations alike.',
 )
-_DEFENSES = flags.DEFINE_list(
-  'defenses', list(reproduction.DEFENSES), f'Some of {", ".join(reproduction.DEFENSES)}.'
-)
+_DEFENSES = flags.DEFINE_list('defenses', list(DEFENSES), f'Some of {", ".join(DEFENSES)}.')
 _ATTACKS = flags.DEFINE_list(
   'attacks',
   None,
-  f'Some of {", ".join(reproduction.ATTACKS)}; by default those for which there is all they need.',
+  f'Some of {", ".join(ATTACKS)}; by default those for which there is all they need.',
 )
 _GENERATOR = flags.DEFINE_string(
   'generator', None, 'A .keras file, latent to image, for the attacks through a generator.'
@@ -86,9 +86,9 @@ _MAY_CHANGE = frozenset(
 def main() -> None:
   """Runs what is missing and prints the tables."""
   plan = _plan()
-  command.check_choices('defenses', _DEFENSES.value, reproduction.DEFENSES)
+  command.check_choices('defenses', _DEFENSES.value, DEFENSES)
   if not _DEFENSES.value:
-    raise UserError(f'--defenses: name at least one of {", ".join(reproduction.DEFENSES)}')
+    raise UserError(f'--defenses: name at least one of {", ".join(DEFENSES)}')
   perceptual = None
   if _LPIPS_WEIGHTS.value is not None:
     from attacks.scoring.lpips import load_lpips
@@ -107,22 +107,18 @@ def main() -> None:
   started = (output_dir / 'config.json').exists()
   run_directory.claim(output_dir, config, resume=started, may_change=_MAY_CHANGE)
   rows, utility = reproduction.run(plan, _DEFENSES.value, output_dir, perceptual)
-  print(reproduction.printed(rows))
+  print(reproduction_table.printed(rows))
   for row in utility:
     figures = '  '.join(f'{key} {value:.4f}' for key, value in row.items() if _is_number(value))
     print(f'{row["defense"]}: test  {figures}')
   print(f'tables in {output_dir / "results.csv"} and {output_dir / "utility.csv"}')
 
 
-def _plan() -> reproduction.Plan:
+def _plan() -> Plan:
   attacks = _ATTACKS.value
   if attacks is None:
-    attacks = [
-      name
-      for name in reproduction.ATTACKS
-      if _GENERATOR.value or not reproduction.PRESETS[name].needs_generator
-    ]
-  plan = reproduction.Plan(
+    attacks = [name for name in ATTACKS if _GENERATOR.value or not PRESETS[name].needs_generator]
+  plan = Plan(
     dataset=_DATASET.value,
     data_dir=_DATA_DIR.value,
     image_size=_IMAGE_SIZE.value or (32 if _DATASET.value in EMBEDDED else 224),

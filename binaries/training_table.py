@@ -6,7 +6,6 @@ clients together take (`central_all_passes_f1`): as many passes over the images 
 makes, and 9 times the sequential steps.
 """
 
-import csv
 import pathlib
 import tempfile
 
@@ -16,6 +15,7 @@ from absl import flags
 
 from binaries import command
 from binaries.progress import Progress
+from binaries.tables import write_table
 from tff_shadow.data import EMBEDDED, Partition, load
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import TrainingRun, TrainingSettings, evaluate
@@ -30,6 +30,15 @@ _MODEL = flags.DEFINE_string('model', 'conv_small', 'A built-in model.')
 _NORM = flags.DEFINE_enum('norm', 'group', NORMS, 'Its normalisation.')
 _CLIENTS = 9
 _LOCAL = ClientTraining('sgd', 0.1, 0.0, 8, 1, None)
+_COLUMNS = (
+  'dataset',
+  'model',
+  'federated_f1',
+  'central_f1',
+  'central_all_passes_f1',
+  'rounds',
+  'seeds',
+)
 
 
 def main() -> None:
@@ -46,24 +55,11 @@ def main() -> None:
         shown = ', '.join(f'{score:.4f}' for score in scores[-1])
         progress.update(len(rows) * _SEEDS.value + seed + 1, f'{dataset} F1 {shown}')
       means = [f'{mean:.4f}' for mean in np.mean(scores, axis=0)]
-      rows.append((dataset, f'{_MODEL.value}/{_NORM.value}', *means, _ROUNDS.value, _SEEDS.value))
+      model = f'{_MODEL.value}/{_NORM.value}'
+      values = (dataset, model, *means, _ROUNDS.value, _SEEDS.value)
+      rows.append(dict(zip(_COLUMNS, values, strict=True)))
   path = pathlib.Path(_OUTPUT.value)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w', newline='') as file:
-    file.write(f'# command: {command.command_line()}\n')
-    writer = csv.writer(file, lineterminator='\n')
-    writer.writerow(
-      (
-        'dataset',
-        'model',
-        'federated_f1',
-        'central_f1',
-        'central_all_passes_f1',
-        'rounds',
-        'seeds',
-      )
-    )
-    writer.writerows(rows)
+  write_table(path, _COLUMNS, rows)
   print(path.read_text(), end='')
 
 

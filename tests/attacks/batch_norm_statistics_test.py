@@ -16,6 +16,7 @@ from tff_shadow.models import (
   batch_norm_layers,
   build_model,
   collect_statistics,
+  freeze_batch_norm,
   model_from_config,
 )
 from tff_shadow.observations import WeightArrays
@@ -333,6 +334,35 @@ class TestAttack:
     client = dataclasses.replace(observation.clients[0], num_steps=2)
     with pytest.raises(UserError, match='more than one local step'):
       attack_observation(dataclasses.replace(observation, clients=(client,)), config)
+
+  @pytest.mark.parametrize(
+    ('frozen', 'reason'),
+    [(False, 'no plain running mean'), (True, 'no BatchNorm layer that trains')],
+  )
+  def test_layers_that_tell_none(self, frozen, reason):
+    model = small_model(batch_norm=True)
+    if frozen:
+      freeze_batch_norm(model)
+    observation = _round(model, smooth_images(1), batch_size=1)
+    if not frozen:
+      name = batch_norm_layers(model)[0].name
+      config = _changed(observation.model_config, name, {'momentum': 1.0})
+      observation = dataclasses.replace(observation, model_config=config)
+    short = dataclasses.replace(self._CONFIG, iterations=3)
+    assert attack_observation(observation, short)[0].status == 'ok'
+    facts = ' '.join(threat_model(observation, short, labels_known=False))
+    assert 'BatchNorm statistics' not in facts
+    prior = dataclasses.replace(short.batch_norm_statistics, required=True)
+    with pytest.raises(UserError, match=reason):
+      attack_observation(observation, dataclasses.replace(short, batch_norm_statistics=prior))
+
+  def test_damage_is_told_even_where_they_are_not_required(self):
+    observation = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    client = observation.clients[0]
+    damaged = WeightArrays(client.update.trainable, client.update.non_trainable[:-1])
+    client = dataclasses.replace(client, update=damaged)
+    with pytest.raises(UserError, match='1 in the update'):
+      attack_observation(dataclasses.replace(observation, clients=(client,)), self._CONFIG)
 
 
 class TestProxyStatistics:

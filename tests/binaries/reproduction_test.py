@@ -5,14 +5,11 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from attacks.local_steps import local_steps
-from binaries import reproduction
-from binaries.reproduction import Plan
+from binaries import reproduction, reproduction_table
+from binaries.published_protocol import Plan, load_data, training_settings
 from tests.conftest import make_generator
-from tff_shadow.errors import UserError
-from tff_shadow.models import build_model
 from tff_shadow.observations import (
   ClientObservation,
   ClientTraining,
@@ -38,30 +35,6 @@ def _rows(path):
     return list(csv.DictReader(file))
 
 
-def test_scale_one_is_the_published_protocol():
-  plan = Plan('chestxray', '/data', 224)
-  assert (plan.rounds, plan.learning_rate_drops) == (100, (40, 80))
-  assert plan.observed_rounds == (1, 25, 50, 75, 100)
-  config = reproduction.attack_config(plan, 'shadow_pixels', (224, 224, 3))
-  assert (config.iterations, config.schedule.warm_up, config.lanes) == (40_000, 100, 1)
-  half = dataclasses.replace(plan, scale=0.5, image_size=32)
-  assert (half.rounds, half.learning_rate_drops) == (50, (20, 40))
-  assert half.observed_rounds == (1, 12, 25, 38, 50)
-  config = reproduction.attack_config(half, 'best', (32, 32, 3))
-  assert (config.iterations, config.lanes) == (250, 16)
-
-
-def test_protocol_of_the_clients():
-  plan = dataclasses.replace(_PLAN, scale=0.05)
-  data = reproduction.load_data(plan)
-  assert [len(own) for own in data.clients.values()] == [1, 2, 6, 26, 1, 2, 6, 26, 1]
-  settings = reproduction.training_settings(plan, data, 'none')
-  assert list(settings.client_batch_sizes.values()) == [4, 4, 4, 4, 8, 8, 8, 8, 1]
-  assert settings.learning_rate_drops == (2, 4)
-  rates = [settings.training_in(r).learning_rate for r in (2, 3, 5)]
-  assert rates == pytest.approx([1e-2, 1e-3, 1e-4])
-
-
 def test_a_client_as_one_step_on_one_batch():
   update = WeightArrays((np.full(3, 6.0, np.float32),), (np.full(2, 5.0, np.float32),))
   client = ClientObservation('a', 10, 3, 10.0, update, batch_size=4)
@@ -78,7 +51,7 @@ def test_a_client_as_one_step_on_one_batch():
 def test_the_whole_experiment_and_that_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
   rows, utility = reproduction.run(_PLAN, ['none'], tmp_path)
   written = _rows(tmp_path / 'results.csv')
-  assert tuple(written[0]) == reproduction.COLUMNS
+  assert tuple(written[0]) == reproduction_table.COLUMNS
   assert len(written) == len(rows) == 2 * 2 * (1 + 9)
   overall = {(row['attack'], row['scoring']): row for row in rows if row['client'] == 'all'}
   assert set(overall) == {
@@ -103,7 +76,7 @@ def test_the_whole_experiment_and_that_it_goes_on_where_it_stopped(tmp_path, mon
   sentences = ' '.join(config['threat_model'])
   assert 'told the labels' in sentences
   assert 'It takes client_03 as if one step' in sentences
-  table = reproduction.printed(rows)
+  table = reproduction_table.printed(rows)
   assert 'shadow_pixels_released' in table
   assert 'lpips' not in table
 
@@ -123,49 +96,14 @@ def test_published_defense_is_scaled_with_the_rounds(tmp_path):
   settings = PublishedSettings(latents=LatentFit(steps=2), shadow_steps=1, shadow_rounds=50)
   defense = PublishedDefense(settings, make_generator((16, 16, 3)), (0.5,) * 3, (0.2,) * 3)
   plan = dataclasses.replace(_PLAN, scale=0.02, published=lambda data: defense)
-  data = reproduction.load_data(plan)
-  found = reproduction.training_settings(plan, data, 'published')
+  data = load_data(plan)
+  found = training_settings(plan, data, 'published')
   assert (found.rounds, found.defense.settings.shadow_rounds) == (2, 1)
   reproduction.train(plan, data, 'published', tmp_path)
   rows = _rows(tmp_path / 'metrics.csv')
   assert float(rows[0]['shadow/psnr']) > 0
   assert not rows[1]['shadow/psnr']
   assert float(rows[1]['noise/image_rms']) > 0
-
-
-def test_regions_come_from_the_trained_model_where_a_set_has_none(tmp_path):
-  data = reproduction.load_data(_PLAN)
-  model = build_model('conv_small', image_shape=(16, 16, 3), num_classes=2, norm='batch', seed=0)
-  model.save(tmp_path / 'model.keras')
-  images = data.test.float_images()[:3]
-  record = {'target': 'a', 'images': 3, 'labels': [], 'status': 'ok'}
-  whole = np.ones((3, 16, 16, 1), np.float32)
-  target = reproduction.results.Target('a', record, {}, images, np.zeros(3, np.int32), whole)
-  found = reproduction.AttackResult(tmp_path, 'x', {}, (target,))
-  regions = reproduction._with_regions(found, tmp_path, data).targets[0].regions
-  assert regions.shape == whole.shape
-  assert 0.2 < regions.mean() < 0.4
-
-
-@pytest.mark.parametrize(
-  ('changes', 'message'),
-  [
-    ({'dataset': 'mnist'}, '--dataset=mnist: use one of chestxray, eyepacs'),
-    ({'dataset': 'eyepacs'}, '--data_dir is required with --dataset=eyepacs'),
-    ({'scale': 0.0}, '--scale=0.0: must be above 0'),
-    ({'scale': float('nan')}, '--scale=nan'),
-    ({'attacks': ('dlg',)}, '--attacks=dlg: use some of'),
-    ({'attacks': ('shadow_generator',)}, '--attacks=shadow_generator: needs --generator'),
-  ],
-)
-def test_plans_that_cannot_be_carried_out(changes, message):
-  with pytest.raises(UserError, match=message):
-    dataclasses.replace(_PLAN, **changes)
-
-
-def test_too_few_images_name_the_scale():
-  with pytest.raises(UserError, match=r'--scale=1\.0: .*1361 training examples.*; lower it'):
-    reproduction.load_data(dataclasses.replace(_PLAN, scale=1.0))
 
 
 def test_the_program_says_what_is_wrong_in_one_line(tmp_path):

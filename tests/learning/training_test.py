@@ -17,6 +17,7 @@ from tff_shadow.learning import (
   TrainingRun,
   TrainingSettings,
   evaluate,
+  training,
 )
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
 from tff_shadow.models import build_model, classification_loss, model_from_config
@@ -161,6 +162,22 @@ def test_ctrl_c_saves_the_last_finished_round(tiny_data, tmp_path):
   reports = []
   _train(tiny_data, tmp_path, _settings(4), resume=True, report=reports.append)
   assert [report.round_num for report in reports] == [4]
+
+
+def test_a_round_cut_short_by_ctrl_c_is_not_counted(tiny_data, tmp_path, monkeypatch):
+  whole = _train(tiny_data, tmp_path / 'whole', _settings(3), evaluate_every_rounds=2)
+
+  def interrupt(*args):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(training, 'evaluate', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      _train(tiny_data, tmp_path / 'cut', _settings(3), evaluate_every_rounds=2)
+  cut = _train(tiny_data, tmp_path / 'cut', _settings(3), resume=True, evaluate_every_rounds=2)
+  assert [row['round'] for row in _rows(tmp_path / 'cut')] == ['1', '2', '3']
+  for actual, wanted in zip(cut.get_weights(), whole.get_weights(), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
 
 
 def test_learning_rate_drops_make_the_run_of_its_stages_by_hand(tiny_data, tmp_path):

@@ -42,7 +42,7 @@ class RoundReport:
 
   Attributes:
     round_num: The round, from 1.
-    seconds: Wall time of the round, evaluation included.
+    seconds: Wall time of the round, evaluation and saving included.
     metrics: As written to metrics.csv.
     dropped: Ids of clients whose update was not finite.
   """
@@ -129,12 +129,15 @@ class TrainingRun:
     try:
       for round_num in range(done + 1, self._settings.rounds + 1):
         started = time.monotonic()
-        state, metrics, dropped = self._round(state, round_num)
+        new_state, metrics, dropped = self._round(state, round_num)
         if round_num % self._evaluate_every == 0 or round_num == self._settings.rounds:
-          metrics.update(self._validate(state))
+          metrics.update(self._validate(new_state))
         for manager in managers:
           asyncio.run(manager.release(metrics, round_num))
-        done = round_num
+        # Only now: a round that Ctrl-C cuts short before its metrics are written is not done.
+        if self._shadows:
+          self._shadows.commit()
+        state, done = new_state, round_num
         if round_num % self._save_every == 0 or round_num == self._settings.rounds:
           self._save(run_state, state, round_num)
         report(RoundReport(round_num, time.monotonic() - started, metrics, dropped))
@@ -240,8 +243,6 @@ class TrainingRun:
     observed = round_num in self._settings.observed_rounds
     datasets, metrics = self._client_data(tasks, state, round_num)
     output = self._process_of(round_num).next(state, datasets)
-    if self._shadows:
-      self._shadows.commit()
     work = output.metrics['client_work']
     flags = np.asarray(work['non_finite'])
     dropped = tuple(t.client_id for t, flag in zip(tasks, flags, strict=True) if flag)
