@@ -1,4 +1,4 @@
-"""What attackers that know the defence make of shadow noise: results/adaptive.csv.
+"""What attackers that know the defence make of it, shadow noise or baseline: results/adaptive.csv.
 
 One round as in the frontier: 16 clients that send one step on one image. 'best' knows of no
 defence. 'calibrated' simulates the defence on public images (half of the validation split), chooses
@@ -43,7 +43,9 @@ _DEFENSES = flags.DEFINE_list(
     *('isotropic/0.3', 'isotropic/1.0', 'diagonal/0.3', 'diagonal/1.0'),
     *('correlated/0.3', 'correlated/1.0', 'correlated/images:0.05', 'correlated/images:0.1'),
   ],
-  'SHAPE/STRENGTH, strengths as of the frontier; the undefended round is always attacked too.',
+  'SHAPE/STRENGTH, strengths as of the frontier, or NAME/PARAMETER:VALUE of a baseline, as in'
+  ' top_k/fraction:0.1, its other parameters at their defaults; the undefended round is always'
+  ' attacked too.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Number of seeds.', lower_bound=1)
 _ITERATIONS = flags.DEFINE_integer('iterations', 500, 'Of an inversion.', lower_bound=1)
@@ -77,7 +79,7 @@ _COLUMNS = (
 def main() -> None:
   """Computes what is missing and writes the table."""
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
-  defenses = [UNDEFENDED, *map(parse_defense, _DEFENSES.value)]
+  defenses = [UNDEFENDED, *(parse_defense(text, baselines=True) for text in _DEFENSES.value)]
   share_cores(AttackConfig().lanes)
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'adaptive.csv', _CACHE_COLUMNS)
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))

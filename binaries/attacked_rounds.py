@@ -1,4 +1,4 @@
-"""Rounds of the small federation as the server sees them, without defence and with shadow noise."""
+"""Rounds of the small federation as the server sees them, with and without a defence."""
 
 import dataclasses
 import pathlib
@@ -13,6 +13,8 @@ from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.learning import (
+  BASELINES,
+  BaselineDefense,
   RoundReport,
   ShadowDefense,
   ShadowNoise,
@@ -54,14 +56,45 @@ def parse_strength(text: str) -> tuple[str, float]:
   return kind, NoiseStrength('scale', value).value
 
 
-def parse_defense(text: str) -> tuple[str, str]:
-  """Shape and strength from SHAPE/STRENGTH; `UserError` for what is none, of --defenses."""
+def parse_baseline(name: str, parameter: str) -> BaselineDefense:
+  """The baseline with one PARAMETER:VALUE, its others at their defaults.
+
+  Raises:
+    ValueError: If it has no such parameter, or not of this value.
+  """
+  types = {field.name: field.type for field in dataclasses.fields(BASELINES[name])}
+  field, _, value = parameter.partition(':')
+  if field not in types:
+    raise ValueError(f'use {" or ".join(f"{name}/{own}:VALUE" for own in types)}')
+  try:
+    number = types[field](value)
+  except ValueError:
+    raise ValueError(f'{field} must be of type {types[field].__name__}, found {value!r}') from None
+  return BASELINES[name](**{field: number})
+
+
+def parse_defense(text: str, *, baselines: bool = False) -> tuple[str, str]:
+  """Shape and strength of noise from SHAPE/STRENGTH, or NAME/PARAMETER:VALUE of a baseline.
+
+  Args:
+    text: One of --defenses.
+    baselines: Whether baselines are allowed.
+
+  Raises:
+    UserError: If it is no such thing.
+  """
   shape, _, strength = text.partition('/')
+  if baselines and shape in BASELINES:
+    try:
+      parse_baseline(shape, strength)
+    except ValueError as error:
+      raise UserError(f'--defenses={text}: {error}') from error
+    return shape, strength
+  command.check_choices('defenses', [shape], [*NOISE_SHAPES, *(BASELINES if baselines else ())])
   try:
     kind, _ = parse_strength(strength)
   except ValueError as error:
     raise UserError(f'--defenses={text}: the strength {error}') from error
-  command.check_choices('defenses', [shape], NOISE_SHAPES)
   if kind != 'ratio' and shape != 'correlated':
     raise UserError(f'--defenses={text}: {kind} is a strength of correlated noise alone')
   return shape, strength
@@ -87,7 +120,7 @@ def train(
 
 
 class AttackedRounds:
-  """The first round of one data set and seed, under any shadow noise.
+  """The first round of one data set and seed, under any shadow noise or baseline.
 
   Noise that is added is proportional to its strength, so that one run with strength 1 stands for
   all strengths.
@@ -107,9 +140,9 @@ class AttackedRounds:
     self._observed[UNDEFENDED], self.truth = self._run(None)
 
   def observation(self, shape: str, strength: str) -> Observation:
-    """What the server sees of the round under this noise."""
-    if (shape, strength) == UNDEFENDED:
-      return self._unit(*UNDEFENDED)
+    """What the server sees of the round under this noise or baseline; see `parse_defense`."""
+    if (shape, strength) == UNDEFENDED or shape in BASELINES:
+      return self._unit(shape, strength)
     kind, value = parse_strength(strength)
     if kind == 'images':
       return self._unit(shape, strength)
@@ -119,13 +152,24 @@ class AttackedRounds:
   def _unit(self, shape: str, strength: str) -> Observation:
     key = (shape, strength)
     if key not in self._observed:
-      self._observed[key], _ = self._run(shadow_noise(shape, strength))
+      baseline = shape in BASELINES
+      defense = parse_baseline(*key) if baseline else shadow_noise(*key)
+      self._observed[key], _ = self._run(defense)
     return self._observed[key]
 
-  def _run(self, noise: ShadowNoise | None) -> tuple[Observation, dict[str, Truth]]:
+  def _run(
+    self, defense: ShadowNoise | BaselineDefense | None
+  ) -> tuple[Observation, dict[str, Truth]]:
+    noise = defense if isinstance(defense, ShadowNoise) else None
     with tempfile.TemporaryDirectory() as name:
       run_dir = pathlib.Path(name)
-      settings = TrainingSettings(1, ATTACKED_TRAINING, observed_rounds=(1,), seed=self.seed)
+      settings = TrainingSettings(
+        1,
+        ATTACKED_TRAINING,
+        observed_rounds=(1,),
+        seed=self.seed,
+        defense=None if noise else defense,
+      )
       train(self.data, small_model(self.data, self.seed, 'none'), settings, noise, run_dir)
       observation = read_observation(run_dir / 'observations' / round_directory_name(1))
       return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')

@@ -8,25 +8,23 @@ nothing.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
 from attacks.adaptive.denoiser import RegionDenoiser
-from attacks.adaptive.simulated_defense import Sensitivity, SimulatedRound
+from attacks.adaptive.simulated_defense import SimulatedRound
+from attacks.adaptive.weightings import WEIGHTINGS, weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, Matching, SquaredMatching
 from attacks.results import TargetResult
 from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import measure
-from attacks.simulator import ClientSimulator
 from tff_shadow.observations import Observation
 
-Whitening = Literal['none', 'deviations', 'low_noise']
 # Deviations of noise that the denoiser is told, in image units; 0 leaves the images as they are.
 LEVELS = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5)
-_LOW_NOISE_SHARE = 0.5
+_UNWEIGHTED = 'none'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +34,22 @@ class Candidate:
   Attributes:
     matching: How updates are compared.
     tv_weight: Of the total variation.
-    whitening: What is compared. 'none': all entries alike. 'deviations': each in units of the
-      deviation that diagonal noise is expected to have there, which with the squared error is the
-      Gaussian likelihood, so that the image sought is the maximum a posteriori. 'low_noise': only
-      the half of the entries where that is least. The expected deviations follow from what the
-      first candidate has reconstructed.
+    weighting: What is compared: 'none' for all entries alike, or one of `WEIGHTINGS`. What that
+      has to guess follows from what the first candidate has reconstructed.
   """
 
   matching: Matching
   tv_weight: float
-  whitening: Whitening = 'none'
+  weighting: str = _UNWEIGHTED
+
+  @property
+  def needs_guess(self) -> bool:
+    """Whether it builds on the first candidate's images, and on region maps."""
+    return self.weighting != _UNWEIGHTED and WEIGHTINGS[self.weighting].needs_guess
 
   def __str__(self) -> str:
     parts = [self.matching.name, f'tv {self.tv_weight:g}']
-    return ' '.join(parts if self.whitening == 'none' else [*parts, self.whitening])
+    return ' '.join(parts if self.weighting == _UNWEIGHTED else [*parts, self.weighting])
 
 
 _BALANCED = CosineMatching(balance=0.5)
@@ -62,16 +62,30 @@ CANDIDATES = (
   Candidate(SquaredMatching(), 1.5),
   Candidate(SquaredMatching(), 5.0),
 )
-DIAGONAL_CANDIDATES = (
-  Candidate(SquaredMatching(), 5.0, 'deviations'),
-  Candidate(SquaredMatching(), 5.0, 'low_noise'),
-)
+# What else is worth trying, by the name of the defence or the shape of its noise. White noise
+# (percentile_gaussian, dp_sgd), rounding and clipping leave all entries alike.
+MORE_CANDIDATES = {
+  'diagonal': (
+    Candidate(SquaredMatching(), 5.0, 'deviations'),
+    Candidate(SquaredMatching(), 5.0, 'low_noise'),
+  ),
+  'top_k': (
+    Candidate(_BALANCED, 0.15, 'nonzero'),
+    Candidate(_BALANCED, 0.5, 'nonzero'),
+    Candidate(_BALANCED, 1.5, 'nonzero'),
+  ),
+  'soteria': (
+    Candidate(_BALANCED, 0.15, 'without_last_kernel'),
+    # What is left of the kernel is as it was.
+    Candidate(_BALANCED, 0.15, 'nonzero'),
+  ),
+}
 
 
 def candidates_for(observation: Observation) -> tuple[Candidate, ...]:
   """What is worth trying under the defence of `observation`."""
-  diagonal = observation.defense.get('shape') == 'diagonal'
-  return CANDIDATES + (DIAGONAL_CANDIDATES if diagonal else ())
+  defense = observation.defense
+  return CANDIDATES + MORE_CANDIDATES.get(defense.get('shape', defense['name']), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +134,8 @@ def calibrate(
     results: list[TargetResult] = []
     for knows_region in (False, True):
       maps = simulated.maps if knows_region else dict.fromkeys(simulated.maps, simulated.mean_map)
-      if not results or candidate.whitening != 'none':
-        results = _invert(simulated.observation, candidate, config, first, maps)
+      if not results or candidate.needs_guess:
+        results = _invert([simulated.observation], candidate, config, first, maps)
       for level in LEVELS if denoiser else LEVELS[:1]:
         images = [_denoised(result, level, denoiser, maps) for result in results]
         own = _mean_region_psnr(results, images, simulated)
@@ -133,7 +147,7 @@ def calibrate(
 
 
 def attack_calibrated(
-  observation: Observation,
+  observation: Observation | Sequence[Observation],
   trial: Trial,
   config: AttackConfig,
   denoiser: RegionDenoiser | None,
@@ -143,7 +157,8 @@ def attack_calibrated(
   """Attacks clients as `trial` did.
 
   Args:
-    observation: The observed round.
+    observation: The observed round, or several in which the clients trained on the same images;
+      they are attacked jointly.
     trial: The best of `calibrate`.
     config: As it was there.
     denoiser: As it was there.
@@ -157,12 +172,13 @@ def attack_calibrated(
     One result per client in `maps`.
   """
   earlier = {} if earlier is None else earlier
+  observations = [observation] if isinstance(observation, Observation) else list(observation)
 
   def invert(candidate: Candidate) -> list[TargetResult]:
-    if candidate.whitening != 'none':
-      return _invert(observation, candidate, config, invert(CANDIDATES[0]), maps)
+    if candidate.needs_guess:
+      return _invert(observations, candidate, config, invert(CANDIDATES[0]), maps)
     if candidate not in earlier:
-      earlier[candidate] = _invert(observation, candidate, config, [], maps)
+      earlier[candidate] = _invert(observations, candidate, config, [], maps)
     return earlier[candidate]
 
   results = invert(trial.candidate)
@@ -181,7 +197,7 @@ def attack_calibrated(
 
 
 def _invert(
-  observation: Observation,
+  observations: Sequence[Observation],
   candidate: Candidate,
   config: AttackConfig,
   first: Sequence[TargetResult],
@@ -194,33 +210,10 @@ def _invert(
     total_variation=dataclasses.replace(config.total_variation, weight=candidate.tv_weight),
   )
   weights = None
-  if candidate.whitening != 'none':
-    weights = _weights(observation, candidate.whitening, first, maps)
-  return attack_observation(observation, config, list(maps), weights=weights)
-
-
-def _weights(observation, whitening, first, maps) -> dict[str, list[list[np.ndarray]]]:
-  """By what the entries of each client's gradient are multiplied."""
-  simulator = ClientSimulator(observation)
-  sensitivity = Sensitivity(simulator)
-  weights = {}
-  for result in first:
-    if result.status != 'ok':
-      # It fails again for the same reason, and no weight is used.
-      weights[result.target] = [[np.ones(v.shape) for v in simulator.model.trainable_variables]]
-      continue
-    guess = result.reconstructions['attack']
-    own = np.broadcast_to(maps[result.target], (*guess.shape[:3], 1))
-    deviations = sensitivity.relative_deviations(
-      observation.defense, guess, np.array(result.labels, np.int32), own
-    )
-    if whitening == 'deviations':
-      weights[result.target] = [[1 / array for array in deviations]]
-    else:
-      everything = np.concatenate([array.ravel() for array in deviations])
-      limit = np.quantile(everything, _LOW_NOISE_SHARE)
-      weights[result.target] = [[(array <= limit).astype(np.float32) for array in deviations]]
-  return weights
+  if candidate.weighting != _UNWEIGHTED:
+    rounds = [weights_of(seen, candidate.weighting, maps, first) for seen in observations]
+    weights = {target: [weights[target] for weights in rounds] for target in maps}
+  return attack_observation(observations, config, list(maps), weights=weights)
 
 
 def _denoised(result, level, denoiser, maps) -> np.ndarray | None:

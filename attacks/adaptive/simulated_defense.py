@@ -5,18 +5,16 @@ it can play the observed round with public images in place of the client's and n
 try on these what works best.
 """
 
-import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from attacks.local_steps import LocalSteps, local_steps
+from attacks.adaptive.players import build_player
+from attacks.local_steps import local_steps
 from attacks.simulator import ClientSimulator
-from tff_shadow.aggregators import NoiseStrength
-from tff_shadow.aggregators.shadow_noise import noised_update
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
@@ -56,49 +54,59 @@ def simulate_round(
 ) -> SimulatedRound:
   """Plays the round of `observation` with clients like one of it, on public images.
 
-  Local trainings of several steps are simulated exactly; what noise through them would be is taken
-  at the old weights.
+  The clients are played exactly, all local steps, noise and what they send of BatchNorm; only the
+  order of their images after the first epoch is that of the first.
 
   Args:
     observation: The round.
-    like: Whose numbers of images and steps the clients have.
+    like: Whose numbers of images and steps the clients have, and whose weight.
     public: Images of the modality with labels and regions, none of them of an attacked client.
     num_clients: How many to play.
-    seed: Decides images and noise.
+    seed: Decides images and noise, but for that of DP-SGD, which takes no key.
 
   Raises:
-    UserError: If the defence is none that this attacker knows, the clients share BatchNorm
-      statistics, or there are too few images.
+    UserError: If the defence is none that this attacker knows, or there are too few images.
   """
-  defense = observation.defense
-  if defense['name'] not in ('none', 'shadow'):
-    raise UserError(f'observation: there is no simulation of the defence {defense["name"]!r}')
-  if like.update.non_trainable:
-    raise UserError('observation: clients that share BatchNorm statistics cannot be simulated')
+  player = build_player(observation, bool(like.update.non_trainable))
   needed = num_clients * like.num_images
   if len(public) < needed:
     raise UserError(f'{len(public)} public images are too few: {needed} are needed')
   chosen = np.random.default_rng(seed).permutation(len(public))[:needed]
-  simulator = ClientSimulator(observation)
-  sensitivity = Sensitivity(simulator)
+  region_map = _region_map(observation)
   steps = local_steps(like, observation.client_training)
   clients, truth, maps = [], {}, {}
   for index in range(num_clients):
     name = f'public_{index:02d}'
     own = public.take(chosen[index * like.num_images : (index + 1) * like.num_images])
     truth[name] = Truth(own.float_images(), own.labels, own.float_regions())
-    play = _Play(simulator, sensitivity, defense, truth[name], (seed, index))
-    maps[name] = play.maps
-    update = play.update(steps, like.num_steps)
-    clients.append(
-      dataclasses.replace(like, client_id=name, update=WeightArrays(tuple(update)), dropped=False)
+    maps[name] = region_map(truth[name])
+    update = player.update(truth[name], steps, (seed, index))
+    clients.append(dataclasses.replace(like, client_id=name, update=update, dropped=False))
+  aggregate = WeightArrays(
+    *(
+      tuple(
+        np.mean(arrays, axis=0)
+        for arrays in zip(*(getattr(client.update, kind) for client in clients), strict=True)
+      )
+      for kind in ('trainable', 'non_trainable')
     )
-  updates = (client.update.trainable for client in clients)
-  mean = [np.mean(arrays, axis=0) for arrays in zip(*updates, strict=True)]
-  played = dataclasses.replace(
-    observation, clients=tuple(clients), aggregate=WeightArrays(tuple(mean))
   )
+  played = dataclasses.replace(observation, clients=tuple(clients), aggregate=aggregate)
   return SimulatedRound(played, truth, maps)
+
+
+def _region_map(observation: Observation) -> Callable[[Truth], np.ndarray]:
+  """The region maps [B, H, W, 1] of a client: of the defence, or the regions as they are."""
+  if observation.defense['name'] != 'shadow':
+    return lambda truth: truth.regions
+  config = SaliencyConfig(**observation.defense['saliency'])
+  of_defense = build_region_map(config, ClientSimulator(observation).model)
+
+  def maps_of(truth: Truth) -> np.ndarray:
+    maps, _ = of_defense(*map(tf.constant, (truth.images, truth.labels, truth.regions)))
+    return maps.numpy()
+
+  return maps_of
 
 
 class Sensitivity:
@@ -178,84 +186,3 @@ class Sensitivity:
     zeros = [tf.zeros_like(variable) for variable in self._simulator.model.trainable_variables]
     _, *total = tf.while_loop(lambda draw, *_: draw < _PROBES, body, [tf.constant(0), *zeros])
     return total
-
-
-class _Play:
-  """One client of a simulated round."""
-
-  def __init__(self, simulator, sensitivity, defense, truth, key: tuple[int, int]):
-    self._simulator = simulator
-    self._sensitivity = sensitivity
-    self._defense = defense
-    self._truth = truth
-    self._key = tf.constant(key, tf.int32)
-    self.maps = self._region_maps()
-
-  def update(self, steps: LocalSteps, num_steps: int) -> list[np.ndarray]:
-    """What the client sends: trained minus initial weights."""
-    defense, images = self._defense, tf.constant(self._truth.images)
-    in_images = defense.get('propagation') == 'images'
-    if in_images:
-      images += self._noise_in_images()
-    scale = self._simulator.update_over_gradient(num_steps)
-    gradient = self._simulator.mean_gradient(images, tf.constant(self._truth.labels), steps)
-    # The aggregator gets initial minus trained weights.
-    update = [scale * tensor for tensor in gradient]
-    if defense['name'] == 'shadow' and not in_images:
-      update = self._noised(update, images, scale)
-    return [-tensor.numpy() for tensor in update]
-
-  def _region_maps(self) -> np.ndarray:
-    if self._defense['name'] == 'none':
-      return self._truth.regions
-    config = SaliencyConfig(**self._defense['saliency'])
-    region_map = build_region_map(config, self._simulator.model)
-    maps, _ = region_map(
-      tf.constant(self._truth.images),
-      tf.constant(self._truth.labels),
-      tf.constant(self._truth.regions),
-    )
-    return maps.numpy()
-
-  def _keys(self) -> tf.Tensor:
-    return tf.random.experimental.stateless_split(self._key, len(self._truth.images))
-
-  def _noise_in_images(self) -> tf.Tensor:
-    channels = self._truth.images.shape[-1]
-    noise = region_noise(tf.constant(self.maps), self._keys(), channels, 'normal')
-    sums = [tf.reduce_sum(self.maps**power, (1, 2, 3), keepdims=True) for power in (2, 4)]
-    zero = tf.zeros(())
-    squared = NoiseStrength(**self._defense['strength']).squared_scale(
-      'correlated',
-      update_energy=zero,
-      shape_energy=zero,
-      sensitivity_energy=zero,
-      region_energy=sums[0],
-      region_fourth_moment=sums[1],
-      num_weights=0,
-    )
-    return tf.sqrt(squared) * noise
-
-  def _noised(self, update, images, scale) -> list[tf.Tensor]:
-    shape, strength = self._defense['shape'], NoiseStrength(**self._defense['strength'])
-    channels = images.shape[-1]
-    value = collections.OrderedDict(
-      update=update,
-      noise_key=self._key,
-      region_energy=channels * tf.reduce_sum(self.maps**2),
-      region_fourth_moment=channels * tf.reduce_sum(self.maps**4),
-      sensitivity_energy=tf.zeros(()),
-      shape=[],
-    )
-    labels = self._truth.labels
-    if shape == 'correlated':
-      direction = region_noise(tf.constant(self.maps), self._keys(), channels, 'normal')
-      moved = self._sensitivity.derivative(images, tf.constant(labels), direction)
-      value['shape'] = [scale * tensor for tensor in moved]
-    elif shape == 'diagonal' or strength.kind == 'region_psnr':
-      squared = self._sensitivity.squared(images, labels, self.maps, int(self._key[1]))
-      squared = [scale**2 * tensor for tensor in squared]
-      value['sensitivity_energy'] = tf.add_n([tf.reduce_sum(tensor) for tensor in squared])
-      value['shape'] = squared if shape == 'diagonal' else []
-    noised, _ = noised_update(value, shape, strength, self._defense['floor'])
-    return noised

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from binaries.attacked_rounds import parse_baseline, parse_defense
 from tests.binaries.programs import ROOT, assert_one_error_line, run_all
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.aggregators.shadow_noise import DEFAULT_FLOOR, noised_update
+from tff_shadow.errors import UserError
+from tff_shadow.learning import DpSgd, Quantization, Soteria
 
 
 @pytest.mark.parametrize('shape', NOISE_SHAPES)
@@ -81,6 +84,23 @@ def test_rows_are_joined_and_drawn(tmp_path):
 
 
 def test_bad_defenses_of_the_adaptive_table():
-  wrong = ['--defenses=diagonal/-1', '--defenses=diagonal/images:0.1', '--defenses=square/1.0']
-  for ended, flag in zip(run_all('adaptive_table', [[flag] for flag in wrong]), wrong, strict=True):
-    assert_one_error_line(ended, flag.replace('square/1.0', 'square'))
+  wrong = {
+    'diagonal/-1': 'strength must be',
+    'diagonal/images:0.1': 'correlated noise alone',
+    'square/1.0': 'use some of isotropic, diagonal, correlated, percentile_gaussian',
+    'top_k/0.1': 'use top_k/fraction:VALUE',
+    'top_k/fraction:2': 'fraction must be above 0 and at most 1, found 2.0',
+    'quantization/bits:4.5': "bits must be of type int, found '4.5'",
+  }
+  endings = run_all('adaptive_table', [[f'--defenses={text}'] for text in wrong])
+  for ended, (text, message) in zip(endings, wrong.items(), strict=True):
+    assert_one_error_line(ended, f'--defenses={text.replace("square/1.0", "square")}', message)
+
+
+def test_baselines_by_one_parameter():
+  assert parse_defense('soteria/percentile:80', baselines=True) == ('soteria', 'percentile:80')
+  with pytest.raises(UserError, match='--defenses=top_k: use some of isotropic, diagonal, corr'):
+    parse_defense('top_k/fraction:0.1')  # There are no bounds of it.
+  assert parse_baseline('soteria', 'percentile:80') == Soteria(80.0)
+  assert parse_baseline('quantization', 'bits:4') == Quantization(4)
+  assert parse_baseline('dp_sgd', 'noise_multiplier:0.1') == DpSgd(1.0, 0.1)

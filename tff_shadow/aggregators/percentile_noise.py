@@ -41,13 +41,29 @@ def percentile_noise_factory(
   if not 0 <= percentile <= 100:
     raise ValueError(f'percentile must be from 0 to 100, found {percentile}')
 
-  def add_noise(update: list[tf.Tensor]) -> list[tf.Tensor]:
-    magnitudes = tf.abs(tf.concat([tf.reshape(tensor, [-1]) for tensor in update], axis=0))
-    nonzero = tf.boolean_mask(magnitudes, magnitudes > 0)
-    # One zero stands in for an update of zeros, which gets no noise.
-    nonzero = tf.cond(tf.size(nonzero) > 0, lambda: nonzero, lambda: tf.zeros([1]))
-    sigma = sigma0 * tfp.stats.percentile(nonzero, percentile, interpolation='linear')
-    normal = stateless_normal_like(update, draw_key(), draw=0)
-    return [tensor + sigma * n for tensor, n in zip(update, normal, strict=True)]
+  return update_transform_factory(
+    lambda update: percentile_noised(update, draw_key(), sigma0, percentile), inner
+  )
 
-  return update_transform_factory(add_noise, inner)
+
+def percentile_noised(
+  update: list[tf.Tensor], key: tf.Tensor, sigma0: float, percentile: float
+) -> list[tf.Tensor]:
+  """What one client sends; the arithmetic of `percentile_noise_factory`.
+
+  Args:
+    update: Of any shapes.
+    key: int32 [2], decides the noise.
+    sigma0: See there.
+    percentile: See there.
+
+  Returns:
+    As many tensors of the same shapes.
+  """
+  magnitudes = tf.abs(tf.concat([tf.reshape(tensor, [-1]) for tensor in update], axis=0))
+  nonzero = tf.boolean_mask(magnitudes, magnitudes > 0)
+  # One zero stands in for an update of zeros, which gets no noise.
+  nonzero = tf.cond(tf.size(nonzero) > 0, lambda: nonzero, lambda: tf.zeros([1]))
+  sigma = sigma0 * tfp.stats.percentile(nonzero, percentile, interpolation='linear')
+  normal = stateless_normal_like(update, key, draw=0)
+  return [tensor + sigma * n for tensor, n in zip(update, normal, strict=True)]

@@ -38,11 +38,22 @@ def quantization_factory(bits: int, inner: Factory | None = None) -> Factory:
   if not 1 <= bits <= _MAX_BITS:
     raise ValueError(f'bits must be from 1 to {_MAX_BITS}, found {bits}')
 
-  def quantize(update: list[tf.Tensor]) -> list[tf.Tensor]:
-    keys = tf.random.experimental.stateless_split(draw_key(), len(update))
-    return [_rounded(tensor, keys[index], 2**bits - 1) for index, tensor in enumerate(update)]
+  return update_transform_factory(lambda update: quantized(update, draw_key(), bits), inner)
 
-  return update_transform_factory(quantize, inner)
+
+def quantized(update: list[tf.Tensor], key: tf.Tensor, bits: int) -> list[tf.Tensor]:
+  """What one client sends; the arithmetic of `quantization_factory`.
+
+  Args:
+    update: Of any shapes.
+    key: int32 [2], decides what is rounded up and what down.
+    bits: See there.
+
+  Returns:
+    As many tensors of the same shapes.
+  """
+  keys = tf.random.experimental.stateless_split(key, len(update))
+  return [_rounded(tensor, keys[index], 2**bits - 1) for index, tensor in enumerate(update)]
 
 
 def _rounded(tensor: tf.Tensor, key: tf.Tensor, steps: int) -> tf.Tensor:

@@ -29,14 +29,24 @@ def top_k_factory(fraction: float, inner: Factory | None = None) -> Factory:
   if not 0 < fraction <= 1:
     raise ValueError(f'fraction must be above 0 and at most 1, found {fraction}')
 
-  def prune(update: list[tf.Tensor]) -> list[tf.Tensor]:
-    sizes = [int(np.prod(tensor.shape)) for tensor in update]
-    flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in update], axis=0)
-    kept = max(1, round(fraction * sum(sizes)))
-    # By index, not by a threshold, which would keep all entries that equal it.
-    indices = tf.math.top_k(tf.abs(flat), kept).indices
-    pruned = tf.scatter_nd(indices[:, tf.newaxis], tf.gather(flat, indices), tf.shape(flat))
-    parts = tf.split(pruned, sizes)
-    return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, update, strict=True)]
+  return update_transform_factory(lambda update: largest_entries(update, fraction), inner)
 
-  return update_transform_factory(prune, inner)
+
+def largest_entries(update: list[tf.Tensor], fraction: float) -> list[tf.Tensor]:
+  """What one client sends; the arithmetic of `top_k_factory`.
+
+  Args:
+    update: Of any shapes.
+    fraction: See there.
+
+  Returns:
+    As many tensors of the same shapes.
+  """
+  sizes = [int(np.prod(tensor.shape)) for tensor in update]
+  flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in update], axis=0)
+  kept = max(1, round(fraction * sum(sizes)))
+  # By index, not by a threshold, which would keep all entries that equal it.
+  indices = tf.math.top_k(tf.abs(flat), kept).indices
+  pruned = tf.scatter_nd(indices[:, tf.newaxis], tf.gather(flat, indices), tf.shape(flat))
+  parts = tf.split(pruned, sizes)
+  return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, update, strict=True)]

@@ -17,6 +17,9 @@ import tensorflow_privacy as tfp
 
 from tff_shadow.aggregators import percentile_noise_factory, quantization_factory, top_k_factory
 from tff_shadow.aggregators.client_side import Factory
+from tff_shadow.aggregators.percentile_noise import percentile_noised
+from tff_shadow.aggregators.quantization import quantized
+from tff_shadow.aggregators.top_k import largest_entries
 from tff_shadow.aggregators.update_transform import update_transform_factory
 from tff_shadow.learning.client_work import BuildGradientFn, build_plain_gradient_fn
 from tff_shadow.learning.dp_sgd import build_dp_sgd_gradient_fn
@@ -48,6 +51,18 @@ class BaselineDefense:
       ValueError: If the defence cannot be used with the model.
     """
     return build_plain_gradient_fn
+
+  def sent(self, update: list[tf.Tensor], key: tf.Tensor) -> list[tf.Tensor]:
+    """What the server receives of a client's finished update, without a federation around it.
+
+    Args:
+      update: Finite, BatchNorm statistics included where they are shared.
+      key: int32 [2], in place of the client's own entropy.
+
+    Returns:
+      As many tensors of the same shapes.
+    """
+    return update
 
   def aggregator(
     self, tap: Tap, clients_per_round: int
@@ -102,6 +117,10 @@ class PercentileGaussian(_UpdateTransform):
     """See `percentile_noise_factory`."""
     return percentile_noise_factory(self.sigma0, self.percentile, inner)
 
+  def sent(self, update: list[tf.Tensor], key: tf.Tensor) -> list[tf.Tensor]:
+    """See `BaselineDefense`."""
+    return percentile_noised(update, key, self.sigma0, self.percentile)
+
 
 @dataclasses.dataclass(frozen=True)
 class TopK(_UpdateTransform):
@@ -118,6 +137,10 @@ class TopK(_UpdateTransform):
     """See `top_k_factory`."""
     return top_k_factory(self.fraction, inner)
 
+  def sent(self, update: list[tf.Tensor], key: tf.Tensor) -> list[tf.Tensor]:
+    """See `BaselineDefense`."""
+    return largest_entries(update, self.fraction)
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantization(_UpdateTransform):
@@ -133,6 +156,10 @@ class Quantization(_UpdateTransform):
   def on_client(self, inner: Factory | None) -> Factory:
     """See `quantization_factory`."""
     return quantization_factory(self.bits, inner)
+
+  def sent(self, update: list[tf.Tensor], key: tf.Tensor) -> list[tf.Tensor]:
+    """See `BaselineDefense`."""
+    return quantized(update, key, self.bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,15 +188,22 @@ class DpFedAvg(BaselineDefense):
     """Raises ValueError naming the field that is out of range."""
     _check_clipping(self.clip_norm, self.noise_multiplier)
 
+  @property
+  def _sum_query(self) -> tfp.GaussianSumQuery:
+    return tfp.GaussianSumQuery(self.clip_norm, self.clip_norm * self.noise_multiplier)
+
+  def sent(self, update: list[tf.Tensor], key: tf.Tensor) -> list[tf.Tensor]:
+    """See `BaselineDefense`; clipped, for the noise is the server's."""
+    query = self._sum_query
+    params = query.derive_sample_params(query.initial_global_state())
+    return query.preprocess_record(params, update)
+
   def aggregator(
     self, tap: Tap, clients_per_round: int
   ) -> tff.aggregators.WeightedAggregationFactory:
     """See `BaselineDefense`."""
     # The query of DifferentiallyPrivateFactory.gaussian_fixed, which takes no inner factory.
-    query = tfp.NormalizedQuery(
-      tfp.GaussianSumQuery(self.clip_norm, self.clip_norm * self.noise_multiplier),
-      denominator=float(clients_per_round),
-    )
+    query = tfp.NormalizedQuery(self._sum_query, denominator=float(clients_per_round))
     # An update whose norm overflows is clipped to NaN; it is sent as zeros.
     records = update_transform_factory(lambda update: update, tap(tff.aggregators.SumFactory()))
     return tff.aggregators.as_weighted_aggregator(

@@ -249,7 +249,7 @@ def _build_client_work(
 
   @tff.tensorflow.computation(weights_type, data_type)
   def client_update(initial_weights, dataset):
-    work = _ShadowWork(model_fn, shadow_model_fn, optimizer, noise, share_statistics)
+    work = ShadowWork(model_fn, shadow_model_fn, optimizer, noise, share_statistics)
 
     @tf.function
     def train(initial_weights, dataset):
@@ -265,10 +265,18 @@ def _build_client_work(
   return wire_client_work(client_update, metrics_aggregation, ('maps_fell_back',)), update_type
 
 
-class _ShadowWork:
-  """One client's local training with its shadow; built inside a TFF computation."""
+class ShadowWork:
+  """One client's local training with its shadow; built where it runs, as in a TFF computation."""
 
-  def __init__(self, model_fn, shadow_model_fn, optimizer, noise, share_statistics):
+  def __init__(
+    self,
+    model_fn: ModelFn,
+    shadow_model_fn: Callable[[], tf.keras.Model],
+    optimizer: tff.learning.optimizers.Optimizer,
+    noise: ShadowNoise,
+    share_statistics: bool,
+  ):
+    """Makes the variables; see `build_shadow_fed_avg` for the arguments."""
     self._optimizer = optimizer
     self._noise = noise
     self._share_statistics = share_statistics
@@ -283,8 +291,18 @@ class _ShadowWork:
         self._shadow = shadow_model_fn()
       self._region_map = build_region_map(noise.saliency, self._shadow)
 
-  def run(self, initial_weights, dataset, client_weighting):
-    """Returns (ClientResult of a shaped update, metrics, non-finite flag, maps fell back)."""
+  def run(
+    self,
+    initial_weights: tff.learning.models.ModelWeights,
+    dataset: tf.data.Dataset,
+    client_weighting: tff.learning.ClientWeighting,
+  ) -> tuple[tff.learning.templates.ClientResult, Any, tf.Tensor, tf.Tensor]:
+    """Trains on `dataset`, batches of `shadow_input_spec`; to be called in a tf.function.
+
+    Returns:
+      ClientResult of a shaped update (`shaped_update_type`), metrics, whether the update was not
+      finite, and how many region maps fell back.
+    """
     if self._shadow is not None:
       variables = [*self._shadow.trainable_variables, *self._shadow.non_trainable_variables]
       values = [*initial_weights.trainable, *initial_weights.non_trainable]

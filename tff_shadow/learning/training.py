@@ -340,7 +340,7 @@ class TrainingRun:
           tasks, updates, observed['weights'], flags, strict=True
         )
       ),
-      aggregate=_negated(observed['aggregate']),
+      aggregate=observed_update(observed['aggregate']),
       public_mean_image=self._public_mean_image,
     )
     name = round_directory_name(round_num)
@@ -353,10 +353,10 @@ class TrainingRun:
 
 
 def _per_client(stacked: Any, index: int) -> WeightArrays:
-  return _negated(tf.nest.map_structure(lambda tensor: tensor[index], stacked))
+  return observed_update(tf.nest.map_structure(lambda tensor: tensor[index], stacked))
 
 
-def _negated(update: Any) -> WeightArrays:
+def observed_update(update: Any) -> WeightArrays:
   """From TFF's initial minus trained to the observation's trained minus initial weights."""
   if isinstance(update, dict):
     trainable, non_trainable = update['trainable'], update['non_trainable']

@@ -4,12 +4,28 @@ import numpy as np
 import pytest
 
 from attacks.adaptive import calibrated
-from attacks.adaptive.calibrated import CANDIDATES, Candidate, attack_calibrated, calibrate
+from attacks.adaptive.calibrated import (
+  CANDIDATES,
+  Candidate,
+  attack_calibrated,
+  calibrate,
+  candidates_for,
+)
 from attacks.adaptive.simulated_defense import simulate_round
+from attacks.adaptive.weightings import weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, SquaredMatching
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
+from tff_shadow.learning import (
+  DpFedAvg,
+  DpSgd,
+  PercentileGaussian,
+  Quantization,
+  Soteria,
+  TopK,
+)
+from tff_shadow.observations import WeightArrays
 
 _CONFIG = AttackConfig(iterations=20, xla='off')
 
@@ -54,18 +70,18 @@ def test_the_first_candidate_is_the_attack_that_knows_of_no_noise(simulated):
 
 
 def test_entries_of_much_noise_count_less(simulated):
-  first = calibrated._invert(simulated.observation, CANDIDATES[0], _CONFIG, [], simulated.maps)
+  first = calibrated._invert([simulated.observation], CANDIDATES[0], _CONFIG, [], simulated.maps)
   flat = {}
-  for whitening in ('deviations', 'low_noise'):
-    weights = calibrated._weights(simulated.observation, whitening, first, simulated.maps)
-    flat[whitening] = np.concatenate([array.ravel() for array in weights['public_00'][0]])
+  for name in ('deviations', 'low_noise'):
+    weights = weights_of(simulated.observation, name, simulated.maps, first)
+    flat[name] = np.concatenate([array.ravel() for array in weights['public_00']])
   assert np.mean(flat['low_noise']) == pytest.approx(0.5, abs=0.02)
   quiet = flat['low_noise'] > 0
   assert flat['deviations'][quiet].min() >= flat['deviations'][~quiet].max() > 0
   # An entry that counts for nothing may hold anything.
   observation = simulated.observation
   client = observation.client('public_00')
-  zero = [weights['public_00'][0]]
+  zero = [weights['public_00']]
   spoiled = tuple(
     np.where(weight == 0, array + 1e3, array)
     for weight, array in zip(zero[0], client.update.trainable, strict=True)
@@ -79,7 +95,47 @@ def test_entries_of_much_noise_count_less(simulated):
   np.testing.assert_allclose(a.reconstructions['attack'], b.reconstructions['attack'], atol=1e-4)
 
 
-def test_whitened_candidates_are_tried_for_diagonal_noise_alone(simulated):
-  kinds = {c.whitening for c in calibrated.candidates_for(simulated.observation)}
-  assert kinds == {'none', 'deviations', 'low_noise'}
-  assert {c.whitening for c in calibrated.candidates_for(_observed())} == {'none'}
+def test_candidates_are_those_of_the_defence(simulated):
+  def weightings(defense):
+    observation = dataclasses.replace(simulated.observation, defense=defense)
+    candidates = candidates_for(observation)
+    assert candidates[: len(CANDIDATES)] == CANDIDATES
+    return {candidate.weighting for candidate in candidates}
+
+  assert weightings(simulated.observation.defense) == {'none', 'deviations', 'low_noise'}
+  assert weightings(TopK().public_settings()) == {'none', 'nonzero'}
+  assert weightings(Soteria().public_settings()) == {'none', 'nonzero', 'without_last_kernel'}
+  for defense in (PercentileGaussian(), DpSgd(), DpFedAvg(), Quantization()):
+    assert weightings(defense.public_settings()) == {'none'}
+  assert str(candidates_for(simulated.observation)[-1]) == 'l2 tv 5 low_noise'
+
+
+def test_entries_that_were_not_sent_are_not_compared(simulated):
+  observation = simulated.observation
+  client = observation.client('public_00')
+  arrays = list(client.update.trainable)
+  arrays[0] = np.where(np.arange(12) < 5, arrays[0], 0)
+  client = dataclasses.replace(client, update=WeightArrays(tuple(arrays)))
+  observation = dataclasses.replace(observation, clients=(client,))
+  maps = {'public_00': simulated.mean_map}
+  sent = weights_of(observation, 'nonzero', maps, ())['public_00']
+  np.testing.assert_array_equal(sent[0], np.broadcast_to(np.arange(12) < 5, (3, 3, 1, 12)))
+  for weight, array in zip(sent, arrays, strict=True):
+    np.testing.assert_array_equal(weight, array != 0)
+  kept = weights_of(observation, 'without_last_kernel', maps, ())['public_00']
+  assert [set(np.unique(weight)) for weight in kept] == [{1.0}] * 4 + [{0.0}, {1.0}]
+
+
+def test_rounds_are_attacked_jointly(simulated):
+  observation = simulated.observation
+  trial = calibrated.Trial(Candidate(SquaredMatching(), 5.0, 'without_last_kernel'), 0, True, 0)
+  config = dataclasses.replace(_CONFIG, iterations=4)
+  maps = {'public_00': simulated.maps['public_00']}
+  (alone,), (twice,) = (
+    attack_calibrated(seen, trial, config, None, maps)
+    for seen in (observation, [observation, observation])
+  )
+  # The mean of two equal losses is one of them.
+  np.testing.assert_allclose(
+    twice.reconstructions['attack'], alone.reconstructions['attack'], atol=1e-3
+  )

@@ -1,16 +1,26 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from attacks.adaptive.simulated_defense import Sensitivity, simulate_round
+from attacks.batch_norm_statistics import observed_statistics
 from attacks.simulator import ClientSimulator
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
-from tff_shadow.learning import ShadowDefense, ShadowNoise
+from tff_shadow.learning import (
+  DpFedAvg,
+  DpSgd,
+  PercentileGaussian,
+  Quantization,
+  ShadowDefense,
+  ShadowNoise,
+  TopK,
+)
 from tff_shadow.models import classification_loss
 from tff_shadow.shadow import SaliencyConfig
 
@@ -46,6 +56,22 @@ def _updates(simulated):
   ]
 
 
+@functools.cache
+def _clean():
+  """The updates of the clients of `_simulate(_observed())`."""
+  return _updates(_simulate(_observed()))
+
+
+def _sent(defense, num_clients=6):
+  """The updates of the same clients under a baseline."""
+  observation = dataclasses.replace(_observed(), defense=defense.public_settings())
+  return _updates(_simulate(observation, num_clients))
+
+
+def _assert_own_noise(noises):
+  assert np.abs(np.corrcoef(noises) - np.eye(len(noises))).max() < 5 / np.sqrt(noises[0].size)
+
+
 @pytest.mark.parametrize('settings', [{}, {'steps': 3, 'momentum': 0.5}])
 def test_without_defence_it_is_the_clients_own_training(settings):
   observation = _observed(**settings)
@@ -62,35 +88,93 @@ def test_without_defence_it_is_the_clients_own_training(settings):
 @pytest.mark.parametrize('shape', ['isotropic', 'diagonal', 'correlated'])
 def test_noise_has_the_ratio_that_the_defence_says(shape):
   observation = _observed()
-  clean = _updates(_simulate(observation))
   noised = _updates(_simulate(_defended(observation, shape)))
-  ratios = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(clean, noised, strict=True)]
+  pairs = zip(_clean(), noised, strict=True)
+  ratios = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in pairs]
   assert np.mean(ratios) == pytest.approx(0.5, rel=0.05)
 
 
 def test_clients_have_noises_of_their_own_and_the_seed_decides_them():
-  observation = _observed()
-  noise = [
-    b - a
-    for a, b in zip(
-      _updates(_simulate(observation)),
-      _updates(_simulate(_defended(observation, 'isotropic'))),
-      strict=True,
-    )
-  ]
-  assert abs(np.corrcoef(noise)[0, 1]) < 0.1
-  again = _updates(_simulate(_defended(observation, 'isotropic')))
-  other = _updates(_simulate(_defended(observation, 'isotropic'), seed=4))
-  np.testing.assert_array_equal(again[0] - _updates(_simulate(observation))[0], noise[0])
+  defended = _defended(_observed(), 'isotropic')
+  first = _updates(_simulate(defended))
+  _assert_own_noise([b - a for a, b in zip(_clean(), first, strict=True)])
+  again, other = (_updates(_simulate(defended, num_clients=1, seed=seed)) for seed in (3, 4))
+  np.testing.assert_array_equal(again[0], first[0])
   assert not np.array_equal(again[0], other[0])
+
+
+class TestBaselines:
+  def test_percentile_gaussian(self):
+    noises = []
+    for clean, sent in zip(_clean(), _sent(PercentileGaussian(0.2, 90.0)), strict=True):
+      sigma = 0.2 * np.percentile(np.abs(clean[clean != 0]), 90.0)
+      noises.append((sent - clean) / sigma)
+    # Standard error 0.7 %.
+    assert np.std(noises) == pytest.approx(1, rel=0.05)
+    _assert_own_noise(noises)
+
+  def test_top_k(self):
+    for clean, sent in zip(_clean(), _sent(TopK(0.1)), strict=True):
+      assert np.count_nonzero(sent) == round(0.1 * sent.size)
+      least = np.sort(np.abs(clean))[-np.count_nonzero(sent)]
+      np.testing.assert_array_equal(sent, np.where(np.abs(clean) >= least, clean, 0))
+
+  def test_quantization(self):
+    errors = []
+    for clean, sent in zip(_clean(), _sent(Quantization(3)), strict=True):
+      # The second tensor is the bias of the first layer, after 12 kernels of 3 x 3.
+      own, before = sent[: 12 * 9], clean[: 12 * 9]
+      assert len(np.unique(own)) <= 8
+      assert own.min() == pytest.approx(before.min(), rel=1e-5)
+      assert np.abs(own - before).max() <= np.ptp(before) / 7 * (1 + 1e-5)
+      errors.append((own - before) / np.ptp(before))
+    assert abs(np.mean(errors)) < 5 / 7 / 2 / np.sqrt(np.size(errors))
+    assert np.abs(np.corrcoef(errors) - np.eye(6)).max() < 0.7
+
+  def test_dp_fedavg_clips_and_leaves_the_noise_to_the_server(self):
+    norms = np.linalg.norm(_clean(), axis=1)
+    limit = float(np.median(norms))
+    for clean, norm, sent in zip(_clean(), norms, _sent(DpFedAvg(limit, 3.0)), strict=True):
+      np.testing.assert_allclose(sent, clean * min(1, limit / norm), rtol=1e-4, atol=1e-7)
+
+  def test_dp_sgd(self):
+    norms = np.linalg.norm(_clean(), axis=1) / 0.05  # Of the gradients.
+    limit = float(np.median(norms))
+    noises = []
+    # As models and networks do that are built before: it must not give all clients one noise.
+    tf.random.set_seed(1)
+    for clean, norm, sent in zip(_clean(), norms, _sent(DpSgd(limit, 0.1)), strict=True):
+      noises.append((sent - clean * min(1, limit / norm)) / (0.05 * 0.1 * limit))
+    assert np.std(noises) == pytest.approx(1, rel=0.05)
+    _assert_own_noise(noises)
+
+
+def test_what_is_shared_of_batch_norm_is_played():
+  observation = _observed(small_model(batch_norm=True))
+  assert len(observation.global_weights.non_trainable) == 2
+  shared = dataclasses.replace(
+    observation.clients[0].update, non_trainable=observation.global_weights.non_trainable
+  )
+  like = dataclasses.replace(observation.clients[0], update=shared)
+  simulated = simulate_round(observation, like, _public(), num_clients=2, seed=3)
+  model = ClientSimulator(observation).model
+  for name, truth in simulated.truth.items():
+    client = simulated.observation.client(name)
+    inputs = model.layers[1](truth.images).numpy()
+    found = observed_statistics(simulated.observation, client)
+    np.testing.assert_allclose(found[0][0], inputs.mean(axis=(0, 1, 2)), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(found[0][1], inputs.var(axis=(0, 1, 2)), rtol=1e-2, atol=1e-4)
+  assert len(simulated.observation.aggregate.non_trainable) == 2
+  assert not _simulate(observation, 1).observation.clients[0].update.non_trainable
 
 
 def test_noise_in_the_images_moves_the_update_as_correlated_noise_does():
   # A smooth model, or the first order would not be all at rectifiers that switch.
   observation = _observed(small_model(activation='tanh'))
-  clean = _updates(_simulate(observation))
-  in_images = _simulate(_defended(observation, 'correlated', 'scale', 0.01, propagation='images'))
-  in_update = _simulate(_defended(observation, 'correlated', 'scale', 0.01, floor=1e-6))
+  clean = _updates(_simulate(observation, 3))
+  in_images = _defended(observation, 'correlated', 'scale', 0.01, propagation='images')
+  in_update = _defended(observation, 'correlated', 'scale', 0.01, floor=1e-6)
+  in_images, in_update = (_simulate(defended, 3) for defended in (in_images, in_update))
   for a, b, c in zip(clean, _updates(in_images), _updates(in_update), strict=True):
     assert np.linalg.norm(b - c) < 0.1 * np.linalg.norm(b - a)
 
@@ -133,11 +217,11 @@ def test_what_cannot_be_simulated_takes_one_line():
   observation = _observed()
   with pytest.raises(UserError, match='13 are needed'):
     _simulate(observation, num_clients=13)
-  with pytest.raises(UserError, match="no simulation of the defence 'top_k'"):
-    _simulate(dataclasses.replace(observation, defense={'name': 'top_k', 'fraction': 0.1}))
-  shared = dataclasses.replace(
-    observation.clients[0].update, non_trainable=(np.zeros(3, np.float32),)
-  )
-  like = dataclasses.replace(observation.clients[0], update=shared)
-  with pytest.raises(UserError, match='BatchNorm statistics'):
-    simulate_round(observation, like, _public(), num_clients=2, seed=0)
+  for defense, message in (
+    ({'name': 'mixup'}, "no simulation of the defence 'mixup'"),
+    ({'name': 'published', 'map_kind': 'exposure'}, 'needs the generator'),
+    ({'name': 'top_k', 'share': 0.1}, "defence 'top_k': .*share"),
+    ({'name': 'top_k', 'fraction': 2.0}, "defence 'top_k': fraction must be"),
+  ):
+    with pytest.raises(UserError, match=message):
+      _simulate(dataclasses.replace(observation, defense=defense))

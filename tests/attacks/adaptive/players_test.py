@@ -1,0 +1,81 @@
+"""Played clients against those of a real round, on the same images."""
+
+import numpy as np
+import pytest
+
+from attacks.adaptive.players import build_player
+from attacks.local_steps import local_steps
+from tests.attacks.observed_rounds import small_model
+from tff_shadow.aggregators import NoiseStrength
+from tff_shadow.learning import (
+  DpFedAvg,
+  ShadowDefense,
+  ShadowNoise,
+  Soteria,
+  TrainingRun,
+  TrainingSettings,
+)
+from tff_shadow.observations import ClientTraining, read_observation, read_truth
+from tff_shadow.shadow import SaliencyConfig
+from tff_shadow.shadow.noise_keys import NOISE_KEY, experiment_secret, image_keys
+
+pytestmark = pytest.mark.usefixtures('tff_worker')
+_CLIENT = 'client_01'
+
+
+def _round(data, run_dir, defense, batch_norm, *, momentum=0.0):
+  """A real round of two local steps: its observation, and the truth of one client."""
+  model = small_model(batch_norm=batch_norm)
+  local = ClientTraining('sgd', 0.1, momentum, batch_size=4, local_epochs=1, max_local_steps=2)
+  settings = TrainingSettings(1, local, seed=5, defense=defense)
+  TrainingRun(data, model, settings, run_dir).train(resume=False)
+  truth = read_truth(run_dir / 'truth' / 'round_00001.safetensors')[_CLIENT]
+  return read_observation(run_dir / 'observations' / 'round_00001'), truth
+
+
+def _assert_sends_the_same(observation, truth, player, shares_statistics):
+  client = observation.client(_CLIENT)
+  assert bool(client.update.non_trainable) == shares_statistics
+  sent = player.update(truth, local_steps(client, observation.client_training), (3, 4))
+  for kind in ('trainable', 'non_trainable'):
+    for own, real in zip(getattr(sent, kind), getattr(client.update, kind), strict=True):
+      np.testing.assert_allclose(own, real, rtol=1e-4, atol=1e-6)
+      np.testing.assert_array_equal(own == 0, real == 0)
+
+
+@pytest.mark.parametrize(
+  ('defense', 'batch_norm'),
+  [
+    (DpFedAvg(clip_norm=0.05), True),
+    (Soteria(60.0), False),
+  ],
+  ids=['dp_fedavg', 'soteria'],
+)
+def test_sends_what_a_real_client_sends(tiny_data, tmp_path, defense, batch_norm):
+  observation, truth = _round(tiny_data, tmp_path, defense, batch_norm, momentum=0.5)
+  player = build_player(observation, batch_norm)
+  _assert_sends_the_same(observation, truth, player, batch_norm)
+
+
+@pytest.mark.parametrize(
+  ('propagation', 'batch_norm'), [('per_step', False), ('local_training', True)]
+)
+def test_with_the_client_s_keys_shadow_noise_is_the_same(
+  tiny_data, tmp_path, monkeypatch, propagation, batch_norm
+):
+  noise = ShadowNoise(
+    'correlated', NoiseStrength('scale', 0.1), SaliencyConfig(kind='given'), propagation
+  )
+  secrets = {name: experiment_secret(7, name) for name in tiny_data.clients}
+  defense = ShadowDefense(noise, True, secrets)
+  observation, truth = _round(tiny_data, tmp_path, defense, batch_norm)
+  player = build_player(observation, batch_norm)
+  everything = tiny_data.clients[_CLIENT].float_images()
+  indices = [int(np.flatnonzero((everything == one).all((1, 2, 3)))) for one in truth.images]
+  examples = player._examples
+
+  def with_its_keys(truth, key):
+    return {**examples(truth, key), NOISE_KEY: image_keys(secrets[_CLIENT], indices, None)}
+
+  monkeypatch.setattr(player, '_examples', with_its_keys)
+  _assert_sends_the_same(observation, truth, player, batch_norm)
