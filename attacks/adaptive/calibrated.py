@@ -106,7 +106,7 @@ class Trial:
 
 
 def calibrate(
-  simulated: SimulatedRound,
+  simulated: SimulatedRound | Sequence[SimulatedRound],
   config: AttackConfig,
   denoiser: RegionDenoiser | None,
   candidates: Sequence[Candidate] | None = None,
@@ -115,7 +115,7 @@ def calibrate(
   """Tries all candidates, with all levels of denoising.
 
   Args:
-    simulated: The attacker's own clients.
+    simulated: The attacker's own clients; in several rounds to attack as many jointly.
     config: All other settings.
     denoiser: Takes out what noise is left in the images; None for none. It must not have been
       trained on images of `simulated`.
@@ -128,14 +128,16 @@ def calibrate(
   Raises:
     UserError: If the round cannot be attacked.
   """
+  rounds = [simulated] if isinstance(simulated, SimulatedRound) else list(simulated)
+  observations, simulated = [own.observation for own in rounds], rounds[0]
   trials: list[Trial] = []
   first: list[TargetResult] = []
-  for done, candidate in enumerate(candidates or candidates_for(simulated.observation)):
+  for done, candidate in enumerate(candidates or candidates_for(observations[0])):
     results: list[TargetResult] = []
     for knows_region in (False, True):
       maps = simulated.maps if knows_region else dict.fromkeys(simulated.maps, simulated.mean_map)
       if not results or candidate.needs_guess:
-        results = _invert([simulated.observation], candidate, config, first, maps)
+        results = _invert(observations, candidate, config, first, maps)
       for level in LEVELS if denoiser else LEVELS[:1]:
         images = [_denoised(result, level, denoiser, maps) for result in results]
         own = _mean_region_psnr(results, images, simulated)

@@ -55,7 +55,8 @@ def simulate_round(
   """Plays the round of `observation` with clients like one of it, on public images.
 
   The clients are played exactly, all local steps, noise and what they send of BatchNorm; only the
-  order of their images after the first epoch is that of the first.
+  order of their images after the first epoch is that of the first. Several rounds played with the
+  same seed have the same clients, with the same noise if the defence keeps it.
 
   Args:
     observation: The round.
@@ -80,7 +81,7 @@ def simulate_round(
     own = public.take(chosen[index * like.num_images : (index + 1) * like.num_images])
     truth[name] = Truth(own.float_images(), own.labels, own.float_regions())
     maps[name] = region_map(truth[name])
-    update = player.update(truth[name], steps, (seed, index))
+    update = player.update(truth[name], steps, _noise_key(observation, seed, index))
     clients.append(dataclasses.replace(like, client_id=name, update=update, dropped=False))
   aggregate = WeightArrays(
     *(
@@ -93,6 +94,12 @@ def simulate_round(
   )
   played = dataclasses.replace(observation, clients=tuple(clients), aggregate=aggregate)
   return SimulatedRound(played, truth, maps)
+
+
+def _noise_key(observation: Observation, seed: int, index: int) -> tuple[int, int]:
+  fresh = 0 if observation.defense.get('frozen') else observation.round_num
+  state = np.random.SeedSequence([seed, index, fresh]).generate_state(2)
+  return tuple(map(int, state.astype(np.int32)))
 
 
 def _region_map(observation: Observation) -> Callable[[Truth], np.ndarray]:

@@ -127,15 +127,15 @@ def test_entries_that_were_not_sent_are_not_compared(simulated):
 
 
 def test_rounds_are_attacked_jointly(simulated):
-  observation = simulated.observation
-  trial = calibrated.Trial(Candidate(SquaredMatching(), 5.0, 'without_last_kernel'), 0, True, 0)
+  candidate = Candidate(SquaredMatching(), 5.0, 'without_last_kernel')
   config = dataclasses.replace(_CONFIG, iterations=4)
-  maps = {'public_00': simulated.maps['public_00']}
-  (alone,), (twice,) = (
-    attack_calibrated(seen, trial, config, None, maps)
-    for seen in (observation, [observation, observation])
+  trial = calibrate([simulated, simulated], config, None, [candidate])[0]
+  alone, twice = (
+    attack_calibrated(seen, trial, config, None, simulated.maps)
+    for seen in (simulated.observation, [simulated.observation] * 2)
   )
+  images = [result.reconstructions['attack'] for result in twice]
+  assert calibrated._mean_region_psnr(twice, images, simulated) == pytest.approx(trial.region_psnr)
   # The mean of two equal losses is one of them.
-  np.testing.assert_allclose(
-    twice.reconstructions['attack'], alone.reconstructions['attack'], atol=1e-3
-  )
+  for result, image in zip(alone, images, strict=True):
+    np.testing.assert_allclose(image, result.reconstructions['attack'], atol=1e-3)

@@ -103,6 +103,17 @@ def test_clients_have_noises_of_their_own_and_the_seed_decides_them():
   assert not np.array_equal(again[0], other[0])
 
 
+@pytest.mark.parametrize('frozen', [True, False])
+def test_noise_that_is_not_frozen_is_another_in_the_next_round(frozen):
+  observation = _defended(_observed(), 'isotropic')
+  observation = dataclasses.replace(observation, defense={**observation.defense, 'frozen': frozen})
+  first, second = (
+    _simulate(dataclasses.replace(observation, round_num=number), 1) for number in (1, 2)
+  )
+  np.testing.assert_array_equal(first.truth['public_00'].images, second.truth['public_00'].images)
+  assert np.array_equal(*(_updates(own)[0] for own in (first, second))) == frozen
+
+
 class TestBaselines:
   def test_percentile_gaussian(self):
     noises = []
