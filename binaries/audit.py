@@ -11,6 +11,7 @@ no image unless --annex is given, and summary.json. A stopped audit goes on with
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,10 +31,12 @@ from attacks.report import findings, page
 from attacks.scoring.results import read_json
 from attacks.threads import share_cores
 from binaries import command, run_directory
+from binaries.linearised_release import LinearisedRelease
 from binaries.progress import Progress
 from binaries.recorded_data import load_recorded
 from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
+from tff_shadow.models import batch_norm_layers, model_from_config
 from tff_shadow.observations import (
   Observation,
   Truth,
@@ -41,7 +44,7 @@ from tff_shadow.observations import (
   read_truth,
   round_directory_name,
 )
-from tff_shadow.privacy import Participation, guarantee_of
+from tff_shadow.privacy import Participation, guarantee_of, region_psnr
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 
 _RUN_DIR = flags.DEFINE_string('run_dir', None, 'Run directory of tff-shadow-train.')
@@ -90,6 +93,13 @@ _TOLERATED_DB = flags.DEFINE_float(
 _TOLERATED_SSIM = flags.DEFINE_float(
   'tolerated_ssim', findings.NEGLIGIBLE['ssim'], 'A gain of SSIM over the guess that is none.'
 )
+_BOUND_CLIENTS = flags.DEFINE_integer(
+  'bound_clients',
+  1,
+  'Clients over which bounds are averaged, where they can be computed: about a minute each for'
+  ' colour images of 32 px; 0 for no bounds.',
+  lower_bound=0,
+)
 _DELTA = flags.DEFINE_float('delta', 1e-5, 'Delta of the formal guarantee, where there is one.')
 _ANNEX = flags.DEFINE_bool('annex', False, 'Show reconstructions, and the images, in the page.')
 _LANES = flags.DEFINE_integer(
@@ -98,6 +108,10 @@ _LANES = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer('seed', 0, 'Decides the attacks.')
 _RESUME = flags.DEFINE_bool('resume', False, 'Go on with an interrupted audit.')
 
+# About 2 GB of derivatives.
+_MAX_JACOBIAN_ENTRIES = 5e8
+
+_NO_ADAPTIVE = 'No attacker who knows the defence was tried (--budget).'
 _MAY_CHANGE = frozenset({'resume', 'run_dir', 'annex', 'undefended_run_dir', 'lanes'})
 
 
@@ -135,7 +149,7 @@ def main() -> None:
     lanes=_LANES.value,
     watch=_watch,
   )
-  audit = _Audit(suite, budget, list(data.validation.float_images()))
+  audit = _Audit(suite, budget, data.validation.float_images())
   evidence = [audit.one_round(own) for own in seen]
   if len(seen) > 1:
     evidence += audit.jointly(seen, evidence[0].control)
@@ -190,10 +204,11 @@ class _Seen(NamedTuple):
 class _Audit:
   """Attacks rounds and gathers the evidence."""
 
-  def __init__(self, suite: Suite, budget: Budget, distractors: list[np.ndarray]):
+  def __init__(self, suite: Suite, budget: Budget, public_images: np.ndarray):
     self._suite = suite
     self._budget = budget
-    self._distractors = distractors
+    self._public_images = public_images
+    self._distractors = list(public_images)
 
   def one_round(self, seen: _Seen) -> RoundEvidence:
     observation, truth, clients = seen
@@ -202,16 +217,16 @@ class _Audit:
     attacked = self._suite.unaware(f'{place}/observed', [observation], clients)
     problems = []
     if defended:
-      adaptive = self._suite.adaptive(f'{place}/observed', observation, truth, clients)
+      adaptive = self._suite.adaptive(f'{place}/observed', [observation], truth, clients)
       attacked += adaptive
       if not adaptive:
-        problems.append('No attacker who knows the defence was tried (--budget).')
+        problems.append(_NO_ADAPTIVE)
     made, failed = self._scored(attacked, truth)
     undefended: list[Scored] = []
     if defended:
       clean = without_defense(observation, truth, clients)
       attacked = self._suite.unaware(f'{place}/undefended', [clean], clients)
-      attacked += self._suite.adaptive(f'{place}/undefended', clean, truth, clients)
+      attacked += self._suite.adaptive(f'{place}/undefended', [clean], truth, clients)
       undefended, _ = self._scored(attacked, truth)
     return RoundEvidence(
       (observation.round_num,),
@@ -220,6 +235,7 @@ class _Audit:
       undefended,
       self._control(place, seen, undefended if defended else made),
       problems,
+      self._bounds(seen),
     )
 
   def jointly(self, seen: list[_Seen], control: Scored) -> list[RoundEvidence]:
@@ -228,12 +244,16 @@ class _Audit:
     clients = [name for name in first.clients if _same_images(name, seen)]
     if not clients:
       return []
-    numbers = tuple(own.observation.round_num for own in seen)
-    attacked = self._suite.unaware('jointly', [own.observation for own in seen], clients)
-    made, failed = self._scored(attacked, first.truth)
-    problems = ()
+    observations = [own.observation for own in seen]
+    attacked = self._suite.unaware('jointly', observations, clients)
+    problems = []
     if first.observation.defense['name'] != 'none':
-      problems = ('No attacker who knows the defence was tried on several rounds together.',)
+      adaptive = self._suite.adaptive('jointly', observations, first.truth, clients)
+      attacked += adaptive
+      if not adaptive:
+        problems.append(_NO_ADAPTIVE)
+    made, failed = self._scored(attacked, first.truth)
+    numbers = tuple(own.round_num for own in observations)
     return [RoundEvidence(numbers, made, failed, (), control, problems)]
 
   def _control(self, place: str, seen: _Seen, clean: list[Scored]) -> Scored:
@@ -247,11 +267,52 @@ class _Audit:
       raise UserError(f'the positive control could not be attacked: {attacked.problem}')
     return score_attacked(attacked, shown, self._distractors)
 
+  def _bounds(self, seen: _Seen) -> list[dict[str, Any]]:
+    """Of rounds of single images under shadow noise whose region is given, on small models."""
+    observation, truth, clients = seen
+    names = clients[: _BOUND_CLIENTS.value]
+    strength = _linearised_strength(observation.defense)
+    if not names or strength is None or not is_single_image_round(observation, clients):
+      return []
+    model = model_from_config(observation.model_config)
+    entries = math.prod(observation.image_shape) * model.count_params()
+    if batch_norm_layers(model) or entries > _MAX_JACOBIAN_ENTRIES:
+      return []
+    for variable, array in zip(
+      model.trainable_variables, observation.global_weights.trainable, strict=True
+    ):
+      variable.assign(array)
+    with self._suite.watch('bounds', 1) as update:
+      release = LinearisedRelease(model, [truth[name] for name in names], self._public_images)
+      errors = release.errors(observation.defense['shape'], strength)
+      update(1, '')
+    rests_on = (
+      'Cramer-Rao: attackers without bias, who know nothing of what images look like',
+      'van Trees, an ESTIMATE: attackers who know what images look like, by a Gaussian prior fitted'
+      ' to public images',
+    )
+    names = ('Unbiased', 'With a prior')
+    return [
+      {'name': name, 'region_psnr': region_psnr(error), 'rests_on': words}
+      for name, error, words in zip(names, errors, rests_on, strict=True)
+      if np.isfinite(error) and error > 0
+    ]
+
   def _scored(
     self, attacked: list[Attacked], truth: Mapping[str, Truth]
   ) -> tuple[list[Scored], list[Attacked]]:
     made = [score_attacked(own, truth, self._distractors) for own in attacked if not own.problem]
     return made, [own for own in attacked if own.problem]
+
+
+def _linearised_strength(defense: Mapping[str, Any]) -> str | None:
+  """As `LinearisedRelease` takes it; None if it knows no such defence."""
+  if defense['name'] != 'shadow' or defense['saliency']['kind'] != 'given':
+    return None
+  kind, value = defense['strength']['kind'], defense['strength']['value']
+  if defense['propagation'] == 'images' and kind == 'scale':
+    return f'images:{value}'
+  return str(value) if defense['propagation'] == 'per_step' and kind == 'ratio' else None
 
 
 def _same_images(name: str, seen: list[_Seen]) -> bool:

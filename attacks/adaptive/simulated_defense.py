@@ -73,7 +73,7 @@ def simulate_round(
   if len(public) < needed:
     raise UserError(f'{len(public)} public images are too few: {needed} are needed')
   chosen = np.random.default_rng(seed).permutation(len(public))[:needed]
-  region_map = _region_map(observation)
+  region_map = region_map_of(observation)
   steps = local_steps(like, observation.client_training)
   clients, truth, maps = [], {}, {}
   for index in range(num_clients):
@@ -102,8 +102,8 @@ def _noise_key(observation: Observation, seed: int, index: int) -> tuple[int, in
   return tuple(map(int, state.astype(np.int32)))
 
 
-def _region_map(observation: Observation) -> Callable[[Truth], np.ndarray]:
-  """The region maps [B, H, W, 1] of a client: of the defence, or the regions as they are."""
+def region_map_of(observation: Observation) -> Callable[[Truth], np.ndarray]:
+  """Gives the region maps [B, H, W, 1] of a client: of the defence, or the regions as they are."""
   if observation.defense['name'] != 'shadow':
     return lambda truth: truth.regions
   config = SaliencyConfig(**observation.defense['saliency'])

@@ -8,17 +8,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import tensorflow as tf
 
+from attacks.adaptive.players import Player, build_player
 from attacks.local_steps import local_steps
-from attacks.simulator import ClientSimulator
-from tff_shadow.models import model_from_config
-from tff_shadow.observations import (
-  ClientObservation,
-  Observation,
-  Truth,
-  WeightArrays,
-)
+from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
+
+_NO_KEY = (0, 0)
 
 
 def without_defense(
@@ -26,12 +21,11 @@ def without_defense(
 ) -> Observation:
   """The round with what `clients` would have sent if nothing had been done to it.
 
-  Of clients that went through their images several times one possible order is taken. BatchNorm
-  statistics are those of the first pass over all images, and sent where they were.
+  Of clients that went through their images several times one possible order is taken.
   """
-  simulator = ClientSimulator(observation)
+  player = _player(observation)
   replayed = [
-    _replayed(observation, simulator, observation.client(name), truth[name]) for name in clients
+    _replayed(observation, player, observation.client(name), truth[name]) for name in clients
   ]
   return _round_of(observation, replayed)
 
@@ -46,7 +40,7 @@ def single_images(
   Returns:
     The round, and its truth.
   """
-  simulator = ClientSimulator(observation)
+  player = _player(observation)
   replayed, shown = [], {}
   for name in clients:
     own = truth[name]
@@ -54,7 +48,7 @@ def single_images(
     like = dataclasses.replace(
       observation.client(name), num_images=1, num_steps=1, batch_size=1, weight=1.0
     )
-    replayed.append(_replayed(observation, simulator, like, shown[name]))
+    replayed.append(_replayed(observation, player, like, shown[name]))
   return _round_of(observation, replayed), shown
 
 
@@ -77,32 +71,13 @@ def _round_of(observation: Observation, clients: Sequence[ClientObservation]) ->
 
 
 def _replayed(
-  observation: Observation, simulator: ClientSimulator, like: ClientObservation, own: Truth
+  observation: Observation, player: Player, like: ClientObservation, own: Truth
 ) -> ClientObservation:
   steps = local_steps(like, observation.client_training)
-  gradient = simulator.mean_gradient(tf.constant(own.images), tf.constant(own.labels), steps)
-  scale = simulator.update_over_gradient(like.num_steps)
-  update = tuple(-scale * tensor.numpy() for tensor in gradient)
-  statistics = like.update.non_trainable and _statistics_update(observation, own.images)
-  return dataclasses.replace(like, update=WeightArrays(update, statistics), dropped=False)
+  return dataclasses.replace(like, update=player.update(own, steps, _NO_KEY), dropped=False)
 
 
-def _statistics_update(observation: Observation, images: np.ndarray) -> tuple[np.ndarray, ...]:
-  """How one pass in training mode moves what is shared of the BatchNorm statistics."""
-  model = model_from_config(observation.model_config)
-  for variable, array in zip(
-    model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
-  ):
-    variable.assign(array)
-  for variable, array in zip(
-    model.trainable_variables, observation.global_weights.trainable, strict=True
-  ):
-    variable.assign(array)
-  model(images, training=True)
-  return tuple(
-    (variable - before).numpy()
-    for variable, before in zip(
-      model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
-    )
-    if variable.dtype.is_floating
-  )
+def _player(observation: Observation) -> Player:
+  undefended = dataclasses.replace(observation, defense={'name': 'none'})
+  shares = any(client.update.non_trainable for client in observation.clients)
+  return build_player(undefended, shares)

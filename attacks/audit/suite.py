@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
 from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
-from attacks.adaptive.simulated_defense import SimulatedRound, simulate_round
+from attacks.adaptive.simulated_defense import SimulatedRound, region_map_of, simulate_round
 from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation
@@ -80,7 +80,7 @@ class Suite:
     self._augmentations = tuple(augmentations)
     self._seed = seed
     self._lanes = lanes
-    self._watch = watch
+    self.watch = watch
     self._denoiser: RegionDenoiser | None = None
 
   def unaware(
@@ -117,18 +117,23 @@ class Suite:
     return attacked
 
   def adaptive(
-    self, place: str, observation: Observation, truth: Mapping[str, Truth], clients: Sequence[str]
+    self,
+    place: str,
+    observations: Sequence[Observation],
+    truth: Mapping[str, Truth],
+    clients: Sequence[str],
   ) -> list[Attacked]:
     """The attacks that know the defence, with the clients' regions unknown and known.
 
     Args:
       place: Names the directory of the results.
-      observation: The round.
-      truth: Gives the regions to the attacker that is told them, and nothing else.
+      observations: The rounds, attacked jointly.
+      truth: Decides the region maps that one of the attackers is told, and nothing else.
       clients: Ids.
     """
     names = [ADAPTIVE]
-    if _regions_may_be_told(observation, clients):
+    if all(observations[0].client(name).num_images == 1 for name in clients):
+      # Of several images nobody knows in which order they come out.
       names.append(ADAPTIVE_REGION)
     if not self._budget.calibration_clients:
       return []
@@ -136,7 +141,7 @@ class Suite:
     if all(attacked is not None for attacked in saved.values()):
       return list(saved.values())
     try:
-      made = self._adaptive(place, observation, truth, clients, names)
+      made = self._adaptive(place, observations, truth, clients, names)
     except (UserError, tf.errors.OpError) as error:
       return [Attacked(ADAPTIVE, (), (), str(error))]
     for attacked in made:
@@ -154,14 +159,18 @@ class Suite:
     knows = json.loads((directory / _KNOWS).read_text())
     return Attacked(directory.name, tuple(results), tuple(knows))
 
-  def _adaptive(self, place, observation, truth, clients, names) -> list[Attacked]:
+  def _adaptive(self, place, observations, truth, clients, names) -> list[Attacked]:
     config = AttackConfig(iterations=self._budget.iterations, lanes=self._lanes, seed=self._seed)
-    like = _typical(observation, clients)
+    like = _typical(observations[0], clients)
     count = min(self._budget.calibration_clients, len(self._played) // like.num_images)
-    simulated = simulate_round(observation, like, self._played, num_clients=count, seed=self._seed)
+    # The same clients in each round.
+    simulated = [
+      simulate_round(seen, like, self._played, num_clients=count, seed=self._seed)
+      for seen in observations
+    ]
     denoiser = self._trained_denoiser()
-    total = len(candidates_for(observation))
-    with self._watch(f'{place}: {total} settings on public images', total) as update:
+    total = len(candidates_for(observations[0]))
+    with self.watch(f'{place}: {total} settings on public images', total) as update:
       trials = calibrate(
         simulated,
         config,
@@ -169,14 +178,17 @@ class Suite:
         progress=lambda done, best: update(done, f'best {best.region_psnr:.1f} dB'),
       )
     earlier: dict = {}
+    region_map = region_map_of(observations[0])
     made = []
-    with self._watch(f'{place}: {" and ".join(names)}', len(names)) as update:
+    with self.watch(f'{place}: {" and ".join(names)}', len(names)) as update:
       for done, name in enumerate(names):
         told = name == ADAPTIVE_REGION
         trial = next(trial for trial in trials if trial.knows_region == told)
-        maps = {client: truth[client].regions if told else simulated.mean_map for client in clients}
-        results = attack_calibrated(observation, trial, config, denoiser, maps, earlier)
-        made.append(Attacked(name, tuple(results), _knows(trial, simulated)))
+        maps = {
+          client: region_map(truth[client]) if told else simulated[0].mean_map for client in clients
+        }
+        results = attack_calibrated(observations, trial, config, denoiser, maps, earlier)
+        made.append(Attacked(name, tuple(results), _knows(trial, simulated[0])))
         update(done + 1, str(trial.candidate))
     return made
 
@@ -185,7 +197,7 @@ class Suite:
       settings = DenoiserSettings(
         steps=self._budget.denoiser_steps, augmentations=self._augmentations, seed=self._seed
       )
-      with self._watch('denoiser', settings.steps) as update:
+      with self.watch('denoiser', settings.steps) as update:
         self._denoiser = RegionDenoiser(
           self._learned.float_images(),
           self._learned.float_regions(),
@@ -199,7 +211,7 @@ class Suite:
     directory.mkdir(parents=True, exist_ok=True)
     finished = read_results(directory)
     total = config.iterations * config.restarts * len(clients)
-    with self._watch(place, total) as update:
+    with self.watch(place, total) as update:
 
       def show(at: AttackProgress) -> None:
         update(at.done, f'iteration {at.iteration}, loss {at.loss:.2e}')
@@ -219,12 +231,6 @@ def _typical(observation: Observation, clients: Sequence[str]):
   """The client of the middle number of images."""
   ranked = sorted(map(observation.client, clients), key=lambda client: client.num_images)
   return ranked[len(ranked) // 2]
-
-
-def _regions_may_be_told(observation: Observation, clients: Sequence[str]) -> bool:
-  """Whether the truth holds the maps of the defence, in an order that reconstructions have."""
-  given = observation.defense.get('saliency', {}).get('kind', 'given') == 'given'
-  return given and all(observation.client(name).num_images == 1 for name in clients)
 
 
 def _knows(trial: Trial, simulated: SimulatedRound) -> tuple[str, ...]:

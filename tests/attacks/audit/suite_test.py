@@ -49,11 +49,15 @@ def test_the_attacker_who_knows_the_defence_attacks_once(tmp_path, observation):
   clients = [client.client_id for client in observation.clients]
   shape = (1, *observation.image_shape)
   truth = {
-    name: Truth(np.full(shape, np.nan, np.float32), np.zeros(1, np.int32), np.ones((*shape[:3], 1)))
+    name: Truth(
+      np.full(shape, np.nan, np.float32),
+      np.zeros(1, np.int32),
+      np.ones((*shape[:3], 1), np.float32),
+    )
     for name in clients
   }
   # Of the truth it is given the regions alone: the images are NaN.
-  unknown, known = _suite(tmp_path).adaptive('here', observation, truth, clients)
+  unknown, known = _suite(tmp_path).adaptive('here', [observation], truth, clients)
   assert (unknown.name, known.name) == (suites.ADAPTIVE, suites.ADAPTIVE_REGION)
   assert any('not those of the clients' in fact for fact in unknown.knows)
   assert any('is told the region' in fact for fact in known.knows)
@@ -61,7 +65,7 @@ def test_the_attacker_who_knows_the_defence_attacks_once(tmp_path, observation):
     assert [result.target for result in attacked.results] == clients
     assert all(np.isfinite(r.reconstructions['attack']).all() for r in attacked.results)
   written = (tmp_path / 'here' / 'adaptive' / 'result.json').stat().st_mtime_ns
-  again = _suite(tmp_path).adaptive('here', observation, truth, clients)
+  again = _suite(tmp_path).adaptive('here', [observation], truth, clients)
   assert [own.knows for own in again] == [unknown.knows, known.knows]
   np.testing.assert_array_equal(
     again[0].results[0].reconstructions['attack'], unknown.results[0].reconstructions['attack']
@@ -71,7 +75,7 @@ def test_the_attacker_who_knows_the_defence_attacks_once(tmp_path, observation):
 
 def test_what_cannot_be_simulated_is_a_problem_and_no_crash(tmp_path, observation):
   unknown = dataclasses.replace(observation, defense={'name': 'prayer'})
-  (attacked,) = _suite(tmp_path).adaptive('here', unknown, {}, ['client_00'])
+  (attacked,) = _suite(tmp_path).adaptive('here', [unknown], {}, ['client_00'])
   assert 'prayer' in attacked.problem
   assert not attacked.results
 
@@ -85,4 +89,4 @@ def test_presets_that_cannot_attack_are_problems(tmp_path, observation):
 
 def test_no_budget_for_it_means_no_such_attacker(tmp_path, observation):
   budget = dataclasses.replace(_BUDGET, calibration_clients=0)
-  assert _suite(tmp_path, budget).adaptive('here', observation, {}, ['client_00']) == []
+  assert _suite(tmp_path, budget).adaptive('here', [observation], {}, ['client_00']) == []
