@@ -155,16 +155,22 @@ def main() -> None:
     evidence += audit.jointly(seen, evidence[0].control)
   rounds = [summarise_round(own, tolerated) for own in evidence]
   defense = seen[0].observation.defense
+  guarantee = guarantee_of(defense, _participation(config, data, seen), _DELTA.value)
   summary = summarise(
     rounds,
     title=f'Privacy audit of {data.name}',
     defended=defense['name'] != 'none',
     adaptive=bool(budget.calibration_clients),
     scope=_scope(config, seen, defense),
+    dataset=seen[0].observation.dataset,
+    digests={name: config[name] for name in ('data_sha256', 'model_sha256')},
+    defense=dict(defense),
+    trained_seed=config['flags']['seed'],
     seed=_SEED.value,
     budget={'name': _BUDGET.value, **dataclasses.asdict(budget), 'presets': list(budget.presets)},
     tolerated=tolerated,
-    guarantee=str(guarantee_of(defense, _participation(config, data, seen), _DELTA.value)),
+    guarantee=str(guarantee),
+    epsilon=guarantee.epsilon,
     utility=utility,
     command=command.command_line(),
     versions=command.versions(),

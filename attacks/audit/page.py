@@ -7,7 +7,7 @@ import numpy as np
 
 from attacks.audit.strongest import Scored, strongest_names
 from attacks.audit.suite import ADAPTIVE, ADAPTIVE_REGION
-from attacks.audit.summary import round_words
+from attacks.audit.summary import GUESS, STRONGEST, UNDEFENDED, round_words
 from attacks.report import findings, pictures
 from attacks.report.page import environment, share_words
 from attacks.scoring import gate, results
@@ -56,20 +56,27 @@ def render(audit: Mapping[str, Any], annex: Sequence[Annex] = ()) -> str:
   )
 
 
-def _plot(per_image: Mapping[str, Sequence[float | None]]) -> dict[str, str] | None:
+def _plot(per_image: Mapping[str, Any]) -> dict[str, str] | None:
   words = {
-    'undefended': 'without the defence',
-    'strongest': 'strongest attack',
-    'guess': 'guess',
+    UNDEFENDED: 'without the defence',
+    STRONGEST: 'strongest attack',
+    GUESS: 'guess',
   }
-  groups = {words[name]: per_image[name] for name in words if per_image[name]}
-  if not any(value is not None for values in groups.values() for value in values):
+  values = per_image['values']
+  groups = {words[name]: _closeness(values[name]) for name in words if name in values}
+  if not any(value is not None for own in groups.values() for value in own):
     return None
   label = 'PSNR over the region, dB (higher is closer to the original)'
   return {
     'light': pictures.strip_uri(groups, label, dark=False),
     'dark': pictures.strip_uri(groups, label, dark=True),
   }
+
+
+def _closeness(values: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+  """Region PSNR, and PSNR where there is no region."""
+  pairs = zip(values['region_psnr'], values['psnr'], strict=True)
+  return [whole if region is None else region for region, whole in pairs]
 
 
 def _cases(attacks: Sequence[Scored]) -> list[dict[str, Any]]:

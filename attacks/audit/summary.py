@@ -26,6 +26,7 @@ from attacks.scoring.label_accuracy import multiset_labels
 from attacks.scoring.scores import ImageScore
 from attacks.scoring.statistics import mean_interval
 
+STRONGEST, UNDEFENDED, GUESS = 'strongest', 'undefended', 'guess'
 METRICS = ('psnr', 'region_psnr', 'ssim', 'region_ssim')
 
 
@@ -76,7 +77,9 @@ def summarise_round(
   control: metrics, margin, passed, images of the positive control.
   groups: Rows of `_groups`.
   per_client: Rows of `_clients`.
-  per_image: Region PSNR of each image, PSNR where there is no region: strongest, undefended, guess.
+  per_image: 'images', CLIENT/NUMBER of each, and 'values': from `STRONGEST`, `UNDEFENDED`, `GUESS`
+    (one control for all metrics) and the name of each attack to metric -> one value an image, null
+    where there is none.
   bounds: See `RoundEvidence`.
   """
   problems = [*evidence.problems]
@@ -106,7 +109,7 @@ def summarise_round(
     'control': _control(evidence.control),
     'groups': _groups(scores),
     'per_client': _clients(scores),
-    'per_image': _per_image(scores, clean),
+    'per_image': _per_image(scores, clean, evidence.attacks),
     'bounds': [dict(bound) for bound in evidence.bounds],
   }
 
@@ -257,13 +260,25 @@ def _clients(scores: Sequence[ImageScore]) -> list[dict[str, Any]]:
   return sorted(rows, key=lambda row: -row['worst'])
 
 
-def _per_image(scores: Sequence[ImageScore], clean: Sequence[ImageScore]) -> dict[str, Any]:
-  control = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
+def _per_image(
+  scores: Sequence[ImageScore], clean: Sequence[ImageScore], attacks: Sequence[Scored]
+) -> dict[str, Any]:
+  sets = {STRONGEST: (scores, results.ATTACK), **_guesses(scores)}
+  if clean:
+    sets[UNDEFENDED] = (clean, results.ATTACK)
+  sets |= {attack.attacked.name: (attack.scores, results.ATTACK) for attack in attacks}
   return {
-    'strongest': [_closeness(row, results.ATTACK) for row in scores],
-    'undefended': [_closeness(row, results.ATTACK) for row in clean],
-    'guess': [_closeness(row, control) for row in scores],
+    'images': [f'{row.target}/{row.image}' for row in scores],
+    'values': {
+      name: {metric: [_value(row, set_name, metric) for row in rows] for metric in METRICS}
+      for name, (rows, set_name) in sets.items()
+    },
   }
+
+
+def _guesses(scores: Sequence[ImageScore]) -> dict[str, tuple[Sequence[ImageScore], str]]:
+  control = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
+  return {GUESS: (scores, control)} if control else {}
 
 
 def summarise(
@@ -281,8 +296,8 @@ def summarise(
     title: Of the page.
     defended: Whether anything is done against attacks.
     adaptive: Whether an attacker who knows the defence was among them.
-    **document: What the page shows besides: scope, seed, budget, tolerated, guarantee, utility,
-      command, versions.
+    **document: What the page shows besides: scope, defense, seed, budget, tolerated, guarantee,
+      epsilon, utility, command, versions.
   """
   worst = min(rounds, key=lambda entry: VERDICTS.index(entry['verdict']))
   return {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -56,15 +57,20 @@ def write_report(
 
 
 def write_pages(output_dir: pathlib.Path, html: str, summary: dict[str, Any]) -> None:
-  """Writes a page and its summary into `output_dir`, each atomically.
+  """Writes a page and its summary into `output_dir`; see `write_whole`."""
+  text = json.dumps(summary, indent=2, allow_nan=False) + '\n'
+  write_whole(output_dir, {SUMMARY_NAME: text, PAGE_NAME: html})
+
+
+def write_whole(output_dir: pathlib.Path, files: Mapping[str, str]) -> None:
+  """Writes `files`, from name to text, into `output_dir`, each atomically.
 
   Raises:
     UserError: If they cannot be written.
   """
-  text = json.dumps(summary, indent=2, allow_nan=False) + '\n'
   try:
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in ((SUMMARY_NAME, text), (PAGE_NAME, html)):
+    for name, content in files.items():
       temporary = output_dir / f'{name}.tmp'
       temporary.write_text(content, encoding='utf-8')
       os.replace(temporary, output_dir / name)

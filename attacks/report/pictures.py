@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,16 @@ from attacks.report.reading import Training
 ERROR_COLORMAP = 'magma'
 ERROR_RANGE = 0.5
 _CURVE_COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
+
+
+class Point(NamedTuple):
+  """A point of a plot: where it is, the interval of `y`, and what is written beside it."""
+
+  label: str
+  x: float
+  y: float
+  low: float
+  high: float
 
 
 def image_uri(image: np.ndarray) -> str:
@@ -120,6 +131,44 @@ def strip_uri(groups: Mapping[str, Sequence[float | None]], label: str, dark: bo
   axes.tick_params(colors=ink, labelsize=9, length=0)
   axes.grid(color=grid, linewidth=0.8, axis='x')
   axes.spines[:].set_visible(False)
+  return _figure_uri(plot)
+
+
+def scatter_uri(
+  groups: Mapping[str, Sequence[Point]], x_label: str, y_label: str, dark: bool
+) -> str:
+  """PNG data URI of points with the intervals of their heights, a panel for each group.
+
+  Args:
+    groups: From a panel's title to its points.
+    x_label: Of the axis from left to right.
+    y_label: Of the other.
+    dark: For a dark page.
+  """
+  ink, grid = _inks(dark)
+  plot = figure.Figure(figsize=(4.6 * len(groups), 3.8), dpi=160, layout='constrained')
+  panels = np.atleast_1d(plot.subplots(1, len(groups)))
+  for axes, (title, points) in zip(panels, groups.items(), strict=True):
+    for index, point in enumerate(points):
+      color = _CURVE_COLORS[index % len(_CURVE_COLORS)]
+      axes.plot([point.x] * 2, [point.low, point.high], color=color, linewidth=1.2)
+      axes.plot(point.x, point.y, 'o', color=color, markersize=6)
+      axes.annotate(
+        point.label,
+        (point.x, point.y),
+        color=ink,
+        fontsize=8,
+        xytext=(5, 4),
+        textcoords='offset points',
+      )
+    axes.set_facecolor('none')
+    axes.set_title(title, color=ink, fontsize=10, loc='left')
+    axes.set_xlabel(x_label, color=ink)
+    axes.tick_params(colors=ink, labelsize=9)
+    axes.grid(color=grid, linewidth=0.8)
+    axes.margins(0.2)
+    axes.spines[:].set_visible(False)
+  panels[0].set_ylabel(y_label, color=ink)
   return _figure_uri(plot)
 
 

@@ -1,0 +1,317 @@
+"""Defences side by side, from the summaries of their audits."""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED
+from attacks.report.findings import VERDICTS
+from attacks.scoring.results import read_json
+from attacks.scoring.statistics import Interval, mean_interval
+from tff_shadow.errors import UserError
+
+COLUMNS = (
+  'dataset',
+  'defense',
+  'strength',
+  'rounds',
+  'rounds_observed',
+  'attack',
+  'knows_noise',
+  'psnr',
+  'ssim',
+  'region_psnr',
+  'region_ssim',
+  'control_region_psnr',
+  'ci95_low',
+  'ci95_high',
+  'region_psnr_change',
+  'change_ci95_low',
+  'change_ci95_high',
+  'over_reference',
+  'reference_ci95_low',
+  'reference_ci95_high',
+  'bound_region_psnr',
+  'f1',
+  'f1_undefended',
+  'epsilon',
+  'verdict',
+  'images',
+  'seeds',
+)
+_KNOWING = 'adaptive'
+
+
+class Audit(NamedTuple):
+  """The summary of one audit.
+
+  Attributes:
+    path: Where it was read.
+    summary: Its content.
+    defense: Name of the defence; of shadow noise its shape.
+    strength: Its settings that differ between runs; empty for none.
+  """
+
+  path: pathlib.Path
+  summary: dict[str, Any]
+  defense: str
+  strength: str
+
+  @property
+  def label(self) -> str:
+    """'correlated ratio 0.3'."""
+    return f'{self.defense} {self.strength}'.strip()
+
+  @property
+  def start(self) -> tuple[str, str, int]:
+    """What runs that are compared share: data, start model and seed."""
+    digests = self.summary['digests']
+    return digests['data_sha256'], digests['model_sha256'], self.summary['trained_seed']
+
+
+def read_audit(path: pathlib.Path) -> Audit:
+  """Reads a summary.json that `tff-shadow-audit` wrote.
+
+  Raises:
+    UserError: If it is missing, damaged, of another format or version.
+  """
+  summary = read_json(path)
+  if (summary.get('format'), summary.get('version')) != ('tff-shadow-audit', 1):
+    raise UserError(f'{path}: not the summary of an audit of version 1')
+  try:
+    defense, strength = _named(summary['defense'])
+    audit = Audit(path, summary, defense, strength)
+    _ = audit.start, summary['dataset'], summary['epsilon'], summary['utility']['test']
+    for entry in summary['rounds']:
+      _check_round(entry)
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
+    raise UserError(f'{path}: damaged ({type(error).__name__}: {error})') from error
+  return audit
+
+
+def compare(audits: Sequence[Audit], reference: str | None = None) -> list[dict[str, Any]]:
+  """A row for each data set, defence, audited rounds and attack, the strongest first.
+
+  Seeds are pooled: the values of all their images, each with its own control. Empty where there is
+  nothing to tell; numbers otherwise.
+
+  psnr, ssim, region_psnr, region_ssim: Means over images; of 'strongest' each image by the attack
+    that came closest.
+  ci95_low, ci95_high: Of region_psnr minus control_region_psnr, paired by image.
+  region_psnr_change: Against the same rounds without the defence and under the strongest attack,
+    with its interval, of 'strongest' alone.
+  over_reference: How many dB less of the region the reference gives away, paired by image, with its
+    interval; of 'strongest' alone, over the seeds that both have.
+  bound_region_psnr: The least of the bounds; see the summaries for what each rests on.
+
+  Args:
+    audits: Of runs that may differ in everything.
+    reference: Label of the defence that the others are compared with.
+
+  Raises:
+    UserError: If no audit has the label `reference`, or two are of the same run and rounds.
+  """
+  labels = {audit.label for audit in audits}
+  if reference is not None and reference not in labels:
+    raise UserError(f'--reference={reference}: use one of {", ".join(sorted(labels))}')
+  rows = []
+  for (dataset, rounds), group in _grouped(audits).items():
+    against = [pair for pair in group if pair[0].label == reference]
+    for label in dict.fromkeys(audit.label for audit, _ in group):
+      own = [pair for pair in group if pair[0].label == label]
+      _check_unique(own)
+      rows += _rows(dataset, rounds, own, against if label != reference else [], audits)
+  return rows
+
+
+def _named(defense: Mapping[str, Any]) -> tuple[str, str]:
+  if defense['name'] == 'shadow':
+    strength = defense['strength']
+    parts = [f'{strength["kind"]} {strength["value"]:g}']
+    if defense['propagation'] == 'images':
+      parts.append('in images')
+    if not defense['frozen']:
+      parts.append('fresh')
+    if defense['saliency']['kind'] != 'given':
+      parts.append(defense['saliency']['kind'])
+    return defense['shape'], ', '.join(parts)
+  settings = {key: value for key, value in defense.items() if isinstance(value, int | float)}
+  return defense['name'], ', '.join(f'{key} {value:g}' for key, value in settings.items())
+
+
+def _check_round(entry: Mapping[str, Any]) -> None:
+  """Raises one of several errors for what `compare` cannot read."""
+  count = len(entry['per_image']['images'])
+  _ = [int(number) for number in entry['rounds']], entry['bounds'], VERDICTS.index(entry['verdict'])
+  for name, values in entry['per_image']['values'].items():
+    for metric in METRICS:
+      if len(values[metric]) != count:
+        raise ValueError(f'{name} has {len(values[metric])} values of {metric} for {count} images')
+
+
+def _grouped(
+  audits: Sequence[Audit],
+) -> dict[tuple[str, tuple[int, ...]], list[tuple[Audit, dict[str, Any]]]]:
+  groups: dict = {}
+  for audit in audits:
+    for entry in audit.summary['rounds']:
+      key = (audit.summary['dataset'], tuple(entry['rounds']))
+      groups.setdefault(key, []).append((audit, entry))
+  return groups
+
+
+def _check_unique(pairs) -> None:
+  seen: dict = {}
+  for audit, _ in pairs:
+    if audit.start in seen:
+      raise UserError(
+        f'{audit.path} and {seen[audit.start]} are audits of the same defence, data and seed'
+      )
+    seen[audit.start] = audit.path
+
+
+def _rows(dataset, rounds, own, against, audits) -> Iterator[dict[str, Any]]:
+  audit = own[0][0]
+  f1, f1_undefended = _f1(own, audits)
+  worst = min((entry['verdict'] for _, entry in own), key=VERDICTS.index)
+  bounds = [bound['region_psnr'] for _, entry in own for bound in entry['bounds']]
+  epsilons = [one.summary['epsilon'] for one, _ in own]
+  shared = {
+    'dataset': dataset,
+    'defense': audit.defense,
+    'strength': audit.strength,
+    'rounds': '+'.join(map(str, rounds)),
+    'rounds_observed': len(rounds),
+    'bound_region_psnr': min(bounds) if bounds else '',
+    'f1': f1,
+    'f1_undefended': f1_undefended,
+    'epsilon': '' if None in epsilons else max(epsilons),
+    'seeds': len(own),
+  }
+  names = dict.fromkeys(name for _, entry in own for name in _attacks(entry))
+  for name in [STRONGEST, *names]:
+    found = [entry for _, entry in own if name in entry['per_image']['values']]
+    pooled = {metric: _pooled(found, name, metric) for metric in METRICS}
+    control = _pooled(found, GUESS, 'region_psnr')
+    row = dict.fromkeys(COLUMNS, '') | shared
+    row |= {metric: _mean(values) for metric, values in pooled.items()}
+    row |= {
+      'attack': name,
+      'knows_noise': 'yes' if name.startswith(_KNOWING) else 'no',
+      'control_region_psnr': _mean(control),
+      'images': len(pooled['psnr']),
+    }
+    row |= _interval(_difference(pooled['region_psnr'], control), 'ci95_low', 'ci95_high')
+    if name == STRONGEST:
+      row['knows_noise'], row['verdict'] = '', worst
+      clean = _pooled(found, UNDEFENDED, 'region_psnr')
+      change = _difference(pooled['region_psnr'], clean)
+      row |= _interval(change, 'change_ci95_low', 'change_ci95_high', 'region_psnr_change')
+      less = _over_reference(own, against)
+      row |= _interval(less, 'reference_ci95_low', 'reference_ci95_high', 'over_reference')
+    yield row
+
+
+def _attacks(entry: Mapping[str, Any]) -> list[str]:
+  return [
+    name for name in entry['per_image']['values'] if name not in (STRONGEST, UNDEFENDED, GUESS)
+  ]
+
+
+def _pooled(entries, name: str, metric: str) -> list[float | None]:
+  """Of all images of all seeds; None where there is no value."""
+  values: list[float | None] = []
+  for entry in entries:
+    missing = [None] * len(entry['per_image']['images'])
+    values += entry['per_image']['values'].get(name, {}).get(metric, missing)
+  return values
+
+
+def _mean(values: Sequence[float | None]) -> float | str:
+  known = [value for value in values if value is not None]
+  return float(np.mean(known)) if known else ''
+
+
+def _difference(first: Sequence[float | None], second: Sequence[float | None]) -> list[float]:
+  pairs = zip(first, second, strict=True)
+  return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def _interval(differences: Sequence[float], low: str, high: str, mean: str | None = None) -> dict:
+  interval: Interval = mean_interval(differences)
+  row = {low: interval.low, high: interval.high} | ({mean: interval.mean} if mean else {})
+  return {name: '' if value is None else value for name, value in row.items()}
+
+
+def _over_reference(own, against) -> list[float]:
+  differences: list[float] = []
+  for audit, entry in own:
+    for other, theirs in against:
+      if other.start == audit.start:
+        values = [
+          dict(
+            zip(one['per_image']['images'], _pooled([one], STRONGEST, 'region_psnr'), strict=True)
+          )
+          for one in (entry, theirs)
+        ]
+        common = [name for name in values[0] if name in values[1]]
+        differences += _difference(*([side[name] for name in common] for side in values))
+  return differences
+
+
+def _f1(own, audits: Sequence[Audit]) -> tuple[float | str, float | str]:
+  """Means over the seeds that have both, or of the runs alone."""
+  found, clean = [], []
+  for audit, _ in own:
+    utility = audit.summary['utility']
+    other = utility['undefended'] or _undefended_test(audit, audits)
+    if utility['test']:
+      found.append(utility['test']['f1'])
+      clean.append(other['f1'] if other else None)
+  return _mean(found), _mean(clean) if None not in clean else ''
+
+
+def _undefended_test(audit: Audit, audits: Sequence[Audit]) -> Mapping[str, float] | None:
+  """Of an undefended run from the same start."""
+  for other in audits:
+    if other.defense == 'none' and other.start == audit.start:
+      return other.summary['utility']['test']
+  return None
+
+
+def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A booktabs table of the strongest attacks."""
+  head = (
+    'Data set & Defence & Region PSNR & Guess & Change & F1 & F1 undefended & Bound \\\\ \\midrule'
+  )
+  lines = ['\\begin{tabular}{llrrrrrr}', '\\toprule', head]
+  for row in rows:
+    if row['attack'] == STRONGEST:
+      label = f'{row["defense"]} {row["strength"]}'.strip()
+      change = _number(row['region_psnr_change'], 1)
+      if row['change_ci95_low'] != '':
+        change += f' ({row["change_ci95_low"]:.1f} to {row["change_ci95_high"]:.1f})'
+      cells = [
+        _escaped(row['dataset']),
+        _escaped(label),
+        _number(row['region_psnr'], 1),
+        _number(row['control_region_psnr'], 1),
+        change,
+        _number(row['f1'], 3),
+        _number(row['f1_undefended'], 3),
+        _number(row['bound_region_psnr'], 1),
+      ]
+      lines.append(' & '.join(cells) + ' \\\\')
+  return '\n'.join([*lines, '\\bottomrule', '\\end{tabular}']) + '\n'
+
+
+def _number(value: float | str, digits: int) -> str:
+  return '--' if value == '' else f'{value:.{digits}f}'
+
+
+def _escaped(text: str) -> str:
+  for character in '&%$#_{}':
+    text = text.replace(character, f'\\{character}')
+  return text

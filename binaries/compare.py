@@ -1,0 +1,81 @@
+"""Is this defence better than that one? Puts audits of several runs side by side.
+
+tff-shadow-compare --run_dir=runs/none --run_dir=runs/noise --output_dir=runs/compared
+
+Runs of one defence that differ in their seed make one row. Writes comparison.csv, comparison.tex
+and comparison.html.
+"""
+
+import pathlib
+
+from absl import flags
+
+from attacks.audit import comparison, comparison_page
+from attacks.report.page import write_whole
+from binaries import command
+from binaries.tables import write_table
+from tff_shadow.errors import UserError
+
+_RUN_DIRS = flags.DEFINE_multi_string(
+  'run_dir', [], 'Run directory with an audit under audits/; may be given repeatedly.'
+)
+_NAME = flags.DEFINE_string('name', 'audit', 'Name of the audits in the run directories.')
+_OUTPUT_DIR = flags.DEFINE_string('output_dir', None, 'Where the three files go.')
+_REFERENCE = flags.DEFINE_string(
+  'reference', None, 'Defence that the others are compared with, as "correlated ratio 0.3".'
+)
+_TITLE = flags.DEFINE_string('title', 'Defences compared', "The page's title.")
+_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a comparison that is already there.')
+
+_FILES = ('comparison.csv', 'comparison.tex', 'comparison.html')
+
+
+def main() -> None:
+  """Compares the audits that the flags name."""
+  if not _RUN_DIRS.value:
+    raise UserError('--run_dir is missing: name the run directories of several audited runs')
+  if not _OUTPUT_DIR.value:
+    raise UserError('--output_dir is missing: the comparison needs a place')
+  if _NAME.value in ('', '.', '..') or '/' in _NAME.value:
+    raise UserError(f'--name={_NAME.value}: must be the name of one directory')
+  output = pathlib.Path(_OUTPUT_DIR.value)
+  if output.exists() and not output.is_dir():
+    raise UserError(f'--output_dir={output}: is a file')
+  for name in _FILES:
+    if (output / name).exists() and not _OVERWRITE.value:
+      raise UserError(f'{output / name} exists; pass --overwrite to replace it')
+  audits = [
+    comparison.read_audit(pathlib.Path(directory) / 'audits' / _NAME.value / 'summary.json')
+    for directory in _RUN_DIRS.value
+  ]
+  rows = comparison.compare(audits, _REFERENCE.value)
+  budgets = sorted({_budget(audit) for audit in audits})
+  page = comparison_page.render(
+    rows,
+    title=_TITLE.value,
+    reference=_REFERENCE.value,
+    budgets=f'Here: {"; ".join(budgets)}.',
+    command=command.command_line(),
+  )
+  table = [{name: _cell(value) for name, value in row.items()} for row in rows]
+  write_table(output / _FILES[0], comparison.COLUMNS, table)
+  write_whole(output, {_FILES[1]: comparison.as_latex(rows), _FILES[2]: page})
+  print(f'{len(audits)} audits, {len(rows)} rows; wrote {", ".join(_FILES)} to {output}')
+
+
+def _budget(audit: comparison.Audit) -> str:
+  budget = audit.summary['budget']
+  return f'{budget["name"]}, {budget["iterations"]} iterations'
+
+
+def _cell(value):
+  return f'{value:.4f}' if isinstance(value, float) else value
+
+
+def run() -> None:
+  """The entry point of tff-shadow-compare."""
+  command.run(main)
+
+
+if __name__ == '__main__':
+  run()

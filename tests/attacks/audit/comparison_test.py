@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+
+from attacks.audit import comparison, comparison_page
+from tests.attacks.audit.made_up import COUNT, attack_with, audited, close
+from tff_shadow.errors import UserError
+
+_NOISE = {
+  'name': 'shadow',
+  'shape': 'correlated',
+  'strength': {'kind': 'ratio', 'value': 0.3},
+  'saliency': {'kind': 'given'},
+  'propagation': 'per_step',
+  'frozen': True,
+}
+_TOP_K = {'name': 'top_k', 'fraction': 0.1}
+_DEVIATIONS = {'none': 0.02, 'shadow': 0.3, 'top_k': 0.1}
+
+
+def _write(directory, defense, seed, f1, epsilon=None):
+  clean = attack_with(close(_DEVIATIONS['none'], seed))
+  own = attack_with(close(_DEVIATIONS[defense['name']], seed + 10), 'best')
+  other = attack_with(close(0.5, seed + 20), 'adaptive')
+  _, summary = audited(
+    [own, other],
+    undefended=[] if defense['name'] == 'none' else [clean],
+    control=clean,
+    dataset='discs',
+    defense=defense,
+    digests={'data_sha256': 'd', 'model_sha256': f'm{seed}'},
+    trained_seed=seed,
+    epsilon=epsilon,
+    f1=f1,
+  )
+  path = directory / f'{defense["name"]}_{seed}.json'
+  path.write_text(json.dumps(summary))
+  return path
+
+
+@pytest.fixture(scope='module')
+def audits(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('audits')
+  paths = [
+    _write(directory, {'name': 'none'}, 0, 0.9),
+    _write(directory, {'name': 'none'}, 1, 0.8),
+    _write(directory, _NOISE, 0, 0.85),
+    _write(directory, _NOISE, 1, 0.81),
+    _write(directory, _TOP_K, 0, 0.7, epsilon=2.0),
+  ]
+  return [comparison.read_audit(path) for path in paths]
+
+
+@pytest.fixture(scope='module')
+def rows(audits):
+  return comparison.compare(audits, 'correlated ratio 0.3')
+
+
+def test_seeds_are_pooled_and_attacks_told_apart(rows):
+  kinds = [(row['defense'], row['attack']) for row in rows]
+  attacks = ['strongest', 'best', 'adaptive']
+  assert kinds == [(d, a) for d in ('none', 'correlated', 'top_k') for a in attacks]
+  by_kind = dict(zip(kinds, rows, strict=True))
+  noise = by_kind['correlated', 'strongest']
+  assert (noise['images'], noise['seeds'], noise['rounds_observed']) == (2 * COUNT, 2, 1)
+  assert noise['strength'] == 'ratio 0.3'
+  assert noise['f1'] == pytest.approx(0.83)
+  assert noise['f1_undefended'] == pytest.approx(0.85)  # Of the runs from the same starts.
+  assert noise['region_psnr'] >= by_kind['correlated', 'best']['region_psnr']
+  assert by_kind['correlated', 'adaptive']['knows_noise'] == 'yes'
+  assert noise['change_ci95_high'] < -10
+  assert noise['epsilon'] == ''
+  assert by_kind['top_k', 'strongest']['epsilon'] == 2.0
+  assert by_kind['none', 'strongest']['region_psnr_change'] == ''
+
+
+def test_the_reference_is_compared_image_by_image(audits, rows):
+  row = next(row for row in rows if (row['defense'], row['attack']) == ('top_k', 'strongest'))
+  values = {}
+  for audit in audits:
+    if audit.summary['trained_seed'] == 0:
+      values[audit.defense] = audit.summary['rounds'][0]['per_image']['values']['strongest']
+  expected = np.subtract(values['top_k']['region_psnr'], values['correlated']['region_psnr'])
+  assert row['over_reference'] == pytest.approx(expected.mean())
+  assert row['reference_ci95_low'] < expected.mean() < row['reference_ci95_high']
+  assert row['over_reference'] > 0
+  own = next(row for row in rows if row['defense'] == 'correlated')
+  assert own['over_reference'] == ''
+
+
+def test_the_page_and_the_table_show_all_defences(rows):
+  page = comparison_page.render(
+    rows, title='A <title>', reference='correlated ratio 0.3', budgets='Here.', command='compare'
+  )
+  assert 'A &lt;title&gt;' in page
+  for words in ('top_k fraction 0.1', 'correlated ratio 0.3', 'data:image/png'):
+    assert words in page
+  latex = comparison.as_latex(rows)
+  assert latex.count('\\\\') == 1 + 3
+  assert 'top\\_k' in latex
+
+
+def test_what_cannot_be_compared_is_told(audits, tmp_path):
+  with pytest.raises(UserError, match='--reference=nothing: use one of correlated ratio'):
+    comparison.compare(audits, 'nothing')
+  with pytest.raises(UserError, match='are audits of the same defence'):
+    comparison.compare([audits[0], audits[0]])
+  path = tmp_path / 'summary.json'
+  summary = json.loads(audits[0].path.read_text())
+  path.write_text(json.dumps({**summary, 'version': 2}))
+  with pytest.raises(UserError, match='version 1'):
+    comparison.read_audit(path)
+  summary['rounds'][0]['per_image']['values']['strongest']['psnr'].pop()
+  path.write_text(json.dumps(summary))
+  with pytest.raises(UserError, match='damaged'):
+    comparison.read_audit(path)
