@@ -153,7 +153,7 @@ class _Attack:
     ]
 
   def _result(self, target, labels, restarts, reason, controls) -> TargetResult:
-    """From the finished restarts of a target: (loss, images, seconds, iteration of divergence)."""
+    """From the finished restarts of a target, or the reason why it has none."""
     sound = [k for k, restart in enumerate(restarts) if restart.diverged_at < 0]
     if not reason and not sound:
       reason = (

@@ -152,9 +152,8 @@ def _variants() -> list[str]:
 
 def _compute_utility(table: RowCache) -> None:
   # An ablation's F1 is not worth its time; it has the published one's noise or the same energy.
-  cells = list(
-    itertools.product(range(_SEEDS.value), _DATASETS.value, {'none', 'published'} & {*_variants()})
-  )
+  variants = [name for name in _variants() if name in ('none', 'published')]
+  cells = list(itertools.product(range(_SEEDS.value), _DATASETS.value, variants))
   done = table.done(_KEY)
   with Progress('utility', len(cells), 'cells') as progress:
     for count, (seed, dataset, variant) in enumerate(cells):

@@ -15,17 +15,20 @@ import warnings
 import tensorflow_federated as tff
 from absl import flags
 
-from binaries import baseline_flags, command, data_flags, published_flags, run_directory
+from binaries import (
+  baseline_flags,
+  command,
+  data_flags,
+  published_flags,
+  run_directory,
+  shadow_flags,
+)
 from binaries.progress import Progress
-from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
   BASELINES,
-  PROPAGATIONS,
   RoundReport,
-  ShadowDefense,
-  ShadowNoise,
   TrainingRun,
   TrainingSettings,
   evaluate,
@@ -33,7 +36,7 @@ from tff_shadow.learning import (
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
 from tff_shadow.models import MODELS, NORMS, build_model, load_keras_file, model_to_config
 from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining
-from tff_shadow.shadow import KINDS, SaliencyConfig, build_region_map
+from tff_shadow.shadow import build_region_map
 from tff_shadow.shadow.noise_keys import draw_secret, experiment_secret
 
 _RUN_DIR = flags.DEFINE_string('run_dir', None, 'Directory of this run; must be new or empty.')
@@ -117,55 +120,11 @@ _DEFENSE = flags.DEFINE_enum(
   ' flags --NAME_...; plain Gaussian noise of a fixed scale is shadow with --noise_shape=isotropic'
   ' --noise_strength_kind=scale --noise_freshness=fresh.',
 )
-_NOISE_SHAPE = flags.DEFINE_enum(
-  'noise_shape',
-  'correlated',
-  NOISE_SHAPES,
-  'isotropic: the same for every weight. diagonal: more on weights that carry the region.'
-  ' correlated: as the update moves when the region does.',
-)
-_NOISE_STRENGTH_KIND = flags.DEFINE_enum(
-  'noise_strength_kind',
-  'region_psnr',
-  STRENGTH_KINDS,
-  "ratio: norm of the noise over the update's. scale: absolute. region_psnr: the PSNR in dB that no"
-  ' unbiased attacker exceeds over the region. With ratio the scale follows the update from round'
-  ' to round, so that frozen noise can be told apart from the image by comparing rounds.',
-)
-_NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 20.0, 'See --noise_strength_kind.')
-_NOISE_FRESHNESS = flags.DEFINE_enum(
-  'noise_freshness',
-  'frozen',
-  ['frozen', 'fresh'],
-  'frozen: an image keeps its noise. fresh: new in every round, which averages out over rounds.',
-)
 _REPRODUCIBLE_NOISE = flags.DEFINE_bool(
   'reproducible_noise',
   False,
   'FOR EXPERIMENTS ONLY: noise keys follow from --seed, so a server that knows it can subtract the'
   ' noise. Otherwise they come from secrets that each client draws.',
-)
-_PROPAGATION = flags.DEFINE_enum(
-  'propagation',
-  None,
-  PROPAGATIONS,
-  'How far the shadow follows the region: into each local step, or through the whole local training'
-  ' (trains two more copies). Or images: correlated noise of an absolute strength is put into the'
-  ' images themselves. By default images where it can be, else per_step.',
-)
-_PROBES = flags.DEFINE_integer('probes', 8, 'Draws for the diagonal shape.', lower_bound=1)
-_SALIENCY = flags.DEFINE_enum(
-  'saliency',
-  'gradcam_pp',
-  KINDS,
-  "Where the sensitive region is: a map of the shadow model, the data set's own (given), or the"
-  ' whole image (uniform).',
-)
-_SALIENCY_LAYER = flags.DEFINE_string(
-  'saliency_layer', None, 'Convolutional layer of the map; the last one by default.'
-)
-_SALIENCY_TOP_FRACTION = flags.DEFINE_float(
-  'saliency_top_fraction', None, 'Keep this fraction of the pixels; by default the whole map.'
 )
 
 _MAY_CHANGE = frozenset(
@@ -196,7 +155,7 @@ def main() -> None:
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
   data = data_flags.load_data(seed=_SEED.value)
   model = _build_model(data)
-  noise = _noise()
+  noise = shadow_flags.shadow_noise(_LOCAL_EPOCHS.value) if _DEFENSE.value == 'shadow' else None
   published = published_flags.published_settings() if _DEFENSE.value == 'published' else None
   defense = None
   if _DEFENSE.value in BASELINES:
@@ -227,7 +186,7 @@ def main() -> None:
   if noise or (published and published.map_kind == 'white'):
     secrets = _client_secrets(run_dir / _SECRETS, list(data.clients))
   if noise:
-    defense = ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets)
+    defense = shadow_flags.shadow_defense(noise, secrets)
   elif published:
     defense = published_flags.published_defense(published, data, seed=_SEED.value, secrets=secrets)
   settings = dataclasses.replace(settings, defense=defense)
@@ -245,6 +204,7 @@ def main() -> None:
     'flags': {
       **command.flag_values(sys.modules[__name__]),
       **command.flag_values(data_flags),
+      **command.flag_values(shadow_flags),
       **command.flag_values(published_flags),
       **command.flag_values(baseline_flags),
     },
@@ -277,35 +237,6 @@ def main() -> None:
     print(
       f'observations of rounds {", ".join(map(str, observed_rounds))} in {run_dir}/observations'
     )
-
-
-def _noise() -> ShadowNoise | None:
-  if _DEFENSE.value != 'shadow':
-    return None
-  try:
-    strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)
-  except ValueError as error:
-    raise UserError(f'--noise_strength={_NOISE_STRENGTH.value}: {error}') from error
-  try:
-    return _shadow_noise(strength)
-  except ValueError as error:
-    raise UserError(f'--defense=shadow: {error}') from error
-
-
-def _shadow_noise(strength: NoiseStrength) -> ShadowNoise:
-  in_images = _NOISE_SHAPE.value == 'correlated' and strength.kind != 'ratio'
-  return ShadowNoise(
-    shape=_NOISE_SHAPE.value,
-    strength=strength,
-    saliency=SaliencyConfig(
-      kind=_SALIENCY.value,
-      layer=_SALIENCY_LAYER.value,
-      top_fraction=_SALIENCY_TOP_FRACTION.value,
-    ),
-    propagation=_PROPAGATION.value or ('images' if in_images else 'per_step'),
-    probes=_PROBES.value,
-    local_epochs=_LOCAL_EPOCHS.value,
-  )
 
 
 def _client_secrets(path: pathlib.Path, client_ids: list[str]) -> dict[str, bytes]:

@@ -1,0 +1,94 @@
+"""The flags of shadow noise (--defense=shadow)."""
+
+from absl import flags
+
+from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
+from tff_shadow.errors import UserError
+from tff_shadow.learning import PROPAGATIONS, ShadowDefense, ShadowNoise
+from tff_shadow.shadow import KINDS, SaliencyConfig
+
+_NOISE_SHAPE = flags.DEFINE_enum(
+  'noise_shape',
+  'correlated',
+  NOISE_SHAPES,
+  'isotropic: the same for every weight. diagonal: more on weights that carry the region.'
+  ' correlated: as the update moves when the region does.',
+)
+_NOISE_STRENGTH_KIND = flags.DEFINE_enum(
+  'noise_strength_kind',
+  'region_psnr',
+  STRENGTH_KINDS,
+  "ratio: norm of the noise over the update's. scale: absolute. region_psnr: the PSNR in dB that no"
+  ' unbiased attacker exceeds over the region. With ratio the scale follows the update from round'
+  ' to round, so that frozen noise can be told apart from the image by comparing rounds.',
+)
+_NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 20.0, 'See --noise_strength_kind.')
+_NOISE_FRESHNESS = flags.DEFINE_enum(
+  'noise_freshness',
+  'frozen',
+  ['frozen', 'fresh'],
+  'frozen: an image keeps its noise. fresh: new in every round, which averages out over rounds.',
+)
+_PROPAGATION = flags.DEFINE_enum(
+  'propagation',
+  None,
+  PROPAGATIONS,
+  'How far the shadow follows the region: into each local step, or through the whole local training'
+  ' (trains two more copies). Or images: correlated noise of an absolute strength is put into the'
+  ' images themselves. By default images where it can be, else per_step.',
+)
+_PROBES = flags.DEFINE_integer('probes', 8, 'Draws for the diagonal shape.', lower_bound=1)
+_SALIENCY = flags.DEFINE_enum(
+  'saliency',
+  'gradcam_pp',
+  KINDS,
+  "Where the sensitive region is: a map of the shadow model, the data set's own (given), or the"
+  ' whole image (uniform).',
+)
+_SALIENCY_LAYER = flags.DEFINE_string(
+  'saliency_layer', None, 'Convolutional layer of the map; the last one by default.'
+)
+_SALIENCY_TOP_FRACTION = flags.DEFINE_float(
+  'saliency_top_fraction', None, 'Keep this fraction of the pixels; by default the whole map.'
+)
+
+
+def shadow_noise(local_epochs: int) -> ShadowNoise:
+  """The noise that the flags say.
+
+  Args:
+    local_epochs: How often a client's data repeats each image.
+
+  Raises:
+    UserError: If a flag is out of range, or they do not go together.
+  """
+  try:
+    strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)
+  except ValueError as error:
+    raise UserError(f'--noise_strength={_NOISE_STRENGTH.value}: {error}') from error
+  in_images = _NOISE_SHAPE.value == 'correlated' and strength.kind != 'ratio'
+  try:
+    return ShadowNoise(
+      shape=_NOISE_SHAPE.value,
+      strength=strength,
+      saliency=SaliencyConfig(
+        kind=_SALIENCY.value,
+        layer=_SALIENCY_LAYER.value,
+        top_fraction=_SALIENCY_TOP_FRACTION.value,
+      ),
+      propagation=_PROPAGATION.value or ('images' if in_images else 'per_step'),
+      probes=_PROBES.value,
+      local_epochs=local_epochs,
+    )
+  except ValueError as error:
+    raise UserError(f'--defense=shadow: {error}') from error
+
+
+def shadow_defense(noise: ShadowNoise, secrets: dict[str, bytes]) -> ShadowDefense:
+  """The defence that the flags say.
+
+  Args:
+    noise: `shadow_noise(...)`.
+    secrets: Each client's, of which its noise keys are made.
+  """
+  return ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets)
