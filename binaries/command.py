@@ -44,6 +44,9 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(130)
 
   def parse(argv: list[str]) -> list[str]:
+    if not {'-h', '-help', '--help', '--helpshort'}.isdisjoint(argv[1:]):
+      print(help_text(main))
+      sys.exit(0)
     try:
       return flags.FLAGS(argv)
     except flags.Error as error:
@@ -51,6 +54,17 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(1)
 
   app.run(wrapped, flags_parser=parse)
+
+
+def help_text(main: Callable[[], None]) -> str:
+  """What the program does, and all flags of ours that it takes.
+
+  absl's own --help knows only those of the module that was run, and of a console script none.
+  """
+  ours = sorted(name for name in flags.FLAGS.flags_by_module_dict() if 'binaries' in name)
+  program = sys.modules[main.__module__]
+  texts = [program.__doc__.strip(), *(flags.FLAGS.module_help(name) for name in ours)]
+  return '\n\n'.join(texts)
 
 
 def check_choices(name: str, given: Iterable[str], allowed: Iterable[str]) -> None:

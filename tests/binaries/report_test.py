@@ -8,7 +8,7 @@ from safetensors import numpy as safetensors_numpy
 
 from tests.attacks import synthetic_run
 from tests.attacks.scoring.lpips_reference import seeded_weights
-from tests.binaries.programs import assert_one_error_line, run_all
+from tests.binaries.programs import ROOT, assert_one_error_line, run_all
 
 
 def _run(*flags):
@@ -87,3 +87,16 @@ def test_mistakes_take_one_line(run_dir, tmp_path):
   (run_dir / 'truth/round_00001.safetensors').unlink()
   assert_one_error_line(_run(own), 'round_00001.safetensors: file not found')
   assert not (run_dir / 'report.html').exists()
+
+
+def test_help_lists_the_flags():
+  done = subprocess.run(
+    [sys.executable, '-c', 'from binaries import report; report.run()', '--help'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'Builds report.html' in done.stdout
+  assert '--run_dir' in done.stdout
