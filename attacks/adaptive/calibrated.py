@@ -76,8 +76,9 @@ MORE_CANDIDATES = {
   ),
   'soteria': (
     Candidate(_BALANCED, 0.15, 'without_last_kernel'),
+    Candidate(_BALANCED, 0.5, 'without_last_kernel'),
     # What is left of the kernel is as it was.
-    Candidate(_BALANCED, 0.15, 'nonzero'),
+    Candidate(_BALANCED, 0.5, 'nonzero'),
   ),
 }
 
