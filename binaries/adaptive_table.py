@@ -81,7 +81,10 @@ def main() -> None:
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
   defenses = [UNDEFENDED, *(parse_defense(text, baselines=True) for text in _DEFENSES.value)]
   share_cores(AttackConfig().lanes)
-  cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'adaptive.csv', _CACHE_COLUMNS)
+  settings = (_ITERATIONS.value, _CALIBRATION_CLIENTS.value, _DENOISER_STEPS.value)
+  # Rows of other settings are other rows.
+  name = f'adaptive-{"-".join(map(str, settings))}.csv'
+  cache = RowCache(pathlib.Path(_CACHE_DIR.value) / name, _CACHE_COLUMNS)
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
   done = cache.done(_KEY)
   rounds: AttackedRounds | None = None

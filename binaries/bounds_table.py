@@ -50,7 +50,7 @@ def main() -> None:
   """Computes what is missing and writes the table."""
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
   defenses = [_parse_defense(text) for text in _DEFENSES.value]
-  cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'bounds.csv', _COLUMNS)
+  cache = RowCache(pathlib.Path(_CACHE_DIR.value) / f'bounds-{_IMAGES.value}.csv', _COLUMNS)
   done = cache.done(_KEY)
   cells = list(itertools.product(_DATASETS.value, defenses))
   # Cells come by data set: one release at a time is enough.
