@@ -292,17 +292,25 @@ class _Audit:
       release = LinearisedRelease(model, [truth[name] for name in names], self._public_images)
       errors = release.errors(observation.defense['shape'], strength)
       update(1, '')
-    rests_on = (
-      'Cramer-Rao: attackers without bias, who know nothing of what images look like',
-      'van Trees, an ESTIMATE: attackers who know what images look like, by a Gaussian prior fitted'
-      ' to public images',
-    )
-    names = ('Unbiased', 'With a prior')
-    return [
-      {'name': name, 'region_psnr': region_psnr(error), 'rests_on': words}
-      for name, error, words in zip(names, errors, rests_on, strict=True)
-      if np.isfinite(error) and error > 0
+    unbiased, prior = (region_psnr(error) for error in errors)
+    bounds = [
+      {
+        'name': 'With a prior',
+        'region_psnr': prior,
+        'holds_here': True,
+        'rests_on': 'van Trees, an ESTIMATE: attackers who know what images look like, by a'
+        ' Gaussian prior fitted to public images.',
+      },
+      {
+        'name': 'Without bias',
+        'region_psnr': unbiased,
+        'holds_here': False,
+        'rests_on': 'Cramer-Rao: attackers who know nothing of what images look like. The attacks'
+        ' above do, so that they may exceed it.',
+      },
     ]
+    # A region that the update does not identify has no finite bound without a prior.
+    return [bound for bound in bounds if np.isfinite(bound['region_psnr'])]
 
   def _scored(
     self, attacked: list[Attacked], truth: Mapping[str, Truth]
@@ -436,8 +444,7 @@ def _scope(
 ) -> dict[str, Any]:
   observation = seen[0].observation
   training = observation.client_training
-  sizes = sorted(observation.client(name).num_images for name in seen[0].clients)
-  steps = sorted(observation.client(name).num_steps for name in seen[0].clients)
+  attacked = [observation.client(name) for name in seen[0].clients]
   numbers = ', '.join(str(own.observation.round_num) for own in seen)
   return {
     'Data set': f'{observation.dataset}, SHA-256 {config["data_sha256"][:16]}…',
@@ -447,7 +454,8 @@ def _scope(
       f'{len(seen[0].clients)} of {len(observation.clients)}, the smallest first'
     ),
     'Images and steps of a client in a round': (
-      f'{sizes[0]} to {sizes[-1]} images, {steps[0]} to {steps[-1]} steps'
+      f'{_span([own.num_images for own in attacked])} images,'
+      f' {_span([own.num_steps for own in attacked])} steps'
     ),
     'Local training': (
       f'{training.optimizer}, learning rate {training.learning_rate:g}, batches of'
@@ -460,14 +468,19 @@ def _scope(
 
 
 def _defense_words(defense: Mapping[str, Any]) -> str:
-  """Name and settings, without those that are unset."""
+  """Name and settings; of nested ones, what kind and how much."""
   words = []
   for key, value in defense.items():
     if isinstance(value, Mapping):
-      value = ' '.join(str(part) for part in value.values() if part not in (None, False))
+      value = ' '.join(str(value[part]) for part in ('kind', 'value') if part in value)
     if key != 'name':
       words.append(f'{key} {value}')
   return f'{defense["name"]}: {", ".join(words)}' if words else defense['name']
+
+
+def _span(values: list[int]) -> str:
+  least, most = min(values), max(values)
+  return str(least) if least == most else f'{least} to {most}'
 
 
 def run() -> None:

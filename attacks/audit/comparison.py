@@ -104,7 +104,7 @@ def compare(audits: Sequence[Audit], reference: str | None = None) -> list[dict[
     with its interval, of 'strongest' alone.
   over_reference: How many dB less of the region the reference gives away, paired by image, with its
     interval; of 'strongest' alone, over the seeds that both have.
-  bound_region_psnr: The least of the bounds; see the summaries for what each rests on.
+  bound_region_psnr: Of attackers who know what images look like; mean over the seeds that have it.
 
   Args:
     audits: Of runs that may differ in everything.
@@ -176,7 +176,9 @@ def _rows(dataset, rounds, own, against, audits) -> Iterator[dict[str, Any]]:
   audit = own[0][0]
   f1, f1_undefended = _f1(own, audits)
   worst = min((entry['verdict'] for _, entry in own), key=VERDICTS.index)
-  bounds = [bound['region_psnr'] for _, entry in own for bound in entry['bounds']]
+  bounds = [
+    bound['region_psnr'] for _, entry in own for bound in entry['bounds'] if bound['holds_here']
+  ]
   epsilons = [one.summary['epsilon'] for one, _ in own]
   shared = {
     'dataset': dataset,
@@ -184,7 +186,7 @@ def _rows(dataset, rounds, own, against, audits) -> Iterator[dict[str, Any]]:
     'strength': audit.strength,
     'rounds': '+'.join(map(str, rounds)),
     'rounds_observed': len(rounds),
-    'bound_region_psnr': min(bounds) if bounds else '',
+    'bound_region_psnr': float(np.mean(bounds)) if bounds else '',
     'f1': f1,
     'f1_undefended': f1_undefended,
     'epsilon': '' if None in epsilons else max(epsilons),

@@ -40,8 +40,8 @@ class RoundEvidence(NamedTuple):
     undefended: Those made on the same round without the defence; empty if it has none.
     control: The attack on undefended single images.
     problems: What else could not be done, in sentences.
-    bounds: PSNR in dB over the region that no attack passes, by name with what it rests on; see
-      `tff_shadow.privacy`.
+    bounds: PSNR in dB over the region that no attack of a kind passes on average: 'name',
+      'region_psnr', 'rests_on' in words, and 'holds_here', whether for the attacks of an audit.
   """
 
   rounds: tuple[int, ...]
