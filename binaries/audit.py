@@ -112,6 +112,23 @@ _RESUME = flags.DEFINE_bool('resume', False, 'Go on with an interrupted audit.')
 _MAX_JACOBIAN_ENTRIES = 5e8
 
 _NO_ADAPTIVE = 'No attacker who knows the defence was tried (--budget).'
+# What decides how useful a model becomes, besides the defence.
+_TRAINING_FLAGS = (
+  'seed',
+  'rounds',
+  'clients_per_round',
+  'batch_size',
+  'client_batch_sizes',
+  'local_epochs',
+  'max_local_steps',
+  'client_learning_rate',
+  'client_learning_rate_drops',
+  'client_learning_rate_drop_factor',
+  'client_momentum',
+  'server_learning_rate',
+  'server_momentum',
+  'batch_norm_sharing',
+)
 _MAY_CHANGE = frozenset({'resume', 'run_dir', 'annex', 'undefended_run_dir', 'lanes'})
 
 
@@ -165,7 +182,7 @@ def main() -> None:
     dataset=seen[0].observation.dataset,
     digests={name: config[name] for name in ('data_sha256', 'model_sha256')},
     defense=dict(defense),
-    trained_seed=config['flags']['seed'],
+    training=_training(config),
     seed=_SEED.value,
     budget={'name': _BUDGET.value, **dataclasses.asdict(budget), 'presets': list(budget.presets)},
     tolerated=tolerated,
@@ -411,12 +428,23 @@ def _utility(run_dir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]
     for name in ('data_sha256', 'model_sha256'):
       if other_config[name] != config[name]:
         raise UserError(f'--undefended_run_dir={other_dir}: has another {name} than the run')
+    for name, value in _training(config).items():
+      if other_config['flags'].get(name) != value:
+        raise UserError(
+          f'--undefended_run_dir={other_dir}: was trained with --{name}='
+          f'{other_config["flags"].get(name)}, the run with {value}'
+        )
     if other_config['flags']['defense'] != 'none':
       raise UserError(f'--undefended_run_dir={other_dir}: was trained with a defence')
     other = _test(other_dir)
     if other is None:
       raise UserError(f'--undefended_run_dir={other_dir}: has no test.json; it has not ended')
   return {'test': own, 'undefended': other}
+
+
+def _training(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What runs that are compared by their usefulness have in common."""
+  return {name: config['flags'].get(name) for name in _TRAINING_FLAGS}
 
 
 def _test(run_dir: pathlib.Path) -> dict[str, Any] | None:

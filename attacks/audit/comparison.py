@@ -1,5 +1,6 @@
 """Defences side by side, from the summaries of their audits."""
 
+import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,10 +66,9 @@ class Audit(NamedTuple):
     return f'{self.defense} {self.strength}'.strip()
 
   @property
-  def start(self) -> tuple[str, str, int]:
-    """What runs that are compared share: data, start model and seed."""
-    digests = self.summary['digests']
-    return digests['data_sha256'], digests['model_sha256'], self.summary['trained_seed']
+  def start(self) -> str:
+    """What runs that are compared share: data, start model, seed and local training."""
+    return json.dumps([self.summary['digests'], self.summary['training']], sort_keys=True)
 
 
 def read_audit(path: pathlib.Path) -> Audit:
@@ -103,7 +103,8 @@ def compare(audits: Sequence[Audit], reference: str | None = None) -> list[dict[
   region_psnr_change: Against the same rounds without the defence and under the strongest attack,
     with its interval, of 'strongest' alone.
   over_reference: How many dB less of the region the reference gives away, paired by image, with its
-    interval; of 'strongest' alone, over the seeds that both have.
+    interval; of 'strongest' alone, over the seeds that both have been audited with, to the same
+    budget.
   bound_region_psnr: Of attackers who know what images look like; mean over the seeds that have it.
 
   Args:
@@ -167,7 +168,7 @@ def _check_unique(pairs) -> None:
   for audit, _ in pairs:
     if audit.start in seen:
       raise UserError(
-        f'{audit.path} and {seen[audit.start]} are audits of the same defence, data and seed'
+        f'{audit.path} and {seen[audit.start]} are audits of the same defence, training and seed'
       )
     seen[audit.start] = audit.path
 
@@ -251,7 +252,8 @@ def _over_reference(own, against) -> list[float]:
   differences: list[float] = []
   for audit, entry in own:
     for other, theirs in against:
-      if other.start == audit.start:
+      same_budget = other.summary['budget'] == audit.summary['budget']
+      if other.start == audit.start and same_budget:
         values = [
           dict(
             zip(one['per_image']['images'], _pooled([one], STRONGEST, 'region_psnr'), strict=True)

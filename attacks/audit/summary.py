@@ -296,8 +296,8 @@ def summarise(
     title: Of the page.
     defended: Whether anything is done against attacks.
     adaptive: Whether an attacker who knows the defence was among them.
-    **document: What the page shows besides: scope, defense, seed, budget, tolerated, guarantee,
-      epsilon, utility, command, versions.
+    **document: What the page shows besides: scope, seed, budget, tolerated, guarantee, utility,
+      command, versions; and what `comparison` needs: dataset, digests, training, defense, epsilon.
   """
   worst = min(rounds, key=lambda entry: VERDICTS.index(entry['verdict']))
   return {

@@ -16,7 +16,7 @@ def run_dir(tmp_path_factory):
     dataset='discs',
     defense={'name': 'none'},
     digests={'data_sha256': 'd', 'model_sha256': 'm'},
-    trained_seed=0,
+    training={'seed': 0},
     epsilon=None,
   )
   (directory / 'audits' / 'audit').mkdir(parents=True)

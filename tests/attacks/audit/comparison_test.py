@@ -19,7 +19,7 @@ _TOP_K = {'name': 'top_k', 'fraction': 0.1}
 _DEVIATIONS = {'none': 0.02, 'shadow': 0.3, 'top_k': 0.1}
 
 
-def _write(directory, defense, seed, f1, epsilon=None):
+def _write(directory, defense, seed, f1, epsilon=None, rounds=5):
   clean = attack_with(close(_DEVIATIONS['none'], seed))
   own = attack_with(close(_DEVIATIONS[defense['name']], seed + 10), 'best')
   other = attack_with(close(0.5, seed + 20), 'adaptive')
@@ -30,7 +30,7 @@ def _write(directory, defense, seed, f1, epsilon=None):
     dataset='discs',
     defense=defense,
     digests={'data_sha256': 'd', 'model_sha256': f'm{seed}'},
-    trained_seed=seed,
+    training={'seed': seed, 'rounds': rounds},
     epsilon=epsilon,
     f1=f1,
   )
@@ -75,11 +75,17 @@ def test_seeds_are_pooled_and_attacks_told_apart(rows):
   assert by_kind['none', 'strongest']['region_psnr_change'] == ''
 
 
+def test_a_run_of_other_training_says_nothing_of_the_cost(audits, tmp_path):
+  other = comparison.read_audit(_write(tmp_path, _TOP_K, 0, 0.7, rounds=6))
+  row = comparison.compare([audits[0], other])[-1]
+  assert (row['defense'], row['f1'], row['f1_undefended']) == ('top_k', 0.7, '')
+
+
 def test_the_reference_is_compared_image_by_image(audits, rows):
   row = next(row for row in rows if (row['defense'], row['attack']) == ('top_k', 'strongest'))
   values = {}
   for audit in audits:
-    if audit.summary['trained_seed'] == 0:
+    if audit.summary['training'] == {'seed': 0, 'rounds': 5}:
       values[audit.defense] = audit.summary['rounds'][0]['per_image']['values']['strongest']
   expected = np.subtract(values['top_k']['region_psnr'], values['correlated']['region_psnr'])
   assert row['over_reference'] == pytest.approx(expected.mean())
