@@ -10,7 +10,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: setup lock lint test demo gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
+.PHONY: setup lock lint test demo audit gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,12 @@ demo-%: $(STAMP)
 	  --evaluate_every_rounds=10 --save_every_rounds=20 $(call resume,runs/demo/$*)
 	$(BIN)/tff-shadow-attack --run_dir=runs/demo/$* --max_targets=8 \
 	  $(call resume,runs/demo/$*/attacks/inversion)
+
+# What could the server have seen in the demo? Half a minute each.
+audit: demo $(DEMO_SETS:%=audit-%)
+
+audit-%: demo-%
+	$(BIN)/tff-shadow-audit --run_dir=runs/demo/$* $(call resume,runs/demo/$*/audits/audit)
 
 # Does the attack see anything? On each embedded set, 16 images, batch 1, round 1 (method of proof:
 # nothing measured behind a defence means anything unless the undefended attack works).

@@ -103,8 +103,7 @@ def compare(audits: Sequence[Audit], reference: str | None = None) -> list[dict[
   region_psnr_change: Against the same rounds without the defence and under the strongest attack,
     with its interval, of 'strongest' alone.
   over_reference: How many dB less of the region the reference gives away, paired by image, with its
-    interval; of 'strongest' alone, over the seeds that both have been audited with, to the same
-    budget.
+    interval; of 'strongest' alone, over the seeds on which both were audited to the same budget.
   bound_region_psnr: Of attackers who know what images look like; mean over the seeds that have it.
 
   Args:
