@@ -140,6 +140,8 @@ def main() -> None:
   output = _output(run_dir)
   tolerated = _tolerated()
   config = run_directory.read_config(run_dir)
+  if config.get('program') != 'train':
+    raise UserError(f'--run_dir={run_dir}: is not a run of tff-shadow-train')
   seen = [_Seen.read(run_dir, number) for number in _rounds(run_dir)]
   utility = _utility(run_dir, config)
   data = _data(config)

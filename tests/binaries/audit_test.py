@@ -95,12 +95,16 @@ def test_wrong_flags_end_in_one_line(run_dir, tmp_path):
   shutil.copytree(run_dir, other)
   config = json.loads((other / 'config.json').read_text())
   (other / 'config.json').write_text(json.dumps({**config, 'data_sha256': 'another'}))
+  generator = tmp_path / 'generator'
+  generator.mkdir()
+  (generator / 'config.json').write_text(json.dumps({**config, 'program': 'train_shadow'}))
   empty = tmp_path / 'empty'
   empty.mkdir()
   at = f'--run_dir={run_dir}'
   cases = [
     ([], '--run_dir'),
     (['--run_dir=/nowhere'], '--run_dir=/nowhere'),
+    ([f'--run_dir={generator}'], 'tff-shadow-train'),
     ([f'--run_dir={empty}'], 'config.json'),
     ([at, '--name=../x'], '--name'),
     ([at, '--name=b', '--rounds=3'], '--rounds=3'),
