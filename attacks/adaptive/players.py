@@ -17,7 +17,8 @@ from tff_shadow.aggregators.shadow_noise import noised_update
 from tff_shadow.errors import UserError
 from tff_shadow.learning import BASELINES, BaselineDefense, ShadowNoise, keras_model_fn
 from tff_shadow.learning.client_work import client_result, train_locally
-from tff_shadow.learning.shadow_fed_avg import REGION, ShadowWork
+from tff_shadow.learning.noise_settings import REGION
+from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.learning.training import observed_update
 from tff_shadow.models import model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays

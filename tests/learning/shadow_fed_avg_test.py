@@ -9,11 +9,8 @@ from tff_shadow.aggregators import NoiseStrength, observation_tap_factory
 from tff_shadow.aggregators.shadow_noise import stateless_normal_like
 from tff_shadow.learning import build_weighted_fed_avg, keras_model_fn, model_weights
 from tff_shadow.learning.keras_task import restore_eager_keras
-from tff_shadow.learning.shadow_fed_avg import (
-  ShadowNoise,
-  build_shadow_fed_avg,
-  shadow_input_spec,
-)
+from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
+from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
 from tff_shadow.models import (
   classification_loss,
   freeze_batch_norm,

@@ -14,14 +14,10 @@ from tff_shadow.learning.client_work import build_client_work
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import input_spec, keras_model_fn, model_weights
+from tff_shadow.learning.noise_settings import PROPAGATIONS, ShadowNoise, shadow_input_spec
 from tff_shadow.learning.round_sampler import RoundSampler
 from tff_shadow.learning.settings import ShadowDefense, TrainingSettings
-from tff_shadow.learning.shadow_fed_avg import (
-  PROPAGATIONS,
-  ShadowNoise,
-  build_shadow_fed_avg,
-  shadow_input_spec,
-)
+from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
 from tff_shadow.learning.training import (
   RoundReport,
   TrainingRun,

@@ -5,7 +5,7 @@ from typing import Any
 
 from tff_shadow.errors import UserError
 from tff_shadow.learning.baselines import BaselineDefense
-from tff_shadow.learning.shadow_fed_avg import ShadowNoise
+from tff_shadow.learning.noise_settings import ShadowNoise
 from tff_shadow.observations import BatchNormSharing, ClientTraining
 from tff_shadow.published import PublishedDefense
 

@@ -1,0 +1,234 @@
+"""The local training of a client together with its shadow."""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_shadow.aggregators.shadow_noise import squared_norm
+from tff_shadow.learning.client_work import ModelFn, client_result, train_locally
+from tff_shadow.learning.noise_settings import REGION, ShadowNoise
+from tff_shadow.shadow import RegionMap, build_region_map
+from tff_shadow.shadow.noise_keys import NOISE_KEY
+from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
+
+
+class ShadowWork:
+  """One client's local training with its shadow; built where it runs, as in a TFF computation."""
+
+  def __init__(
+    self,
+    model_fn: ModelFn,
+    shadow_model_fn: Callable[[], tf.keras.Model],
+    optimizer: tff.learning.optimizers.Optimizer,
+    noise: ShadowNoise,
+    share_statistics: bool,
+  ):
+    """Makes the variables; see `build_shadow_fed_avg` for the arguments."""
+    self._optimizer = optimizer
+    self._noise = noise
+    self._share_statistics = share_statistics
+    pairs = noise.training_draws if noise.propagation == 'local_training' else 0
+    self._models = [model_fn() for _ in range(1 + 2 * pairs)]
+    # Apart from the others, so that no batch counts twice in the metrics.
+    self._probe_model = model_fn() if noise.probes_batches else None
+    self._shadow = None
+    self._region_map: RegionMap | None = None
+    if noise.needs_shadow:
+      if noise.saliency.kind not in ('given', 'uniform'):
+        self._shadow = shadow_model_fn()
+      self._region_map = build_region_map(noise.saliency, self._shadow)
+
+  def run(
+    self,
+    initial_weights: tff.learning.models.ModelWeights,
+    dataset: tf.data.Dataset,
+    client_weighting: tff.learning.ClientWeighting,
+  ) -> tuple[tff.learning.templates.ClientResult, Any, tf.Tensor, tf.Tensor]:
+    """Trains on `dataset`, batches of `shadow_input_spec`; to be called in a tf.function.
+
+    Returns:
+      ClientResult of a shaped update (`shaped_update_type`), metrics, whether the update was not
+      finite, and how many region maps fell back.
+    """
+    if self._shadow is not None:
+      variables = [*self._shadow.trainable_variables, *self._shadow.non_trainable_variables]
+      values = [*initial_weights.trainable, *initial_weights.non_trainable]
+      for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    follows_steps = self._noise.propagation == 'per_step' and self._noise.training_draws
+    # Key, steps, energies of the region, fall-backs, and for 'per_step' the sum of J(m v).
+    sums = (
+      tf.zeros((2,), tf.int32),
+      tf.zeros(()),
+      tf.zeros(()),
+      tf.zeros(()),
+      tf.zeros((), tf.int32),
+      *(tf.zeros_like(tensor) for tensor in initial_weights.trainable if follows_steps),
+    )
+    updates, num_examples, sums = train_locally(
+      self._models,
+      self._optimizer,
+      initial_weights,
+      dataset,
+      self._gradients,
+      self._share_statistics,
+      sums,
+    )
+    key, num_steps, energy, fourth_moment, fell_back, *direction = sums
+    update = updates[0]
+    epochs = float(self._noise.local_epochs)
+    result, metrics, non_finite = client_result(
+      self._models[0], update, num_examples, client_weighting
+    )
+    shaped = collections.OrderedDict(
+      update=result.update,
+      noise_key=key,
+      region_energy=energy / epochs,
+      region_fourth_moment=fourth_moment / epochs,
+      sensitivity_energy=tf.zeros(()),
+      shape=(),
+    )
+    added_shape, _ = self._noise.added
+    if added_shape == 'correlated':
+      direction = direction or self._differences(updates)[0]
+      shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
+    elif self._noise.needs_shadow and not self._noise.in_images:
+      if self._noise.probes_batches:
+        squared, probed_fell_back = self._probe(initial_weights, dataset, num_steps)
+        fell_back = tf.maximum(fell_back, probed_fell_back)
+      else:
+        squared = _mean_squares(self._differences(updates))
+      shaped['sensitivity_energy'] = tf.add_n([tf.reduce_sum(tensor) for tensor in squared])
+      if added_shape == 'diagonal':
+        shaped['shape'] = tf.nest.pack_sequence_as(update, squared)
+    return (
+      tff.learning.templates.ClientResult(shaped, result.update_weight),
+      metrics,
+      non_finite,
+      fell_back,
+    )
+
+  def _differences(self, updates):
+    """Central differences J(m v), one per draw, from the updates of the shifted copies."""
+    return [
+      [
+        (a - b) / (2.0 * self._noise.epsilon)
+        for a, b in zip(tf.nest.flatten(plus), tf.nest.flatten(minus), strict=True)
+      ]
+      for plus, minus in zip(updates[1::2], updates[2::2], strict=True)
+    ]
+
+  def _probe(self, initial_weights, dataset, num_steps):
+    """Returns S_j^2 of the local training from probes at the initial weights, and fall-backs.
+
+    A probe of one batch gives the sum of S_j^2 over its images; all steps together give
+    `num_steps` times the mean of them, and an image that is seen again moves the update again by
+    the same, hence another factor of the epochs.
+    """
+    for variables, values in (
+      (self._probe_model.trainable_variables, initial_weights.trainable),
+      (self._probe_model.non_trainable_variables, initial_weights.non_trainable),
+    ):
+      tf.nest.map_structure(lambda a, b: a.assign(b), list(variables), list(values))
+    probes = self._noise.probes
+
+    def reduce_fn(state, batch):
+      probe, squared, fell_back = state
+      maps, map_fell_back = self._maps(batch)
+      direction = region_noise(
+        maps, batch[NOISE_KEY], batch['x'].shape[-1], 'rademacher', probe, probes
+      )
+      _, (derivative,) = self._derivatives(self._probe_model, batch, batch['x'], [direction])
+      squared = tuple(
+        total + tf.square(self._rate * tensor)
+        for total, tensor in zip(squared, derivative, strict=True)
+      )
+      # A batch that comes round again has been counted.
+      is_new = tf.cast(tf.cast(probe, tf.float32) < num_steps, tf.int32)
+      return probe + 1, squared, fell_back + is_new * map_fell_back
+
+    zeros = tuple(tf.zeros_like(tensor) for tensor in initial_weights.trainable)
+    start = (tf.constant(0), zeros, tf.constant(0))
+    _, squared, fell_back = dataset.repeat().take(probes).reduce(start, reduce_fn)
+    factor = num_steps * float(self._noise.local_epochs) / probes
+    return [factor * tensor for tensor in squared], fell_back
+
+  def _maps(self, batch):
+    """Region maps of a batch, and how many of them fell back."""
+    maps, fell_back = self._region_map(batch['x'], batch['y'], batch.get(REGION))
+    return maps, tf.reduce_sum(tf.cast(fell_back, tf.int32))
+
+  def _derivatives(self, model, batch, images, along=()):
+    """The gradient of a batch's loss at `images`, and its derivatives."""
+
+    def loss_fn(x):
+      return model.forward_pass(collections.OrderedDict(x=x, y=batch['y']), training=True).loss
+
+    return gradient_and_derivatives(loss_fn, list(model.trainable_variables), images, along)
+
+  @property
+  def _rate(self):
+    return self._optimizer.initialize(tf.TensorSpec((), tf.float32))['learning_rate']
+
+  def _scale_in_images(self, maps):
+    """Tau of every image [B, 1, 1, 1]; see `NoiseStrength`."""
+    sums = [tf.reduce_sum(maps**power, (1, 2, 3), keepdims=True) for power in (2, 4)]
+    squared = self._noise.strength.squared_scale(
+      'correlated',
+      update_energy=tf.zeros(()),
+      shape_energy=tf.zeros(()),
+      sensitivity_energy=tf.zeros(()),
+      region_energy=sums[0],
+      region_fourth_moment=sums[1],
+      num_weights=0,
+    )
+    return tf.sqrt(squared)
+
+  def _gradients(self, batch):
+    """Gradients of all copies on a batch, and what is added to the sums of `run`."""
+    images = batch['x']
+    key = tf.reduce_sum(batch[NOISE_KEY], axis=0)
+    energy = fourth_moment = tf.zeros(())
+    fell_back = tf.zeros((), tf.int32)
+    directions = []
+    if self._noise.in_images:
+      maps, fell_back = self._maps(batch)
+      noise = region_noise(maps, batch[NOISE_KEY], images.shape[-1], 'normal')
+      images += self._scale_in_images(maps) * noise
+    elif self._noise.training_draws or self._noise.strength.kind == 'region_psnr':
+      maps, fell_back = self._maps(batch)
+      channels = images.shape[-1]
+      energy = channels * squared_norm([maps])
+      fourth_moment = channels * squared_norm([tf.square(maps)])
+      distribution = 'normal' if self._noise.shape == 'correlated' else 'rademacher'
+      draws = self._noise.training_draws
+      directions = [
+        region_noise(maps, batch[NOISE_KEY], channels, distribution, draw, draws)
+        for draw in range(draws)
+      ]
+    head = (key, tf.ones(()), energy, fourth_moment, fell_back)
+    batch_size = tf.shape(images)[0]
+    if self._noise.propagation == 'per_step':
+      own, derivatives = self._derivatives(self._models[0], batch, images, directions)
+      moved = (self._rate * tensor for derivative in derivatives for tensor in derivative)
+      return batch_size, [own], (*head, *moved)
+    epsilon = self._noise.epsilon
+    shifted = [images]
+    for direction in directions:
+      shifted += [images + epsilon * direction, images - epsilon * direction]
+    gradients = [
+      self._derivatives(model, batch, perturbed)[0]
+      for model, perturbed in zip(self._models, shifted, strict=True)
+    ]
+    return batch_size, gradients, head
+
+
+def _mean_squares(draws):
+  """Mean over draws of the squares, per variable."""
+  return [
+    tf.add_n([tf.square(tensor) for tensor in column]) / len(draws)
+    for column in zip(*draws, strict=True)
+  ]
