@@ -15,6 +15,8 @@ _COLORS = {
   ('correlated', 'scale'): '#55a868',
   ('correlated', 'images'): '#8172b3',
 }
+_LINEAR_F1 = 0.02
+_TICKS = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1)
 _LINES = {'frozen': '-', 'fresh': '--'}
 
 
@@ -22,10 +24,11 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   """Draws the change of region PSNR over that of F1, a panel a data set, a line a shape.
 
   Both are against the undefended run of the same seed: means over seeds with 95 % intervals (t).
-  The strength is written beside each point.
+  The strength is written beside each point. Most points lie close to no change of F1, so that its
+  axis is linear there and logarithmic beyond.
   """
-  datasets = list(dict.fromkeys(row['dataset'] for row in rows))
-  figure = matplotlib.figure.Figure(figsize=(4.6 * len(datasets), 4.2))
+  datasets = sorted({row['dataset'] for row in rows})
+  figure = matplotlib.figure.Figure(figsize=(5.2 * len(datasets), 5.2))
   axes = figure.subplots(1, len(datasets), squeeze=False)
   for axis, dataset in zip(axes[0], datasets, strict=True):
     own = [row for row in rows if row['dataset'] == dataset]
@@ -37,14 +40,15 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   for axis in axes[0]:
     for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
-  axes[0][-1].legend(handles.values(), handles, fontsize=7, loc='best')
-  figure.tight_layout()
+  figure.legend(handles.values(), handles, fontsize=8, loc='lower center', ncols=5)
+  figure.tight_layout(rect=(0, 0.09, 1, 1))
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
 
 
 def _panel(axis, rows) -> None:
   axis.plot(0, 0, 'k*', markersize=11, label='no defence')
+  heights = [0.0]
   for (shape, kind), color in _COLORS.items():
     for freshness, line in _LINES.items():
       own = [row for row in rows if (row['shape'], row['freshness']) == (shape, freshness)]
@@ -54,22 +58,26 @@ def _panel(axis, rows) -> None:
         continue
       points = [_point([row for row in own if row['strength'] == s]) for s in strengths]
       x, y, y_error, x_error = (np.array(column) for column in zip(*points, strict=True))
-      axis.errorbar(
+      # Intervals over few seeds are wide: pale, so that the points can be seen.
+      axis.errorbar(x, y, y_error, x_error, linestyle='none', ecolor=color, alpha=0.3, elinewidth=1)
+      axis.plot(
         x,
         y,
-        y_error,
-        x_error,
         linestyle=line,
         color=color,
         marker='o',
         markersize=4,
         linewidth=1,
-        elinewidth=0.6,
         label=f'{shape} ({kind}), {freshness}',
       )
+      heights += list(y)
       for strength, at_x, at_y in zip(strengths, x, y, strict=True):
         _, value = split_strength(strength)
         axis.annotate(value, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
+  axis.set_xscale('symlog', linthresh=_LINEAR_F1)
+  axis.set_xticks(_TICKS, [f'{tick:g}' for tick in _TICKS], fontsize=7)
+  axis.set_xlim(-0.9, 0.2)
+  axis.set_ylim(min(heights) - 3, 3)
   axis.set_xlabel('change of test F1')
   axis.grid(alpha=0.3)
 
