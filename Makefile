@@ -10,7 +10,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: setup lock lint test demo audit gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
+.PHONY: setup lock lint test demo audit audit-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
 
 setup: $(STAMP)
 
@@ -60,10 +60,42 @@ audit: demo $(DEMO_SETS:%=audit-%)
 audit-%: demo-%
 	$(BIN)/tff-shadow-audit --run_dir=runs/demo/$* $(call resume,runs/demo/$*/audits/audit)
 
-# Does the attack see anything? On each embedded set, 16 images, batch 1, round 1 (method of proof:
-# nothing measured behind a defence means anything unless the undefended attack works).
 GATE_SETS := chest_phantom fundus_patches histology_patches
 
+# All defences under the same audit: results/audit.csv. Hours; a second call continues.
+AUDITED_SETS := $(GATE_SETS)
+AUDITED_SEEDS := 0 1 2
+NOISE := --defense=shadow --saliency=given --noise_strength_kind
+defense-none :=
+defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=1.0
+defense-diagonal := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=1.0
+defense-correlated := $(NOISE)=ratio --noise_shape=correlated --noise_strength=0.3
+defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
+defense-percentile := --defense=percentile_gaussian
+defense-top_k := --defense=top_k
+defense-quantization := --defense=quantization --quantization_bits=4
+defense-soteria := --defense=soteria
+defense-dp_sgd := --defense=dp_sgd --dp_sgd_noise_multiplier=0.1
+AUDITED_DEFENSES := $(patsubst defense-%,%,$(filter defense-%,$(.VARIABLES)))
+AUDIT_FLAGS :=
+AUDITED := $(foreach set,$(AUDITED_SETS),$(foreach defense,$(AUDITED_DEFENSES),\
+  $(foreach seed,$(AUDITED_SEEDS),$(set)+$(defense)+$(seed))))
+part = $(word $(1),$(subst +, ,$(2)))
+
+audit-table: $(STAMP) $(AUDITED:%=audited-%)
+	$(BIN)/tff-shadow-compare $(AUDITED:%=--run_dir=runs/audited/%) --output_dir=runs/audited/compared \
+	  --overwrite
+	cp runs/audited/compared/comparison.csv results/audit.csv
+
+audited-%: $(STAMP)
+	$(BIN)/tff-shadow-train --run_dir=runs/audited/$* --dataset=$(call part,1,$*) \
+	  --seed=$(call part,3,$*) $(ROUND_ONE) --rounds=60 --evaluate_every_rounds=20 \
+	  $(defense-$(call part,2,$*)) $(call resume,runs/audited/$*)
+	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* $(AUDIT_FLAGS) \
+	  $(call resume,runs/audited/$*/audits/audit)
+
+# Does the attack see anything? On each embedded set, 16 images, batch 1, round 1 (method of proof:
+# nothing measured behind a defence means anything unless the undefended attack works).
 gate: $(STAMP)
 	@mkdir -p runs/gate; failed=0; for set in $(GATE_SETS); do \
 	  rm -rf runs/gate/$$set && \
