@@ -40,7 +40,9 @@ def _assert_sends_the_same(observation, truth, player, shares_statistics):
   for kind in ('trainable', 'non_trainable'):
     for own, real in zip(getattr(sent, kind), getattr(client.update, kind), strict=True):
       np.testing.assert_allclose(own, real, rtol=1e-4, atol=1e-6)
-      np.testing.assert_array_equal(own == 0, real == 0)
+      if not shares_statistics:
+        # What was pruned. A bias before BatchNorm is zero but for rounding, which may come out so.
+        np.testing.assert_array_equal(own == 0, real == 0)
 
 
 @pytest.mark.parametrize(
