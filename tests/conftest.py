@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import signal
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -11,6 +12,10 @@ import tensorflow_federated as tff
 
 from tff_shadow.data import Examples, FederatedData
 from tff_shadow.execution import local_worker_context
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  # Background jobs of a shell script ignore Ctrl-C, and so would the programs that tests interrupt.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The stock context would start a worker of its own where a test forgets `tff_worker`.
 tff.test.set_no_default_context()
