@@ -62,13 +62,18 @@ class Audit(NamedTuple):
 
   @property
   def label(self) -> str:
-    """'correlated ratio 0.3'."""
-    return f'{self.defense} {self.strength}'.strip()
+    """See `label_of`."""
+    return label_of(self.defense, self.strength)
 
   @property
   def start(self) -> str:
     """What runs that are compared share: data, start model, seed and local training."""
     return json.dumps([self.summary['digests'], self.summary['training']], sort_keys=True)
+
+
+def label_of(defense: str, strength: str) -> str:
+  """'correlated ratio 0.3', by which a defence is told from others."""
+  return f'{defense} {strength}'.strip()
 
 
 def read_audit(path: pathlib.Path) -> Audit:
@@ -292,13 +297,12 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
   lines = ['\\begin{tabular}{llrrrrrr}', '\\toprule', head]
   for row in rows:
     if row['attack'] == STRONGEST:
-      label = f'{row["defense"]} {row["strength"]}'.strip()
       change = _number(row['region_psnr_change'], 1)
       if row['change_ci95_low'] != '':
         change += f' ({row["change_ci95_low"]:.1f} to {row["change_ci95_high"]:.1f})'
       cells = [
         _escaped(row['dataset']),
-        _escaped(label),
+        _escaped(label_of(row['defense'], row['strength'])),
         _number(row['region_psnr'], 1),
         _number(row['control_region_psnr'], 1),
         change,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attacks.audit.comparison import label_of
 from attacks.audit.summary import STRONGEST
 from attacks.report import findings, pictures
 from attacks.report.page import environment
@@ -53,10 +54,7 @@ def _plot(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str] |
   if not groups:
     return None
   labels = 'change of F1', 'change of region PSNR (dB): lower protects more'
-  return {
-    'light': pictures.scatter_uri(groups, *labels, dark=False),
-    'dark': pictures.scatter_uri(groups, *labels, dark=True),
-  }
+  return pictures.light_and_dark(pictures.scatter_uri, groups, *labels)
 
 
 def _point(row: Mapping[str, Any]) -> pictures.Point | None:
@@ -65,5 +63,5 @@ def _point(row: Mapping[str, Any]) -> pictures.Point | None:
   change = row['region_psnr_change']
   low = change if row['change_ci95_low'] == '' else row['change_ci95_low']
   high = change if row['change_ci95_high'] == '' else row['change_ci95_high']
-  label = f'{row["defense"]} {row["strength"]}'.strip()
+  label = label_of(row['defense'], row['strength'])
   return pictures.Point(label, row['f1'] - row['f1_undefended'], change, low, high)

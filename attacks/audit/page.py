@@ -67,10 +67,7 @@ def _plot(per_image: Mapping[str, Any]) -> dict[str, str] | None:
   if not any(value is not None for own in groups.values() for value in own):
     return None
   label = 'PSNR over the region, dB (higher is closer to the original)'
-  return {
-    'light': pictures.strip_uri(groups, label, dark=False),
-    'dark': pictures.strip_uri(groups, label, dark=True),
-  }
+  return pictures.light_and_dark(pictures.strip_uri, groups, label)
 
 
 def _closeness(values: Mapping[str, Sequence[float | None]]) -> list[float | None]:

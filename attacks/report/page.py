@@ -204,10 +204,7 @@ def _case(rank: str, score: ImageScore, target: results.Target) -> Case:
 def _training(run: Run) -> dict[str, Any] | None:
   if run.training is None:
     return None
-  return {
-    'light': pictures.training_uri(run.training, dark=False),
-    'dark': pictures.training_uri(run.training, dark=True),
-  }
+  return pictures.light_and_dark(pictures.training_uri, run.training)
 
 
 def _mean(interval: dict[str, Any], digits: int) -> str:

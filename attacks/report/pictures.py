@@ -2,8 +2,8 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -64,6 +64,11 @@ def region_path(region: np.ndarray) -> str:
     xs = np.clip(contour[:, 1] - 0.5, 0, width)
     parts.append('M' + 'L'.join(f'{x:.2f} {y:.2f}' for x, y in zip(xs, ys, strict=True)) + 'Z')
   return ''.join(parts)
+
+
+def light_and_dark(draw: Callable[..., str | None], *arguments: Any) -> dict[str, str | None]:
+  """What `draw` makes of the arguments for a light and for a dark page."""
+  return {name: draw(*arguments, dark=name == 'dark') for name in ('light', 'dark')}
 
 
 def curve_groups(training: Training) -> list[tuple[str, dict[str, list[float | None]]]]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from attacks.scoring import results
-from attacks.scoring.scores import ImageScore
+from attacks.scoring.scores import ImageScore, values
 from attacks.scoring.statistics import Interval, mean_interval
 
 GATE_MEAN_DB = 6.0
@@ -20,9 +20,9 @@ def better_control(scores: Sequence[ImageScore], metric: str = 'psnr') -> str | 
   """The control with the higher mean `metric` over all images; None where there is no control."""
   means = {}
   for control in results.CONTROLS:
-    values = _values(scores, control, metric)
-    if values:
-      means[control] = sum(values) / len(values)
+    found = values(scores, control, metric)
+    if found:
+      means[control] = sum(found) / len(found)
   return max(means, key=means.get) if means else None
 
 
@@ -48,9 +48,9 @@ def margins(
     if metric.startswith('region_') and row.region_is_empty:
       continue
     names = results.CONTROLS if per_image else (common,)
-    controls = [_value(row, name, metric) for name in names]
+    controls = [row.value(name, metric) for name in names]
     controls = [value for value in controls if value is not None]
-    attack = _value(row, results.ATTACK, metric)
+    attack = row.value(results.ATTACK, metric)
     differences.append(attack - max(controls) if attack is not None and controls else 0.0)
   return differences
 
@@ -62,7 +62,7 @@ def gate_line(dataset: str, scores: Sequence[ImageScore]) -> str:
   mean paired difference. A number that does not exist is printed as nan.
   """
   margin = mean_interval(margins(scores))
-  control = mean_interval(_values(scores, better_control(scores), 'psnr'))
+  control = mean_interval(values(scores, better_control(scores), 'psnr'))
   attack = mean_interval(_attack_or_control(scores))
   numbers = [_text(value) for value in (attack.mean, control.mean, margin.mean)]
   return (
@@ -86,21 +86,11 @@ def exceeds_gate(margin: Interval) -> bool:
 
 def _attack_or_control(scores: Sequence[ImageScore]) -> list[float]:
   control = better_control(scores)
-  values = [
-    _value(row, results.ATTACK if results.ATTACK in row.quality else control, 'psnr')
+  found = [
+    row.value(results.ATTACK if results.ATTACK in row.quality else control, 'psnr')
     for row in scores
   ]
-  return [value for value in values if value is not None]
-
-
-def _values(scores: Sequence[ImageScore], set_name: str | None, metric: str) -> list[float]:
-  values = [_value(row, set_name, metric) for row in scores]
-  return [value for value in values if value is not None]
-
-
-def _value(row: ImageScore, set_name: str | None, metric: str) -> float | None:
-  quality = row.quality.get(set_name)
-  return None if quality is None else getattr(quality, metric)
+  return [value for value in found if value is not None]
 
 
 def _text(value: float | None) -> str:

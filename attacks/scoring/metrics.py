@@ -46,6 +46,11 @@ class Quality:
   lpips: float | None = None
   region_lpips: float | None = None
 
+  @property
+  def closeness(self) -> float:
+    """Region PSNR, and PSNR where there is no region, in dB."""
+    return self.psnr if self.region_psnr is None else self.region_psnr
+
 
 METRIC_NAMES = tuple(field.name for field in dataclasses.fields(Quality))
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,6 +50,11 @@ class ImageScore:
   matches: dict[str, int]
   quality: dict[str, Quality]
 
+  def value(self, set_name: str | None, metric: str) -> float | None:
+    """One metric of a set, a field of `Quality` or 'closeness'; None where there is none."""
+    quality = self.quality.get(set_name)
+    return None if quality is None else getattr(quality, metric)
+
   @property
   def region_is_empty(self) -> bool:
     """Whether the region is zero everywhere, so that no region metric exists."""
@@ -64,6 +70,12 @@ class ImageScore:
     if attack is None or prior is None:
       return None
     return relative_data_leakage(attack.ssim, prior.ssim)
+
+
+def values(scores: Sequence[ImageScore], set_name: str | None, metric: str) -> list[float]:
+  """One metric of a set on all images that have it."""
+  found = (row.value(set_name, metric) for row in scores)
+  return [value for value in found if value is not None]
 
 
 def score_attack(
