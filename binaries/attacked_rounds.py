@@ -25,6 +25,7 @@ from tff_shadow.observations import (
   Observation,
   Truth,
   WeightArrays,
+  mean_update,
   read_observation,
   read_truth,
   round_directory_name,
@@ -188,4 +189,6 @@ def with_noise_scaled(clean: Observation, noised: Observation, factor: float) ->
     clients.append(dataclasses.replace(own, update=WeightArrays(tuple(arrays))))
   strength = noised.defense['strength']
   defense = {**noised.defense, 'strength': {**strength, 'value': factor * strength['value']}}
-  return dataclasses.replace(noised, clients=tuple(clients), defense=defense)
+  return dataclasses.replace(
+    noised, clients=tuple(clients), aggregate=mean_update(clients), defense=defense
+  )

@@ -17,7 +17,7 @@ from attacks.local_steps import local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
-from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
+from tff_shadow.observations import ClientObservation, Observation, Truth, mean_update
 from tff_shadow.shadow import SaliencyConfig, build_region_map
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
 
@@ -83,16 +83,7 @@ def simulate_round(
     maps[name] = region_map(truth[name])
     update = player.update(truth[name], steps, _noise_key(observation, seed, index))
     clients.append(dataclasses.replace(like, client_id=name, update=update, dropped=False))
-  aggregate = WeightArrays(
-    *(
-      tuple(
-        np.mean(arrays, axis=0)
-        for arrays in zip(*(getattr(client.update, kind) for client in clients), strict=True)
-      )
-      for kind in ('trainable', 'non_trainable')
-    )
-  )
-  played = dataclasses.replace(observation, clients=tuple(clients), aggregate=aggregate)
+  played = dataclasses.replace(observation, clients=tuple(clients), aggregate=mean_update(clients))
   return SimulatedRound(played, truth, maps)
 
 

@@ -7,11 +7,9 @@ at all. They are computed from the truth, which only scoring and this may open.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from attacks.adaptive.players import Player, build_player
 from attacks.local_steps import local_steps
-from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
+from tff_shadow.observations import ClientObservation, Observation, Truth, mean_update
 
 _NO_KEY = (0, 0)
 
@@ -60,12 +58,10 @@ def is_single_image_round(observation: Observation, clients: Sequence[str]) -> b
 
 
 def _round_of(observation: Observation, clients: Sequence[ClientObservation]) -> Observation:
-  updates = [client.update.trainable for client in clients]
-  mean = [np.mean(arrays, axis=0) for arrays in zip(*updates, strict=True)]
   return dataclasses.replace(
     observation,
     clients=tuple(clients),
-    aggregate=WeightArrays(tuple(mean)),
+    aggregate=mean_update(clients),
     defense={'name': 'none'},
   )
 

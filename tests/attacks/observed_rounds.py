@@ -9,6 +9,7 @@ from tff_shadow.observations import (
   ClientTraining,
   Observation,
   WeightArrays,
+  mean_update,
 )
 
 
@@ -89,16 +90,8 @@ def play_round(
     defense={'name': 'none'},
     global_weights=WeightArrays(tuple(start), tuple(statistics)),
     clients=tuple(observed),
-    aggregate=_mean(observed),
+    aggregate=mean_update(observed),
     public_mean_image=smooth_images(16, image_shape, seed=99).mean(axis=0),
-  )
-
-
-def _mean(clients: list[ClientObservation]) -> WeightArrays:
-  weights = np.array([client.weight for client in clients]) / sum(c.weight for c in clients)
-  arrays = zip(*(client.update.trainable for client in clients), strict=True)
-  return WeightArrays(
-    tuple(np.tensordot(weights, np.stack(own), 1).astype(np.float32) for own in arrays)
   )
 
 

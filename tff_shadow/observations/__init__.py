@@ -15,6 +15,7 @@ from tff_shadow.observations.schema import (
   ClientTraining,
   Observation,
   WeightArrays,
+  mean_update,
 )
 from tff_shadow.observations.truth import Truth, read_truth, write_truth
 
@@ -28,6 +29,7 @@ __all__ = [
   'Truth',
   'WeightArrays',
   'load_tensors',
+  'mean_update',
   'read_observation',
   'read_truth',
   'round_directory_name',

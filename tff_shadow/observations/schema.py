@@ -5,6 +5,7 @@ regions it was computed from are in a separate truth file (`truth.py`) that no a
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -119,3 +120,22 @@ class Observation:
       if client.client_id == client_id:
         return client
     raise KeyError(client_id)
+
+
+def mean_update(clients: Sequence[ClientObservation]) -> WeightArrays:
+  """The mean of what clients sent, each counting as much as its weight.
+
+  Args:
+    clients: At least one; those without a weight do not count unless all have none.
+  """
+  weights = np.array([client.weight for client in clients], np.float64)
+  shares = weights / weights.sum() if weights.sum() > 0 else np.full(len(clients), 1 / len(clients))
+
+  def mean(kind: str) -> tuple[np.ndarray, ...]:
+    sent = (getattr(client.update, kind) for client in clients)
+    return tuple(
+      np.tensordot(shares, np.stack(arrays), 1).astype(arrays[0].dtype)
+      for arrays in zip(*sent, strict=True)
+    )
+
+  return WeightArrays(mean('trainable'), mean('non_trainable'))
