@@ -23,7 +23,8 @@ from attacks.report.findings import (
 )
 from attacks.scoring import gate, results
 from attacks.scoring.label_accuracy import multiset_labels
-from attacks.scoring.scores import ImageScore
+from attacks.scoring.metrics import psnr_from_mse
+from attacks.scoring.scores import ImageScore, values
 from attacks.scoring.statistics import mean_interval
 
 STRONGEST, UNDEFENDED, GUESS = 'strongest', 'undefended', 'guess'
@@ -41,7 +42,8 @@ class RoundEvidence(NamedTuple):
     control: The attack on undefended single images.
     problems: What else could not be done, in sentences.
     bounds: PSNR in dB over the region that no attack of a kind passes on average: 'name',
-      'region_psnr', 'rests_on' in words, and 'holds_here', whether for the attacks of an audit.
+      'region_psnr', 'rests_on' in words, 'holds_here', whether for the attacks of an audit, and
+      'clients', over which it is averaged.
   """
 
   rounds: tuple[int, ...]
@@ -80,7 +82,8 @@ def summarise_round(
   per_image: 'images', CLIENT/NUMBER of each, and 'values': from `STRONGEST`, `UNDEFENDED`, `GUESS`
     (one control for all metrics) and the name of each attack to metric -> one value an image, null
     where there is none.
-  bounds: See `RoundEvidence`.
+  bounds: See `RoundEvidence`; and 'measured', of the attack that came closest to the same clients,
+    the region PSNR of its mean squared error over their images.
   """
   problems = [*evidence.problems]
   problems += [
@@ -110,7 +113,10 @@ def summarise_round(
     'groups': _groups(scores),
     'per_client': _clients(scores),
     'per_image': _per_image(scores, clean, evidence.attacks),
-    'bounds': [dict(bound) for bound in evidence.bounds],
+    'bounds': [
+      {**bound, 'measured': _measured(evidence.attacks, bound['clients'])}
+      for bound in evidence.bounds
+    ],
   }
 
 
@@ -151,19 +157,13 @@ def _margins(scores: Sequence[ImageScore]) -> dict[str, Any]:
 
 def _means(scores: Sequence[ImageScore], set_name: str) -> dict[str, Any]:
   return {
-    metric: interval_json(mean_interval(_values(scores, set_name, metric))) for metric in METRICS
+    metric: interval_json(mean_interval(values(scores, set_name, metric))) for metric in METRICS
   }
 
 
 def _guess(scores: Sequence[ImageScore], metric: str) -> dict[str, Any]:
   control = gate.better_control(scores, metric)
-  return interval_json(mean_interval(_values(scores, control, metric) if control else []))
-
-
-def _values(scores: Sequence[ImageScore], set_name: str, metric: str) -> list[float]:
-  known = (row.quality[set_name] for row in scores if set_name in row.quality)
-  values = (getattr(quality, metric) for quality in known)
-  return [value for value in values if value is not None]
+  return interval_json(mean_interval(values(scores, control, metric) if control else []))
 
 
 def _change(
@@ -172,21 +172,10 @@ def _change(
   """Paired by image; images that either lacks are left out."""
   changes = []
   for own, other in zip(scores, clean, strict=True):
-    pair = [_value(row, results.ATTACK, metric) for row in (own, other)]
+    pair = [row.value(results.ATTACK, metric) for row in (own, other)]
     if None not in pair:
       changes.append(pair[0] - pair[1])
   return interval_json(mean_interval(changes))
-
-
-def _value(row: ImageScore, set_name: str | None, metric: str) -> float | None:
-  quality = row.quality.get(set_name)
-  return None if quality is None else getattr(quality, metric)
-
-
-def _closeness(row: ImageScore, set_name: str | None) -> float | None:
-  """Region PSNR; PSNR where the region is empty."""
-  value = _value(row, set_name, 'region_psnr')
-  return _value(row, set_name, 'psnr') if value is None else value
 
 
 def _gains(scores: Sequence[ImageScore]) -> list[float]:
@@ -194,9 +183,20 @@ def _gains(scores: Sequence[ImageScore]) -> list[float]:
   control = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
   gains = []
   for row in scores:
-    pair = _closeness(row, results.ATTACK), _closeness(row, control)
+    pair = row.value(results.ATTACK, 'closeness'), row.value(control, 'closeness')
     gains.append(0.0 if None in pair else pair[0] - pair[1])
   return gains
+
+
+def _measured(attacks: Sequence[Scored], clients: Sequence[str]) -> float | None:
+  """Of one attack at a time: what is chosen by the truth, image by image, no bound holds for."""
+  found = []
+  for attack in attacks:
+    rows = [row for row in attack.scores if row.target in clients]
+    errors = values(rows, results.ATTACK, 'region_mse')
+    if errors and len(errors) == len(rows):
+      found.append(psnr_from_mse(float(np.mean(errors))))
+  return max(found, default=None)
 
 
 def _worst(scores: Sequence[ImageScore]) -> dict[str, Any] | None:
@@ -205,13 +205,12 @@ def _worst(scores: Sequence[ImageScore]) -> dict[str, Any] | None:
   gains = _gains(scores)
   index = int(np.argmax(gains))
   row = scores[index]
-  values = {metric: _value(row, results.ATTACK, metric) for metric in METRICS}
   return {
     'client': row.target,
     'image': row.image,
     'label': row.label,
     'margin': gains[index],
-    **values,
+    **{metric: row.value(results.ATTACK, metric) for metric in METRICS},
   }
 
 
@@ -270,7 +269,7 @@ def _per_image(
   return {
     'images': [f'{row.target}/{row.image}' for row in scores],
     'values': {
-      name: {metric: [_value(row, set_name, metric) for row in rows] for metric in METRICS}
+      name: {metric: [row.value(set_name, metric) for row in rows] for metric in METRICS}
       for name, (rows, set_name) in sets.items()
     },
   }

@@ -27,7 +27,7 @@ _TRAIN = [
   '--noise_strength=0.5',
   '--saliency=given',
 ]
-_AUDIT = ['--budget=quick', '--iterations=8', '--annex']
+_AUDIT = ['--budget=quick', '--iterations=8', '--annex', '--separate_rounds=2']
 
 
 def _command(program, *arguments):
@@ -54,7 +54,7 @@ def summary(run_dir):
   command = _command('audit', f'--run_dir={run_dir}', *_AUDIT)
   audit = run_dir / 'audits' / 'audit'
   process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-  half = audit / 'round_00001' / 'observed' / 'best' / 'result.json'
+  half = audit / 'round_00002' / 'observed' / 'best' / 'result.json'
   for _ in range(1200):
     if half.exists() or process.poll() is not None:
       break
@@ -73,12 +73,13 @@ def summary(run_dir):
 
 
 def test_an_audit_has_all_its_parts(summary, run_dir):
-  assert [entry['rounds'] for entry in summary['rounds']][:2] == [[1], [2]]
-  for entry in summary['rounds'][:2]:
+  assert [entry['rounds'] for entry in summary['rounds']] == [[2], [1, 2]]
+  for entry in summary['rounds'][:1]:
     assert [own['name'] for own in entry['attacks']] == ['best']
     assert entry['images'] == entry['clients'] == entry['control']['images'] == 3
     assert entry['undefended']['psnr']['n'] == 3
     assert entry['change']['region_psnr']['n'] == 3
+  assert summary['rounds'][1]['undefended'] is None
   # Three images and no attacker who knows the defence are too little to say that nothing leaked.
   assert summary['verdict'] in ('inconclusive', 'partly_leaked', 'leaked')
   assert summary['guarantee'].startswith('no formal guarantee')
@@ -107,6 +108,7 @@ def test_wrong_flags_end_in_one_line(run_dir, tmp_path):
     ([at, '--name=../x'], '--name'),
     ([at, *_AUDIT], '--name=audit'),
     ([at, '--name=b', '--rounds=3'], '--rounds=3'),
+    ([at, '--name=b', '--rounds=2', '--separate_rounds=1'], '--separate_rounds=1'),
     ([at, '--name=b', '--tolerated_db=-1'], '--tolerated_db'),
     ([at, '--name=b', '--delta=2'], '--delta'),
     ([at, '--name=b', '--augment=colour'], '--augment'),

@@ -50,8 +50,8 @@ def close(deviation=0.02, seed=0):
   return noisy(IMAGES, np.full(COUNT, deviation), seed)
 
 
-def audited(attacks, undefended=(), failed=(), control=None, **document):
-  evidence = RoundEvidence((1,), attacks, failed, undefended, control or attacks[0])
+def audited(attacks, undefended=(), failed=(), control=None, bounds=(), **document):
+  evidence = RoundEvidence((1,), attacks, failed, undefended, control or attacks[0], bounds=bounds)
   entry = summarise_round(evidence)
   return entry, summarise(
     [entry],

@@ -124,3 +124,21 @@ def test_the_page_shows_images_only_in_its_annex(seeing, blind):
   assert 'Images leaked' in page
   annex = render(audit, [Annex((1,), [seeing, blind])])
   assert annex.count('data:image/png') == 2 + 3 * COUNT
+
+
+def test_a_bound_stands_beside_what_one_attack_reached_on_the_same_clients(seeing):
+  farther = attack_with(close(0.1, seed=1), 'farther')
+  names = ['client_02', 'client_05']
+  bound = {'name': 'B', 'region_psnr': 30.0, 'holds_here': True, 'rests_on': 'x', 'clients': names}
+  entry, audit = audited([farther, seeing], bounds=[bound])
+  own = [row for row in seeing.scores if row.target in names]
+  errors = [row.quality['attack'].region_mse for row in own]
+  expected = -10 * np.log10(np.mean(errors))
+  assert entry['bounds'][0]['measured'] == pytest.approx(expected)
+  assert 'images of 2 of the clients' in render(audit)
+  assert 'the estimate does not hold' in render(audit)
+  _, audit = audited([seeing], bounds=[bound | {'region_psnr': expected + 0.1}])
+  assert 'the estimate does not hold' not in render(audit)
+  failed = attack_with(close(), failed=names)
+  entry, _ = audited([failed], control=seeing, bounds=[bound])
+  assert entry['bounds'][0]['measured'] is None

@@ -1,0 +1,78 @@
+"""Bounds of the region error beside an audit's measurement, where they can be computed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from attacks.audit.replay import is_single_image_round
+from binaries.linearised_release import LinearisedRelease
+from tff_shadow.models import batch_norm_layers, model_from_config
+from tff_shadow.observations import Observation, Truth
+from tff_shadow.privacy import region_psnr
+
+# About 2 GB of derivatives.
+_MAX_JACOBIAN_ENTRIES = 5e8
+
+
+def bounds_of(
+  observation: Observation,
+  truth: Mapping[str, Truth],
+  clients: Sequence[str],
+  public_images: np.ndarray,
+) -> list[dict[str, Any]]:
+  """The bounds of `attacks.audit.summary.RoundEvidence`, averaged over `clients`.
+
+  There are some for single images under shadow noise whose region is given, on small models without
+  BatchNorm; none otherwise.
+
+  Args:
+    observation: The round.
+    truth: Of its clients.
+    clients: Ids, at least one.
+    public_images: [N, H, W, C], at least three.
+  """
+  strength = _linearised_strength(observation.defense)
+  if strength is None or not is_single_image_round(observation, clients):
+    return []
+  model = model_from_config(observation.model_config)
+  entries = math.prod(observation.image_shape) * model.count_params()
+  if batch_norm_layers(model) or entries > _MAX_JACOBIAN_ENTRIES:
+    return []
+  for variable, array in zip(
+    model.trainable_variables, observation.global_weights.trainable, strict=True
+  ):
+    variable.assign(array)
+  release = LinearisedRelease(model, [truth[name] for name in clients], public_images)
+  unbiased, prior = map(region_psnr, release.errors(observation.defense['shape'], strength))
+  bounds = [
+    {
+      'name': 'With a prior',
+      'region_psnr': prior,
+      'holds_here': True,
+      'clients': list(clients),
+      'rests_on': 'van Trees, an ESTIMATE: attackers who know what images look like, by a'
+      ' Gaussian prior fitted to public images.',
+    },
+    {
+      'name': 'Without bias',
+      'region_psnr': unbiased,
+      'holds_here': False,
+      'clients': list(clients),
+      'rests_on': 'Cramer-Rao: attackers who know nothing of what images look like. The attacks'
+      ' above do, so that they may exceed it.',
+    },
+  ]
+  # A region that the update does not identify has no finite bound without a prior.
+  return [bound for bound in bounds if np.isfinite(bound['region_psnr'])]
+
+
+def _linearised_strength(defense: Mapping[str, Any]) -> str | None:
+  """As `LinearisedRelease` takes it; None if it knows no such defence."""
+  if defense['name'] != 'shadow' or defense['saliency']['kind'] != 'given':
+    return None
+  kind, value = defense['strength']['kind'], defense['strength']['value']
+  if defense['propagation'] == 'images' and kind == 'scale':
+    return f'images:{value}'
+  return str(value) if defense['propagation'] == 'per_step' and kind == 'ratio' else None

@@ -1,0 +1,225 @@
+"""What an audit reads of a run of tff-shadow-train."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attacks.scoring.results import read_json
+from binaries import run_directory
+from binaries.recorded_data import load_recorded
+from tff_shadow.data import FederatedData
+from tff_shadow.errors import UserError
+from tff_shadow.observations import (
+  Observation,
+  Truth,
+  read_observation,
+  read_truth,
+  round_directory_name,
+)
+from tff_shadow.privacy import Participation
+
+# What decides how useful a model becomes, besides the defence.
+_TRAINING_FLAGS = (
+  'seed',
+  'rounds',
+  'clients_per_round',
+  'batch_size',
+  'client_batch_sizes',
+  'local_epochs',
+  'max_local_steps',
+  'client_learning_rate',
+  'client_learning_rate_drops',
+  'client_learning_rate_drop_factor',
+  'client_momentum',
+  'server_learning_rate',
+  'server_momentum',
+  'batch_norm_sharing',
+)
+
+
+class Seen(NamedTuple):
+  """One observed round, the clients to attack, and the truth about them."""
+
+  observation: Observation
+  truth: dict[str, Truth]
+  clients: tuple[str, ...]
+
+
+def same_images(name: str, seen: Sequence[Seen]) -> bool:
+  """Whether a client trained on the same images in all these rounds."""
+  truths = [own.truth.get(name) for own in seen]
+  return all(
+    truth is not None and np.array_equal(truth.images, truths[0].images) for truth in truths
+  )
+
+
+class AuditedRun:
+  """One run.
+
+  Attributes:
+    config: Its config.json.
+    defense: `Observation.defense`.
+    seen: The rounds to audit.
+  """
+
+  def __init__(self, run_dir: pathlib.Path, rounds: Sequence[str] | None, max_clients: int):
+    """Reads observations and truth.
+
+    Args:
+      run_dir: Of the run.
+      rounds: Numbers of observed rounds; all by default.
+      max_clients: At most so many of a round, those with the fewest images first.
+
+    Raises:
+      UserError: If it is no run with these rounds observed, or damaged.
+    """
+    self._run_dir = run_dir
+    self.config = run_directory.read_config(run_dir)
+    if self.config.get('program') != 'train':
+      raise UserError(f'--run_dir={run_dir}: is not a run of tff-shadow-train')
+    self.seen = [self._read(number, max_clients) for number in self._numbers(rounds)]
+    self.defense = self.seen[0].observation.defense
+
+  @property
+  def training(self) -> dict[str, Any]:
+    """What runs that are compared by their usefulness have in common."""
+    return {name: self.config['flags'].get(name) for name in _TRAINING_FLAGS}
+
+  def data(self) -> FederatedData:
+    """Loads the data set again; UserError if it has changed."""
+    data = load_recorded(self.config['flags'], seed=self.config['flags']['seed'])
+    if data.digest() != self.config['data_sha256']:
+      raise UserError(
+        f'--run_dir={self._run_dir}: the data are not those of the run any more (other SHA-256)'
+      )
+    return data
+
+  def utility(self, undefended_dir: str | None) -> dict[str, Any]:
+    """What test.json says of the run, and of an undefended one from the same start.
+
+    Raises:
+      UserError: If that is another training, or has not ended.
+    """
+    own, other = _test(self._run_dir), None
+    if undefended_dir:
+      other = self._undefended_test(pathlib.Path(undefended_dir))
+    return {'test': own, 'undefended': other}
+
+  def participation(self, data: FederatedData) -> Participation:
+    """How often the images of the smallest client are used."""
+    values, observation = self.config['flags'], self.seen[0].observation
+    smallest = min(observation.clients, key=lambda client: client.num_images)
+    return Participation(
+      rounds=values['rounds'],
+      clients_per_round=values['clients_per_round'] or len(data.clients),
+      num_clients=len(data.clients),
+      images=max(1, min(map(len, data.clients.values()))),
+      batch_size=smallest.images_per_step(observation.client_training),
+      steps=max(1, smallest.num_steps),
+    )
+
+  def scope(self) -> dict[str, str]:
+    """What was audited, in words."""
+    observation, clients = self.seen[0].observation, self.seen[0].clients
+    training = observation.client_training
+    attacked = [observation.client(name) for name in clients]
+    numbers = ', '.join(str(own.observation.round_num) for own in self.seen)
+    return {
+      'Data set': f'{observation.dataset}, SHA-256 {self.config["data_sha256"][:16]}…',
+      'Model': (
+        f'{observation.model_name}, SHA-256 of the start {self.config["model_sha256"][:16]}…'
+      ),
+      'Rounds audited': f'{numbers} of {self.config["flags"]["rounds"]}',
+      'Clients attacked': f'{len(clients)} of {len(observation.clients)}, the smallest first',
+      'Images and steps of a client in a round': (
+        f'{_span([own.num_images for own in attacked])} images,'
+        f' {_span([own.num_steps for own in attacked])} steps'
+      ),
+      'Local training': (
+        f'{training.optimizer}, learning rate {training.learning_rate:g}, batches of'
+        f' {training.batch_size}, {training.local_epochs} epochs'
+      ),
+      'BatchNorm statistics': observation.batch_norm_sharing,
+      'Defence': _defense_words(self.defense),
+      'Seed of the training': str(self.config['flags']['seed']),
+    }
+
+  def separate(self, rounds: Sequence[str] | None) -> list[Seen]:
+    """Those of `seen` that --separate_rounds names; all by default."""
+    known = {own.observation.round_num: own for own in self.seen}
+    return [known[number] for number in _chosen('separate_rounds', rounds, sorted(known))]
+
+  def _numbers(self, rounds: Sequence[str] | None) -> list[int]:
+    known = sorted(
+      int(path.name.rpartition('_')[2]) for path in (self._run_dir / 'observations').glob('round_*')
+    )
+    if not known:
+      raise UserError(f'--run_dir={self._run_dir}: no observed round; train with --observed_rounds')
+    return _chosen('rounds', rounds, known)
+
+  def _read(self, number: int, max_clients: int) -> Seen:
+    name = round_directory_name(number)
+    observation = read_observation(self._run_dir / 'observations' / name)
+    truth = read_truth(self._run_dir / 'truth' / f'{name}.safetensors')
+    # The smallest clients are the worst off.
+    known = sorted(
+      (client for client in observation.clients if client.client_id in truth),
+      key=lambda client: (client.num_images, client.client_id),
+    )
+    if not known:
+      raise UserError(
+        f'{self._run_dir}: the truth of round {number} has no client of its observation'
+      )
+    return Seen(observation, truth, tuple(own.client_id for own in known[:max_clients]))
+
+  def _undefended_test(self, other_dir: pathlib.Path) -> dict[str, Any]:
+    config = run_directory.read_config(other_dir)
+    flag = f'--undefended_run_dir={other_dir}'
+    for name in ('data_sha256', 'model_sha256'):
+      if config[name] != self.config[name]:
+        raise UserError(f'{flag}: has another {name} than the run')
+    for name, value in self.training.items():
+      other = config['flags'].get(name)
+      if other != value:
+        raise UserError(f'{flag}: was trained with --{name}={other}, the run with {value}')
+    if config['flags']['defense'] != 'none':
+      raise UserError(f'{flag}: was trained with a defence')
+    test = _test(other_dir)
+    if test is None:
+      raise UserError(f'{flag}: has no test.json; it has not ended')
+    return test
+
+
+def _chosen(flag: str, rounds: Sequence[str] | None, known: list[int]) -> list[int]:
+  """The rounds that a flag names, all of `known` if it is not given."""
+  if rounds is None:
+    return known
+  wanted = set()
+  for text in rounds or ['']:
+    if not text.strip().isdecimal() or int(text) not in known:
+      raise UserError(f'--{flag}={text}: use some of {", ".join(map(str, known))}')
+    wanted.add(int(text))
+  return sorted(wanted)
+
+
+def _test(run_dir: pathlib.Path) -> dict[str, Any] | None:
+  path = run_dir / 'test.json'
+  return read_json(path) if path.exists() else None
+
+
+def _defense_words(defense: Mapping[str, Any]) -> str:
+  """Name and settings; of nested ones, what kind and how much."""
+  words = []
+  for key, value in defense.items():
+    if isinstance(value, Mapping):
+      value = ' '.join(str(value[part]) for part in ('kind', 'value') if part in value)
+    if key != 'name':
+      words.append(f'{key} {value}')
+  return f'{defense["name"]}: {", ".join(words)}' if words else defense['name']
+
+
+def _span(values: Sequence[int]) -> str:
+  least, most = min(values), max(values)
+  return str(least) if least == most else f'{least} to {most}'
