@@ -14,6 +14,7 @@ from attacks.config import AttackConfig
 from attacks.labels import Labels
 from attacks.results import TargetResult
 from attacks.scoring.assignment import in_order
+from attacks.shared_solvers import SharedSolvers
 from attacks.solver import Evidence, Solver, SolverState, choose_xla
 from attacks.targets import Target, TargetFailed, Targets
 from tff_shadow.observations import Observation
@@ -53,6 +54,8 @@ def attack_observation(
   progress: Callable[[AttackProgress], None] | None = None,
   checkpoint_path: pathlib.Path | None = None,
   checkpoint_every_secs: float = 60.0,
+  controls: bool = True,
+  shared: SharedSolvers | None = None,
 ) -> list[TargetResult]:
   """Attacks clients of one round, or of several rounds jointly.
 
@@ -75,19 +78,27 @@ def attack_observation(
     checkpoint_path: Where to keep the state of unfinished targets; it is read first, written every
       `checkpoint_every_secs` and on Ctrl-C, and deleted when they are done.
     checkpoint_every_secs: See above.
+    controls: Whether results have what the attacker knows without the update.
+    shared: Solvers of other attacks on these rounds, so that they need not be traced again.
 
   Returns:
     One result per target, in the order of `targets`.
 
   Raises:
     UserError: If a target is unknown, labels do not fit, or the observation cannot be attacked.
+    ValueError: If `shared` is of other rounds.
     KeyboardInterrupt: On Ctrl-C, after the checkpoint is written.
   """
   observations = [observation] if isinstance(observation, Observation) else list(observation)
-  known = Targets(observations, config)
+  shared = shared or SharedSolvers(observations, config.dtype)
+  if not shared.fits(observations, config.dtype):
+    raise ValueError('the shared solvers are of other rounds')
+  known = Targets(observations, config, shared.simulators)
   names = list(targets) if targets else known.default_names
   chosen = [known.find(name, None if labels is None else labels[name]) for name in names]
-  attack = _Attack(known, config, weights, progress, checkpoint_path, checkpoint_every_secs)
+  attack = _Attack(
+    known, config, shared, weights, progress, checkpoint_path, checkpoint_every_secs, controls
+  )
   results = {result.target: result for result in finished if result.target in names}
   for group in attack.groups([target for target in chosen if target.name not in results]):
     attack.done = len(results) * config.restarts * config.iterations
@@ -100,16 +111,28 @@ def attack_observation(
 
 
 class _Attack:
-  """The solvers that the targets share."""
+  """Attacks groups of targets, one after another."""
 
-  def __init__(self, known, config, weights, progress, checkpoint_path, checkpoint_every_secs):
+  def __init__(
+    self,
+    known,
+    config,
+    shared,
+    weights,
+    progress,
+    checkpoint_path,
+    checkpoint_every_secs,
+    with_controls,
+  ):
     self._known = known
     self._config = config
+    self._shared = shared
     self._weights = weights
     self._progress = progress
     self._checkpoint_path = checkpoint_path
     self._checkpoint_every_secs = checkpoint_every_secs
-    self._solvers: dict = {}
+    self._with_controls = with_controls
+    self._tv_weight = tf.constant(config.total_variation.weight, config.dtype)
     self.done = 0
 
   def groups(self, targets: Sequence[Target]) -> list[list[Target]]:
@@ -138,7 +161,7 @@ class _Attack:
     statistics = self._known.statistics(healthy)
     hold = self._config.hold_contrast and not statistics
     contrast = self._known.hidden_contrast if hold else None
-    controls = self._controls(group, contrast)
+    controls = self._controls(group, contrast) if self._with_controls else {}
     known_labels = [labels[target.name] for target in healthy]
     found = self._restarts(healthy, known_labels, statistics, contrast) if healthy else {}
     return [
@@ -147,7 +170,7 @@ class _Attack:
         labels.get(target.name),
         found.get(target.name, ()),
         failures.get(target.name),
-        controls[target.name],
+        controls.get(target.name, {}),
       )
       for target in group
     ]
@@ -225,11 +248,11 @@ class _Attack:
       start_logits = self._known.start_logits(labels)
       logits = np.stack([start_logits[targets.index(target)] for target, _ in lanes])
     start = np.stack([self._start(*lane) for lane in lanes])
-    kind = (targets[0].num_images, targets[0].steps, len(lanes), contrast)
-    solver = self._solvers.get(kind)
+    kind = ('attack', targets[0].num_images, targets[0].steps, len(lanes), contrast)
+    solver = self._shared.get(config, kind)
     if solver is None or (saved and saved.use_xla != solver.use_xla):
       solver = self._solver(targets[0].steps, contrast, saved, start, seeds, logits, evidence)
-      self._solvers[kind] = solver
+      self._shared.put(config, kind, solver)
     state, seconds = solver.start(start, seeds, logits), 0.0
     if saved is not None:
       state, seconds = saved.restore(state), saved.seconds
@@ -304,6 +327,7 @@ class _Attack:
       statistics=statistics,
       seeds=tf.constant(seeds),
       weights=weights,
+      tv_weight=self._tv_weight,
     )
 
   def _seed(self, target: Target, restart: int) -> tuple[int, int]:
@@ -319,12 +343,13 @@ class _Attack:
     """What the attacker has without the update: same starts, same steps, no matching term."""
     config = self._config
     mean = self._known.public_mean_image.astype(np.float32)
-    key = ('control', group[0].num_images, contrast)
-    if key not in self._solvers:
-      self._solvers[key] = Solver(
+    kind = ('control', group[0].num_images, contrast)
+    control = self._shared.get(config, kind)
+    if control is None:
+      control = Solver(
         self._known.simulators, group[0].steps, config, matching=False, contrast=contrast
       )
-    control = self._solvers[key]
+      self._shared.put(config, kind, control)
     nothing = tf.zeros((1, group[0].num_images), tf.int32)
     found: dict[str, list[tuple[float, np.ndarray]]] = {}
     for first in range(0, config.restarts, config.lanes):
@@ -333,7 +358,7 @@ class _Attack:
       seeds = np.array([self._seed(*lane) for lane in lanes], np.int32)
       groups = tf.constant([group.index(target) for target, _ in lanes])
       state = control.start(np.stack([self._start(*lane) for lane in lanes]), seeds)
-      evidence = Evidence(groups, nothing, (), (), tf.constant(seeds))
+      evidence = Evidence(groups, nothing, (), (), tf.constant(seeds), tv_weight=self._tv_weight)
       state = control.advance(state, evidence, config.iterations)
       # The prior's weight may fall with the iterations, and with it the loss: the last images.
       images = control.images(state).numpy().astype(np.float32)

@@ -4,6 +4,7 @@ Several attacks run side by side as lanes: a lane is one restart on one target. 
 iteration, trace and call, and nothing else unless a prior ties them together.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from attacks.contrast import with_contrast
 from attacks.local_steps import LocalSteps
 from attacks.matching import NoMatching
 from attacks.optimizers import Lbfgs
+from attacks.priors import TotalVariation
 from attacks.rectifiers import SurrogateRectifier
 from attacks.simulator import ClientSimulator
 
@@ -61,6 +63,8 @@ class Evidence(NamedTuple):
     seeds: int32 [R, 2], of each lane's own draws.
     weights: Per view, per trainable variable: [T, ...], what both gradients are multiplied by
       before they are compared; empty to compare them as they are.
+    tv_weight: Scalar, in place of the weight of the config's total variation, so that attacks which
+      differ in nothing else share a trace; None to take that of the config.
   """
 
   target: tf.Tensor
@@ -69,6 +73,7 @@ class Evidence(NamedTuple):
   statistics: Any
   seeds: tf.Tensor
   weights: Any = ()
+  tv_weight: tf.Tensor | None = None
 
 
 class LossAndGradient(NamedTuple):
@@ -231,6 +236,8 @@ class Solver:
       images = config.parametrization.images(parameters[_IMAGES])
       prior = tf.zeros(images.shape[:1], images.dtype)
       for image_prior in config.image_priors:
+        if isinstance(image_prior, TotalVariation) and evidence.tv_weight is not None:
+          image_prior = dataclasses.replace(image_prior, weight=evidence.tv_weight)
         prior += image_prior(images, iteration, config.iterations, evidence.target)
     if not self._matching:
       gradient = tape.gradient(prior, parameters, unconnected_gradients='zero')

@@ -56,8 +56,18 @@ class Targets:
     public_mean_image: [H, W, C].
   """
 
-  def __init__(self, observations: Sequence[Observation], config: AttackConfig):
-    """Rebuilds the models.
+  def __init__(
+    self,
+    observations: Sequence[Observation],
+    config: AttackConfig,
+    simulators: Sequence[ClientSimulator] | None = None,
+  ):
+    """Rebuilds the models where they are not given.
+
+    Args:
+      observations: The rounds.
+      config: Of the attack.
+      simulators: Of the local training, one per round; made by default.
 
     Raises:
       UserError: If the observations cannot be attacked, or not jointly.
@@ -68,7 +78,9 @@ class Targets:
         raise UserError(f'--rounds: round {other.round_num} has another model or other classes')
     self._observations = list(observations)
     self._config = config
-    self.simulators = [ClientSimulator(seen, config.dtype) for seen in observations]
+    self.simulators = list(
+      simulators or [ClientSimulator(seen, config.dtype) for seen in observations]
+    )
     self.default_names = [client.client_id for client in first.clients]
     self.public_mean_image = first.public_mean_image
 

@@ -18,14 +18,15 @@ import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
-from attacks.adaptive.calibrated import attack_calibrated, calibrate
-from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
-from attacks.adaptive.simulated_defense import SimulatedRound, simulate_round
+from attacks.adaptive.attacker import AdaptiveAttacker
+from attacks.adaptive.denoiser import DenoiserSettings
+from attacks.adaptive.simulated_defense import region_map_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.results import TargetResult
 from attacks.scoring.metrics import measure
 from attacks.scoring.statistics import mean_interval
+from attacks.shared_solvers import SharedSolvers
 from attacks.threads import share_cores
 from binaries import command
 from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_defense
@@ -88,17 +89,14 @@ def main() -> None:
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
   done = cache.done(_KEY)
   rounds: AttackedRounds | None = None
-  denoisers: dict[str, RegionDenoiser | None] = {}
   with local_worker_context(), Progress('adaptive', len(cells), 'cells') as progress:
     for count, (dataset, seed, defense) in enumerate(cells):
       if (dataset, str(seed), *defense) not in done:
         if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
           rounds = AttackedRounds(dataset, seed)
-        public, training = _halves(rounds.data.validation)
-        if dataset not in denoisers:
-          denoisers[dataset] = _denoiser(dataset, training)
+          attacker = _attacker(dataset, seed, rounds.data.validation)
         base = dict(zip(_KEY, (dataset, seed, *defense), strict=True))
-        rows = _attack(rounds, defense, public, denoisers[dataset])
+        rows = _attack(rounds, defense, attacker)
         cache.add([base | row for row in rows])
       progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
   rows = _join(cache.rows)
@@ -106,35 +104,36 @@ def main() -> None:
   print(f'{len(rows)} rows in {_OUTPUT.value}')
 
 
-def _attack(rounds, defense, public, denoiser) -> list[dict]:
+def _attacker(dataset: str, seed: int, public: Examples) -> AdaptiveAttacker:
+  denoiser = None
+  if _DENOISER_STEPS.value:
+    denoiser = DenoiserSettings(steps=_DENOISER_STEPS.value)
+    if dataset in _AUGMENTATIONS:
+      denoiser = dataclasses.replace(denoiser, augmentations=_AUGMENTATIONS[dataset])
+  return AdaptiveAttacker(
+    public,
+    AttackConfig(seed=seed, iterations=_ITERATIONS.value),
+    num_clients=_CALIBRATION_CLIENTS.value,
+    denoiser=denoiser,
+  )
+
+
+def _attack(
+  rounds: AttackedRounds, defense: tuple[str, str], attacker: AdaptiveAttacker
+) -> list[dict]:
   """Rows of all attacks on one round, all images."""
   observation = rounds.observation(*defense)
   config = AttackConfig(seed=rounds.seed, iterations=_ITERATIONS.value)
-  rows = _rows(rounds, attack_observation(observation, config), _BEST, '', '')
-  simulated = simulate_round(
-    observation,
-    observation.clients[0],
-    public,
-    num_clients=_CALIBRATION_CLIENTS.value,
-    seed=rounds.seed,
-  )
-  trials = calibrate(simulated, config, denoiser)
-  earlier: dict = {}
-  for knows_region in (False, True):
-    trial = next(trial for trial in trials if trial.knows_region == knows_region)
-    results = attack_calibrated(
-      observation, trial, config, denoiser, _maps(rounds, simulated, knows_region), earlier
-    )
-    chosen = f'{trial.candidate}, denoised {trial.level:g}'
-    rows += _rows(rounds, results, _CALIBRATED, 'yes' if knows_region else 'no', chosen)
+  shared = SharedSolvers([observation])
+  results = attack_observation(observation, config, shared=shared)
+  rows = _rows(rounds, results, _BEST, '', '')
+  region_map = region_map_of(observation)
+  maps = {name: region_map(own) for name, own in rounds.truth.items()}
+  made = attacker.attack([observation], list(maps), maps, shared=shared)
+  for knows_region, own in zip(('no', 'yes'), made, strict=True):
+    chosen = f'{own.trial.candidate}, denoised {own.trial.level:g}'
+    rows += _rows(rounds, own.results, _CALIBRATED, knows_region, chosen)
   return rows
-
-
-def _maps(rounds: AttackedRounds, simulated: SimulatedRound, knows_region: bool):
-  """The region maps that the attacker works with, of every client."""
-  return {
-    name: own.regions if knows_region else simulated.mean_map for name, own in rounds.truth.items()
-  }
 
 
 def _rows(
@@ -151,27 +150,6 @@ def _rows(
       | {name: f'{getattr(quality, name):.4f}' for name in _METRICS}
     )
   return rows
-
-
-def _halves(public: Examples) -> tuple[Examples, Examples]:
-  """Public images to calibrate on, and others to train the denoiser on."""
-  order = np.random.default_rng(0).permutation(len(public))
-  return public.take(order[::2]), public.take(order[1::2])
-
-
-def _denoiser(dataset: str, training: Examples) -> RegionDenoiser | None:
-  if not _DENOISER_STEPS.value:
-    return None
-  settings = DenoiserSettings(steps=_DENOISER_STEPS.value)
-  if dataset in _AUGMENTATIONS:
-    settings = dataclasses.replace(settings, augmentations=_AUGMENTATIONS[dataset])
-  with Progress(f'denoiser {dataset}', settings.steps, 'steps') as progress:
-    return RegionDenoiser(
-      training.float_images(),
-      training.float_regions(),
-      settings,
-      lambda step, loss: progress.update(step, f'loss {loss:.5f}'),
-    )
 
 
 def _join(rows: list[dict]) -> list[dict]:

@@ -20,6 +20,7 @@ from attacks.matching import CosineMatching, Matching, SquaredMatching
 from attacks.results import TargetResult
 from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import measure
+from attacks.shared_solvers import SharedSolvers
 from tff_shadow.observations import Observation
 
 # Deviations of noise that the denoiser is told, in image units; 0 leaves the images as they are.
@@ -112,6 +113,7 @@ def calibrate(
   denoiser: RegionDenoiser | None,
   candidates: Sequence[Candidate] | None = None,
   progress: Callable[[int, Trial], None] = lambda done, best: None,
+  shared: SharedSolvers | None = None,
 ) -> list[Trial]:
   """Tries all candidates, with all levels of denoising.
 
@@ -122,6 +124,7 @@ def calibrate(
       trained on images of `simulated`.
     candidates: `candidates_for` the round by default.
     progress: Called after each candidate with their number and the best trial so far.
+    shared: Solvers for these rounds.
 
   Returns:
     All trials, the best first.
@@ -131,6 +134,7 @@ def calibrate(
   """
   rounds = [simulated] if isinstance(simulated, SimulatedRound) else list(simulated)
   observations, simulated = [own.observation for own in rounds], rounds[0]
+  shared = shared or SharedSolvers(observations, config.dtype)
   trials: list[Trial] = []
   first: list[TargetResult] = []
   for done, candidate in enumerate(candidates or candidates_for(observations[0])):
@@ -138,7 +142,7 @@ def calibrate(
     for knows_region in (False, True):
       maps = simulated.maps if knows_region else dict.fromkeys(simulated.maps, simulated.mean_map)
       if not results or candidate.needs_guess:
-        results = _invert(observations, candidate, config, first, maps)
+        results = _invert(observations, candidate, config, first, maps, shared, controls=False)
       for level in LEVELS if denoiser else LEVELS[:1]:
         images = [_denoised(result, level, denoiser, maps) for result in results]
         own = _mean_region_psnr(results, images, simulated)
@@ -156,6 +160,7 @@ def attack_calibrated(
   denoiser: RegionDenoiser | None,
   maps: Mapping[str, np.ndarray],
   earlier: dict[Candidate, list[TargetResult]] | None = None,
+  shared: SharedSolvers | None = None,
 ) -> list[TargetResult]:
   """Attacks clients as `trial` did.
 
@@ -170,18 +175,20 @@ def attack_calibrated(
       not told them.
     earlier: Takes inversions that do not depend on the maps, and gives them to another call on the
       same round.
+    shared: Solvers for these rounds.
 
   Returns:
     One result per client in `maps`.
   """
   earlier = {} if earlier is None else earlier
   observations = [observation] if isinstance(observation, Observation) else list(observation)
+  shared = shared or SharedSolvers(observations, config.dtype)
 
   def invert(candidate: Candidate) -> list[TargetResult]:
     if candidate.needs_guess:
-      return _invert(observations, candidate, config, invert(CANDIDATES[0]), maps)
+      return _invert(observations, candidate, config, invert(CANDIDATES[0]), maps, shared)
     if candidate not in earlier:
-      earlier[candidate] = _invert(observations, candidate, config, [], maps)
+      earlier[candidate] = _invert(observations, candidate, config, [], maps, shared)
     return earlier[candidate]
 
   results = invert(trial.candidate)
@@ -205,6 +212,9 @@ def _invert(
   config: AttackConfig,
   first: Sequence[TargetResult],
   maps: Mapping[str, np.ndarray],
+  shared: SharedSolvers,
+  *,
+  controls: bool = True,
 ) -> list[TargetResult]:
   """Inverts the updates of the clients in `maps`; `first` is of the first candidate."""
   config = dataclasses.replace(
@@ -214,9 +224,14 @@ def _invert(
   )
   weights = None
   if candidate.weighting != _UNWEIGHTED:
-    rounds = [weights_of(seen, candidate.weighting, maps, first) for seen in observations]
+    rounds = [
+      weights_of(seen, candidate.weighting, maps, first, simulator)
+      for seen, simulator in zip(observations, shared.simulators, strict=True)
+    ]
     weights = {target: [weights[target] for weights in rounds] for target in maps}
-  return attack_observation(observations, config, list(maps), weights=weights)
+  return attack_observation(
+    observations, config, list(maps), weights=weights, controls=controls, shared=shared
+  )
 
 
 def _denoised(result, level, denoiser, maps) -> np.ndarray | None:
@@ -240,6 +255,5 @@ def _mean_region_psnr(results, images, simulated: SimulatedRound) -> float:
     for one, image, region in zip(
       in_order(found, truth.images), truth.images, truth.regions, strict=True
     ):
-      quality = measure(one, image, region)
-      values.append(quality.psnr if quality.region_psnr is None else quality.region_psnr)
+      values.append(measure(one, image, region).closeness)
   return float(np.mean(values))

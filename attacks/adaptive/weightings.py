@@ -81,6 +81,7 @@ def weights_of(
   name: str,
   maps: Mapping[str, np.ndarray],
   first: Sequence[TargetResult],
+  simulator: ClientSimulator,
 ) -> dict[str, list[np.ndarray]]:
   """By what the entries of each client's gradient are multiplied in one round.
 
@@ -89,12 +90,12 @@ def weights_of(
     name: Of `WEIGHTINGS`.
     maps: Region maps [B, H, W, 1] or [1, H, W, 1] of each client that is attacked.
     first: What a first attack on them gave, where the weighting needs it.
+    simulator: Of local training in that round.
 
   Returns:
     One array per trainable variable for each client in `maps`.
   """
   weighting = WEIGHTINGS[name]
-  simulator = ClientSimulator(observation)
   sensitivity = Sensitivity(simulator)
   guesses = {result.target: result for result in first}
   weights = {}

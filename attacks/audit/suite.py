@@ -1,29 +1,25 @@
 """Runs the attacks of an audit, each resumable, and keeps what they reconstruct."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import tensorflow as tf
 
-from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
-from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
-from attacks.adaptive.simulated_defense import SimulatedRound, region_map_of, simulate_round
+from attacks.adaptive.attacker import AdaptiveAttack, AdaptiveAttacker, Watch
+from attacks.adaptive.denoiser import DenoiserSettings
+from attacks.adaptive.simulated_defense import region_map_of
 from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation
 from attacks.presets import PRESETS
 from attacks.results import TargetResult, read_results, write_results
+from attacks.shared_solvers import SharedSolvers
 from attacks.threat_model import threat_model
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.observations import Observation, Truth
-
-# From what is being done, and its number of steps, to a context that is told how far it is.
-Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int, str], None]]]
 
 _CHECKPOINT = 'checkpoint.safetensors'
 _KNOWS = 'knows.json'
@@ -75,13 +71,19 @@ class Suite:
     """
     self._budget = budget
     self._directory = directory
-    order = np.random.default_rng(seed).permutation(len(public))
-    self._played, self._learned = public.take(order[::2]), public.take(order[1::2])
-    self._augmentations = tuple(augmentations)
+    config = AttackConfig(iterations=budget.iterations, lanes=lanes, seed=seed)
+    denoiser = None
+    if budget.denoiser_steps:
+      denoiser = DenoiserSettings(
+        steps=budget.denoiser_steps, augmentations=tuple(augmentations), seed=seed
+      )
+    self._attacker = AdaptiveAttacker(
+      public, config, num_clients=budget.calibration_clients, denoiser=denoiser, watch=watch
+    )
     self._seed = seed
     self._lanes = lanes
     self.watch = watch
-    self._denoiser: RegionDenoiser | None = None
+    self._shared: SharedSolvers | None = None
 
   def unaware(
     self, place: str, observations: Sequence[Observation], clients: Sequence[str]
@@ -131,19 +133,29 @@ class Suite:
       truth: Decides the region maps that one of the attackers is told, and nothing else.
       clients: Ids.
     """
+    if not self._budget.calibration_clients:
+      return []
     names = [ADAPTIVE]
     if all(observations[0].client(name).num_images == 1 for name in clients):
       # Of several images nobody knows in which order they come out.
       names.append(ADAPTIVE_REGION)
-    if not self._budget.calibration_clients:
-      return []
-    saved = {name: self._saved(f'{place}/{name}') for name in names}
-    if all(attacked is not None for attacked in saved.values()):
-      return list(saved.values())
+    saved = [self._saved(f'{place}/{name}') for name in names]
+    if None not in saved:
+      return saved
+    told = None
+    if ADAPTIVE_REGION in names:
+      region_map = region_map_of(observations[0])
+      told = {name: region_map(truth[name]) for name in clients}
     try:
-      made = self._adaptive(place, observations, truth, clients, names)
+      found = self._attacker.attack(
+        observations, clients, told, shared=self._solvers(observations), name=f'{place}/{ADAPTIVE}'
+      )
     except (UserError, tf.errors.OpError) as error:
       return [Attacked(ADAPTIVE, (), (), str(error))]
+    made = [
+      Attacked(name, tuple(own.results), _knows(own))
+      for name, own in zip(names, found, strict=True)
+    ]
     for attacked in made:
       directory = self._directory / place / attacked.name
       directory.mkdir(parents=True, exist_ok=True)
@@ -158,53 +170,6 @@ class Suite:
       return None
     knows = json.loads((directory / _KNOWS).read_text())
     return Attacked(directory.name, tuple(results), tuple(knows))
-
-  def _adaptive(self, place, observations, truth, clients, names) -> list[Attacked]:
-    config = AttackConfig(iterations=self._budget.iterations, lanes=self._lanes, seed=self._seed)
-    like = _typical(observations[0], clients)
-    count = min(self._budget.calibration_clients, len(self._played) // like.num_images)
-    # The same clients in each round.
-    simulated = [
-      simulate_round(seen, like, self._played, num_clients=count, seed=self._seed)
-      for seen in observations
-    ]
-    denoiser = self._trained_denoiser()
-    total = len(candidates_for(observations[0]))
-    with self.watch(f'{place}: {total} settings on public images', total) as update:
-      trials = calibrate(
-        simulated,
-        config,
-        denoiser,
-        progress=lambda done, best: update(done, f'best {best.region_psnr:.1f} dB'),
-      )
-    earlier: dict = {}
-    region_map = region_map_of(observations[0])
-    made = []
-    with self.watch(f'{place}: {" and ".join(names)}', len(names)) as update:
-      for done, name in enumerate(names):
-        told = name == ADAPTIVE_REGION
-        trial = next(trial for trial in trials if trial.knows_region == told)
-        maps = {
-          client: region_map(truth[client]) if told else simulated[0].mean_map for client in clients
-        }
-        results = attack_calibrated(observations, trial, config, denoiser, maps, earlier)
-        made.append(Attacked(name, tuple(results), _knows(trial, simulated[0])))
-        update(done + 1, str(trial.candidate))
-    return made
-
-  def _trained_denoiser(self) -> RegionDenoiser | None:
-    if self._denoiser is None and self._budget.denoiser_steps:
-      settings = DenoiserSettings(
-        steps=self._budget.denoiser_steps, augmentations=self._augmentations, seed=self._seed
-      )
-      with self.watch('denoiser', settings.steps) as update:
-        self._denoiser = RegionDenoiser(
-          self._learned.float_images(),
-          self._learned.float_regions(),
-          settings,
-          lambda step, loss: update(step, f'loss {loss:.5f}'),
-        )
-    return self._denoiser
 
   def _invert(self, place, observations, config, clients) -> list[TargetResult]:
     directory = self._directory / place
@@ -224,16 +189,18 @@ class Suite:
         on_result=lambda done: write_results(directory, done),
         progress=show,
         checkpoint_path=directory / _CHECKPOINT,
+        shared=self._solvers(observations),
       )
 
+  def _solvers(self, observations: Sequence[Observation]) -> SharedSolvers:
+    """Those for these rounds; of earlier ones they are given up."""
+    if self._shared is None or not self._shared.fits(observations):
+      self._shared = SharedSolvers(observations)
+    return self._shared
 
-def _typical(observation: Observation, clients: Sequence[str]):
-  """The client of the middle number of images."""
-  ranked = sorted(map(observation.client, clients), key=lambda client: client.num_images)
-  return ranked[len(ranked) // 2]
 
-
-def _knows(trial: Trial, simulated: SimulatedRound) -> tuple[str, ...]:
+def _knows(attack: AdaptiveAttack) -> tuple[str, ...]:
+  trial = attack.trial
   regions = 'It is told the region maps of the clients.'
   if not trial.knows_region:
     regions = 'It knows the mean region map of public images, and not those of the clients.'
@@ -246,7 +213,7 @@ def _knows(trial: Trial, simulated: SimulatedRound) -> tuple[str, ...]:
   return (
     'It is an honest-but-curious server that knows the defence with all its settings, and not its'
     ' keys.',
-    f'It has played the round itself with {len(simulated.truth)} clients of public images, and'
+    f'It has played the round itself with {attack.num_played} clients of public images, and'
     f' takes the settings that came closest there: {trial.candidate}.',
     denoised,
     regions,

@@ -16,6 +16,8 @@ from attacks.adaptive.weightings import weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, SquaredMatching
+from attacks.shared_solvers import SharedSolvers
+from attacks.simulator import ClientSimulator
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
 from tff_shadow.learning import (
   DpFedAvg,
@@ -70,10 +72,13 @@ def test_the_first_candidate_is_the_attack_that_knows_of_no_noise(simulated):
 
 
 def test_entries_of_much_noise_count_less(simulated):
-  first = calibrated._invert([simulated.observation], CANDIDATES[0], _CONFIG, [], simulated.maps)
+  shared = SharedSolvers([simulated.observation])
+  first = calibrated._invert(
+    [simulated.observation], CANDIDATES[0], _CONFIG, [], simulated.maps, shared
+  )
   flat = {}
   for name in ('deviations', 'low_noise'):
-    weights = weights_of(simulated.observation, name, simulated.maps, first)
+    weights = weights_of(simulated.observation, name, simulated.maps, first, shared.simulators[0])
     flat[name] = np.concatenate([array.ravel() for array in weights['public_00']])
   assert np.mean(flat['low_noise']) == pytest.approx(0.5, abs=0.02)
   quiet = flat['low_noise'] > 0
@@ -118,11 +123,12 @@ def test_entries_that_were_not_sent_are_not_compared(simulated):
   client = dataclasses.replace(client, update=WeightArrays(tuple(arrays)))
   observation = dataclasses.replace(observation, clients=(client,))
   maps = {'public_00': simulated.mean_map}
-  sent = weights_of(observation, 'nonzero', maps, ())['public_00']
+  simulator = ClientSimulator(observation)
+  sent = weights_of(observation, 'nonzero', maps, (), simulator)['public_00']
   np.testing.assert_array_equal(sent[0], np.broadcast_to(np.arange(12) < 5, (3, 3, 1, 12)))
   for weight, array in zip(sent, arrays, strict=True):
     np.testing.assert_array_equal(weight, array != 0)
-  kept = weights_of(observation, 'without_last_kernel', maps, ())['public_00']
+  kept = weights_of(observation, 'without_last_kernel', maps, (), simulator)['public_00']
   assert [set(np.unique(weight)) for weight in kept] == [{1.0}] * 4 + [{0.0}, {1.0}]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from attacks.adaptive import calibrated
+from attacks.adaptive import attacker, calibrated
 from attacks.audit import suite as suites
 from attacks.audit.budget import BUDGETS
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
@@ -40,22 +40,26 @@ def observation():
 @pytest.fixture
 def one_candidate(monkeypatch):
   first = calibrated.CANDIDATES[:1]
-  monkeypatch.setattr(suites, 'candidates_for', lambda observation: first)
+  monkeypatch.setattr(attacker, 'candidates_for', lambda observation: first)
   monkeypatch.setattr(calibrated, 'candidates_for', lambda observation: first)
+
+
+def _only_regions(observation):
+  shape = (1, *observation.image_shape)
+  return {
+    client.client_id: Truth(
+      np.full(shape, np.nan, np.float32),
+      np.zeros(1, np.int32),
+      np.ones((*shape[:3], 1), np.float32),
+    )
+    for client in observation.clients
+  }
 
 
 @pytest.mark.usefixtures('one_candidate')
 def test_the_attacker_who_knows_the_defence_attacks_once(tmp_path, observation):
   clients = [client.client_id for client in observation.clients]
-  shape = (1, *observation.image_shape)
-  truth = {
-    name: Truth(
-      np.full(shape, np.nan, np.float32),
-      np.zeros(1, np.int32),
-      np.ones((*shape[:3], 1), np.float32),
-    )
-    for name in clients
-  }
+  truth = _only_regions(observation)
   # Of the truth it is given the regions alone: the images are NaN.
   unknown, known = _suite(tmp_path).adaptive('here', [observation], truth, clients)
   assert (unknown.name, known.name) == (suites.ADAPTIVE, suites.ADAPTIVE_REGION)
@@ -75,7 +79,9 @@ def test_the_attacker_who_knows_the_defence_attacks_once(tmp_path, observation):
 
 def test_what_cannot_be_simulated_is_a_problem_and_no_crash(tmp_path, observation):
   unknown = dataclasses.replace(observation, defense={'name': 'prayer'})
-  (attacked,) = _suite(tmp_path).adaptive('here', [unknown], {}, ['client_00'])
+  (attacked,) = _suite(tmp_path).adaptive(
+    'here', [unknown], _only_regions(observation), ['client_00']
+  )
   assert 'prayer' in attacked.problem
   assert not attacked.results
 

@@ -1,0 +1,147 @@
+"""An attacker who knows the defence and has public images of the modality."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
+from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
+from attacks.adaptive.simulated_defense import simulate_round
+from attacks.config import AttackConfig
+from attacks.results import TargetResult
+from attacks.shared_solvers import SharedSolvers
+from tff_shadow.data import Examples
+from tff_shadow.observations import ClientObservation, Observation
+
+# From what is being done, and its number of steps, to a context that is told how far it is.
+Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int, str], None]]]
+
+
+@contextlib.contextmanager
+def unwatched(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+  """Shows nothing."""
+  yield lambda done, detail: None
+
+
+class AdaptiveAttack(NamedTuple):
+  """What one attacker made of the clients.
+
+  Attributes:
+    trial: The settings that came closest on public images.
+    num_played: Clients of public images on which they were tried.
+    results: One for each attacked client.
+  """
+
+  trial: Trial
+  num_played: int
+  results: list[TargetResult]
+
+
+class AdaptiveAttacker:
+  """Plays rounds under the defence, and attacks with what worked best there.
+
+  On one half of the public images it plays clients; on the other it learns to take out what noise
+  is left in reconstructions.
+  """
+
+  def __init__(
+    self,
+    public: Examples,
+    config: AttackConfig,
+    *,
+    num_clients: int,
+    denoiser: DenoiserSettings | None,
+    watch: Watch = unwatched,
+  ):
+    """Attacks nothing yet.
+
+    Args:
+      public: Images of the modality with labels and regions, of no attacked client.
+      config: All settings that are not tried; the seed decides everything.
+      num_clients: Clients to play, fewer where the images do not suffice.
+      denoiser: Of the network that takes out noise; None for no such network.
+      watch: Shows progress.
+    """
+    order = np.random.default_rng(config.seed).permutation(len(public))
+    self._played, self._learned = public.take(order[::2]), public.take(order[1::2])
+    self._config = config
+    self._num_clients = num_clients
+    self._settings = denoiser
+    self._watch = watch
+    self._denoiser: RegionDenoiser | None = None
+
+  def attack(
+    self,
+    observations: Sequence[Observation],
+    clients: Sequence[str],
+    told_maps: Mapping[str, np.ndarray] | None = None,
+    *,
+    shared: SharedSolvers | None = None,
+    name: str = 'adaptive',
+  ) -> list[AdaptiveAttack]:
+    """Attacks clients in one round, or in several jointly.
+
+    Args:
+      observations: The rounds; the clients trained on the same images in each.
+      clients: Ids.
+      told_maps: Region maps [B, H, W, 1] of each client, in the order in which images come out;
+        None if no attacker is told them.
+      shared: Solvers for these rounds.
+      name: What progress is shown under.
+
+    Returns:
+      The attack that knows of the clients' regions only what public images show; then, if
+      `told_maps` are given, the one that is told them.
+
+    Raises:
+      UserError: If the defence cannot be played, or the rounds not attacked.
+    """
+    config, denoiser = self._config, self._trained_denoiser()
+    shared = shared or SharedSolvers(observations, config.dtype)
+    like = _typical(observations[0], clients)
+    count = min(self._num_clients, len(self._played) // like.num_images)
+    # The same clients in each round.
+    simulated = [
+      simulate_round(seen, like, self._played, num_clients=count, seed=config.seed)
+      for seen in observations
+    ]
+    total = len(candidates_for(observations[0]))
+    with self._watch(f'{name}: {total} settings on public images', total) as update:
+      trials = calibrate(
+        simulated,
+        config,
+        denoiser,
+        progress=lambda done, best: update(done, f'best {best.region_psnr:.1f} dB'),
+        shared=shared,
+      )
+    maps_known = [dict.fromkeys(clients, simulated[0].mean_map)]
+    if told_maps is not None:
+      maps_known.append({client: told_maps[client] for client in clients})
+    earlier: dict = {}
+    made = []
+    with self._watch(name, len(maps_known)) as update:
+      for told, maps in enumerate(maps_known):
+        trial = next(trial for trial in trials if trial.knows_region == bool(told))
+        results = attack_calibrated(observations, trial, config, denoiser, maps, earlier, shared)
+        made.append(AdaptiveAttack(trial, count, results))
+        update(told + 1, str(trial.candidate))
+    return made
+
+  def _trained_denoiser(self) -> RegionDenoiser | None:
+    if self._denoiser is None and self._settings is not None:
+      with self._watch('denoiser', self._settings.steps) as update:
+        self._denoiser = RegionDenoiser(
+          self._learned.float_images(),
+          self._learned.float_regions(),
+          self._settings,
+          lambda step, loss: update(step, f'loss {loss:.5f}'),
+        )
+    return self._denoiser
+
+
+def _typical(observation: Observation, clients: Sequence[str]) -> ClientObservation:
+  """The client of the middle number of images."""
+  ranked = sorted(map(observation.client, clients), key=lambda client: client.num_images)
+  return ranked[len(ranked) // 2]

@@ -1,0 +1,68 @@
+"""What several attacks on the same rounds need not make twice."""
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+from attacks.config import AttackConfig
+from attacks.simulator import ClientSimulator
+from attacks.solver import Solver
+from tff_shadow.observations import Observation
+
+
+class SharedSolvers:
+  """Simulators and solvers of rounds, whoever took part in them and whatever their updates are.
+
+  Tracing a solver takes as long as hundreds of its steps on small images. Attacks share one that
+  differ only in their targets, their seed and the weight of the total variation.
+
+  Attributes:
+    simulators: Of the clients' local training, one per round.
+  """
+
+  def __init__(self, observations: Sequence[Observation], dtype: str = 'float32'):
+    """Rebuilds the models.
+
+    Args:
+      observations: The rounds; other ones with the same global weights may be attacked.
+      dtype: `AttackConfig.dtype` of the attacks.
+
+    Raises:
+      UserError: If the observations cannot be attacked.
+    """
+    self._observations = list(observations)
+    self._dtype = dtype
+    self.simulators = [ClientSimulator(seen, dtype) for seen in observations]
+    self._solvers: dict[Hashable, Solver] = {}
+
+  def fits(self, observations: Sequence[Observation], dtype: str = 'float32') -> bool:
+    """Whether these are rounds of the same global weights and local training."""
+    return (
+      dtype == self._dtype
+      and len(observations) == len(self._observations)
+      and all(
+        own.global_weights is other.global_weights
+        and own.client_training == other.client_training
+        and own.batch_norm_sharing == other.batch_norm_sharing
+        for own, other in zip(self._observations, observations, strict=True)
+      )
+    )
+
+  def get(self, config: AttackConfig, kind: Hashable) -> Solver | None:
+    """The solver that was put there; None if there is none.
+
+    Args:
+      config: Of the attack.
+      kind: What else the trace depends on.
+    """
+    return self._solvers.get(_key(config, kind))
+
+  def put(self, config: AttackConfig, kind: Hashable, solver: Solver) -> None:
+    """Keeps a solver."""
+    self._solvers[_key(config, kind)] = solver
+
+
+def _key(config: AttackConfig, kind: Hashable) -> Hashable:
+  variation = config.total_variation
+  # Whether there is such a prior is traced, its weight is not.
+  variation = dataclasses.replace(variation, weight=float(variation.weight > 0))
+  return dataclasses.replace(config, total_variation=variation, seed=0), kind
