@@ -10,7 +10,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: setup lock lint test demo audit audit-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
+.PHONY: setup lock lint test demo audit audit-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
 
 setup: $(STAMP)
 
@@ -93,6 +93,31 @@ audited-%: $(STAMP)
 	  $(defense-$(call part,2,$*)) $(call resume,runs/audited/$*)
 	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* $(AUDIT_FLAGS) \
 	  $(call resume,runs/audited/$*/audits/audit)
+
+# Frozen against fresh noise when the server keeps more and more rounds: results/rounds.csv. Hours.
+KEPT_ROUNDS := 1 4 16
+KEPT_SETS := histology_patches
+KEPT_DEFENSES := images correlated
+KEPT := $(foreach defense,$(KEPT_DEFENSES),$(foreach set,$(KEPT_SETS),\
+  $(set)+$(defense)+frozen $(set)+$(defense)+fresh))
+KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0
+
+rounds-table: $(STAMP) $(KEPT:%=kept-%)
+	$(BIN)/tff-shadow-compare $(KEPT:%=--run_dir=runs/kept/%) \
+	  --name=$(subst $(space),$(comma),$(KEPT_ROUNDS:%=kept_%)) --output_dir=runs/kept/compared --overwrite
+	cp runs/kept/compared/comparison.csv results/rounds.csv
+
+kept-%: $(STAMP)
+	$(BIN)/tff-shadow-train --run_dir=runs/kept/$* --dataset=$(call part,1,$*) $(ROUND_ONE) --rounds=16 \
+	  --observed_rounds=$$(seq -s, 16) --save_every_rounds=16 $(defense-$(call part,2,$*)) \
+	  --noise_freshness=$(call part,3,$*) $(call resume,runs/kept/$*)
+	for count in $(KEPT_ROUNDS); do \
+	  audit=runs/kept/$*/audits/kept_$$count; \
+	  if [ $$count -gt 1 ]; then together=--separate_rounds=; else together=; fi; \
+	  if [ -e $$audit/config.json ]; then resume=--resume; else resume=; fi; \
+	  $(BIN)/tff-shadow-audit --run_dir=runs/kept/$* --name=kept_$$count --rounds=$$(seq -s, $$count) \
+	    $$together $(KEPT_FLAGS) $$resume || exit 1; \
+	done
 
 # Does the attack see anything? On each embedded set, 16 images, batch 1, round 1 (method of proof:
 # nothing measured behind a defence means anything unless the undefended attack works).

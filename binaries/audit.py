@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
+from attacks.adaptive.players import AttackersShadow
 from attacks.audit.budget import BUDGETS, Budget
 from attacks.audit.page import Annex, render
 from attacks.audit.replay import is_single_image_round, single_images, without_defense
@@ -33,8 +34,10 @@ from binaries.audited_bounds import bounds_of
 from binaries.audited_run import AuditedRun, Seen, same_images
 from binaries.progress import Progress
 from tff_shadow.errors import UserError
+from tff_shadow.models import load_generator
 from tff_shadow.observations import Truth, round_directory_name
 from tff_shadow.privacy import guarantee_of
+from tff_shadow.published import standardization
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 
 _RUN_DIR = flags.DEFINE_string('run_dir', None, 'Run directory of tff-shadow-train.')
@@ -42,8 +45,8 @@ _ROUNDS = flags.DEFINE_list('rounds', None, 'Observed rounds to audit; all by de
 _SEPARATE_ROUNDS = flags.DEFINE_list(
   'separate_rounds',
   None,
-  'Those of --rounds, at least one, that are attacked one by one besides all of them jointly; all'
-  ' by default.',
+  'Those of --rounds that are attacked one by one, besides all of them jointly; all by default,'
+  ' empty for none.',
 )
 _NAME = flags.DEFINE_string('name', 'audit', 'The output goes to RUN/audits/NAME.')
 _BUDGET = flags.DEFINE_enum('budget', 'default', list(BUDGETS), 'How much is attacked.')
@@ -96,6 +99,12 @@ _BOUND_CLIENTS = flags.DEFINE_integer(
   ' colour images of 32 px; 0 for no bounds.',
   lower_bound=0,
 )
+_GENERATOR = flags.DEFINE_string(
+  'generator',
+  None,
+  'A .keras file, latent -> image in [0, 1]: the shadow with which the attacker plays the published'
+  " defence; the clients' own is the worst case. Without one that defence cannot be cleared.",
+)
 _DELTA = flags.DEFINE_float('delta', 1e-5, 'Delta of the formal guarantee, where there is one.')
 _ANNEX = flags.DEFINE_bool('annex', False, 'Show reconstructions, and the images, in the page.')
 _LANES = flags.DEFINE_integer(
@@ -121,6 +130,13 @@ def main() -> None:
   data = audited.data()
   digests = {name: audited.config[name] for name in ('data_sha256', 'model_sha256')}
   budget = _budget()
+  shadow = None
+  if _GENERATOR.value:
+    shadow = AttackersShadow(
+      load_generator(_GENERATOR.value, tuple(data.image_shape), flag='--generator'),
+      *standardization(data.validation.float_images()),
+      rounds=audited.config['flags']['rounds'],
+    )
   run_directory.claim(
     output,
     {
@@ -136,6 +152,7 @@ def main() -> None:
   suite = Suite(
     budget,
     output,
+    shadow=shadow,
     public=data.validation,
     augmentations=_AUGMENT.value,
     seed=_SEED.value,
@@ -145,7 +162,13 @@ def main() -> None:
   audit = _Audit(suite, budget, data.validation.float_images())
   evidence = [audit.one_round(own) for own in separate]
   if len(audited.seen) > 1:
-    evidence += audit.jointly(audited.seen, evidence[0].control)
+    control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
+    evidence += audit.jointly(audited.seen, control)
+  if not evidence:
+    raise UserError(
+      '--separate_rounds: no client trained on the same images in all rounds, so they cannot be'
+      ' attacked jointly; name some'
+    )
   rounds = [summarise_round(own, tolerated) for own in evidence]
   guarantee = guarantee_of(audited.defense, audited.participation(data), _DELTA.value)
   summary = summarise(
@@ -209,7 +232,7 @@ class _Audit:
       made,
       failed,
       undefended,
-      self._control(place, seen, undefended if defended else made),
+      self.control(seen, undefended if defended else made),
       problems,
       self._bounds(seen),
     )
@@ -232,13 +255,14 @@ class _Audit:
     numbers = tuple(own.round_num for own in observations)
     return [RoundEvidence(numbers, made, failed, (), control, problems)]
 
-  def _control(self, place: str, seen: Seen, clean: list[Scored]) -> Scored:
+  def control(self, seen: Seen, clean: list[Scored]) -> Scored:
     """The positive control, which is a part of `clean`, the undefended round, if that is one."""
     observation, truth, clients = seen
     if is_single_image_round(observation, clients) and clean:
       return clean[0]
     single, shown = single_images(observation, truth, clients)
-    (attacked, *_) = self._suite.unaware(f'{place}/control', [single], clients)
+    place = f'{round_directory_name(observation.round_num)}/control'
+    (attacked, *_) = self._suite.unaware(place, [single], clients)
     if attacked.problem:
       raise UserError(f'the positive control could not be attacked: {attacked.problem}')
     return score_attacked(attacked, shown, self._distractors)

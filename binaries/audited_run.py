@@ -147,8 +147,14 @@ class AuditedRun:
     }
 
   def separate(self, rounds: Sequence[str] | None) -> list[Seen]:
-    """Those of `seen` that --separate_rounds names; all by default."""
+    """Those of `seen` that --separate_rounds names; all by default, and nothing where it is empty.
+
+    Raises:
+      UserError: If it names another round, or leaves nothing to audit.
+    """
     known = {own.observation.round_num: own for own in self.seen}
+    if rounds is not None and len(known) > 1 and not any(map(str.strip, rounds)):
+      return []
     return [known[number] for number in _chosen('separate_rounds', rounds, sorted(known))]
 
   def _numbers(self, rounds: Sequence[str] | None) -> list[int]:

@@ -19,7 +19,9 @@ from tff_shadow.errors import UserError
 _RUN_DIRS = flags.DEFINE_multi_string(
   'run_dir', [], 'Run directory with an audit under audits/; may be given repeatedly.'
 )
-_NAME = flags.DEFINE_string('name', 'audit', 'Name of the audits in the run directories.')
+_NAMES = flags.DEFINE_list(
+  'name', ['audit'], 'Names of the audits in the run directories, each of other rounds.'
+)
 _OUTPUT_DIR = flags.DEFINE_string('output_dir', None, 'Where the three files go.')
 _REFERENCE = flags.DEFINE_string(
   'reference', None, 'Defence that the others are compared with, as "correlated ratio 0.3".'
@@ -36,8 +38,9 @@ def main() -> None:
     raise UserError('--run_dir is missing: name the run directories of several audited runs')
   if not _OUTPUT_DIR.value:
     raise UserError('--output_dir is missing: the comparison needs a place')
-  if _NAME.value in ('', '.', '..') or '/' in _NAME.value:
-    raise UserError(f'--name={_NAME.value}: must be the name of one directory')
+  for name in _NAMES.value or ['']:
+    if name in ('', '.', '..') or '/' in name:
+      raise UserError(f'--name={name}: must be the name of one directory')
   output = pathlib.Path(_OUTPUT_DIR.value)
   if output.exists() and not output.is_dir():
     raise UserError(f'--output_dir={output}: is a file')
@@ -45,8 +48,9 @@ def main() -> None:
     if (output / name).exists() and not _OVERWRITE.value:
       raise UserError(f'{output / name} exists; pass --overwrite to replace it')
   audits = [
-    comparison.read_audit(pathlib.Path(directory) / 'audits' / _NAME.value / 'summary.json')
+    comparison.read_audit(pathlib.Path(directory) / 'audits' / name / 'summary.json')
     for directory in _RUN_DIRS.value
+    for name in _NAMES.value
   ]
   rows = comparison.compare(audits, _REFERENCE.value)
   budgets = sorted({_budget(audit) for audit in audits})

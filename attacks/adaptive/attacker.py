@@ -8,6 +8,7 @@ import numpy as np
 
 from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
 from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
+from attacks.adaptive.players import AttackersShadow
 from attacks.adaptive.simulated_defense import simulate_round
 from attacks.config import AttackConfig
 from attacks.results import TargetResult
@@ -53,6 +54,7 @@ class AdaptiveAttacker:
     *,
     num_clients: int,
     denoiser: DenoiserSettings | None,
+    shadow: AttackersShadow | None = None,
     watch: Watch = unwatched,
   ):
     """Attacks nothing yet.
@@ -62,6 +64,7 @@ class AdaptiveAttacker:
       config: All settings that are not tried; the seed decides everything.
       num_clients: Clients to play, fewer where the images do not suffice.
       denoiser: Of the network that takes out noise; None for no such network.
+      shadow: With which the published defence is played.
       watch: Shows progress.
     """
     order = np.random.default_rng(config.seed).permutation(len(public))
@@ -69,6 +72,7 @@ class AdaptiveAttacker:
     self._config = config
     self._num_clients = num_clients
     self._settings = denoiser
+    self._shadow = shadow
     self._watch = watch
     self._denoiser: RegionDenoiser | None = None
 
@@ -104,7 +108,9 @@ class AdaptiveAttacker:
     count = min(self._num_clients, len(self._played) // like.num_images)
     # The same clients in each round.
     simulated = [
-      simulate_round(seen, like, self._played, num_clients=count, seed=config.seed)
+      simulate_round(
+        seen, like, self._played, num_clients=count, seed=config.seed, shadow=self._shadow
+      )
       for seen in observations
     ]
     total = len(candidates_for(observations[0]))

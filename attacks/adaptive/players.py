@@ -5,7 +5,11 @@ one client after another without a federation around it. Only the keys are the a
 """
 
 import collections
-from typing import Any
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -14,6 +18,7 @@ import tensorflow_federated as tff
 from attacks.local_steps import LocalSteps
 from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.aggregators.shadow_noise import noised_update
+from tff_shadow.data import Examples, FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.learning import BASELINES, BaselineDefense, ShadowNoise, keras_model_fn
 from tff_shadow.learning.client_work import client_result, train_locally
@@ -22,10 +27,36 @@ from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.learning.training import observed_update
 from tff_shadow.models import model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays
+from tff_shadow.published import PublishedDefense, PublishedSettings
+from tff_shadow.published.client_shadows import ClientShadows
 from tff_shadow.shadow import SaliencyConfig
-from tff_shadow.shadow.noise_keys import NOISE_KEY
+from tff_shadow.shadow.latents import LatentFit
+from tff_shadow.shadow.noise_keys import NOISE_KEY, experiment_secret
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
+
+
+class AttackersShadow(NamedTuple):
+  """With what an attacker plays the published defence.
+
+  Attributes:
+    generator: Latents -> images in [0, 1]; the clients' own as pretrained, at worst.
+    pixel_mean: Of each channel of public images.
+    pixel_std: Their standard deviations.
+    rounds: Of the whole training; the noise grows with the share that is over.
+  """
+
+  generator: tf.keras.Model
+  pixel_mean: tuple[float, ...]
+  pixel_std: tuple[float, ...]
+  rounds: int
+
+
+class _OwnSecrets(dict):
+  """A secret for whoever is asked for."""
+
+  def __missing__(self, name: str) -> bytes:
+    return experiment_secret(0, name)
 
 
 class Player:
@@ -68,6 +99,12 @@ class Player:
     # All batches but the last are of one size.
     dataset = tf.data.Dataset.from_tensor_slices(collections.OrderedDict(examples))
     return observed_update(self._train(dataset.batch(len(steps.batches[0])), key))
+
+  def updates(
+    self, clients: Mapping[str, Truth], steps: LocalSteps, keys: Mapping[str, tuple[int, int]]
+  ) -> dict[str, WeightArrays]:
+    """What each of several clients with the same local steps sends; see `update`."""
+    return {name: self.update(truth, steps, keys[name]) for name, truth in clients.items()}
 
   def _build(self, model: tf.keras.Model, defense: dict[str, Any]) -> None:
     """Makes variables, which a traced function must not.
@@ -145,6 +182,78 @@ class _ShadowPlayer(Player):
     return noised
 
 
+class _PublishedPlayer(_BaselinePlayer):
+  """Of the published method: undefended training on images that a shadow has noised.
+
+  The shadow starts as pretrained in whatever round this is: what clients' shadows have learned in
+  earlier rounds the attacker does not know.
+  """
+
+  def __init__(self, observation: Observation, shares_statistics: bool, shadow: AttackersShadow):
+    self._observation = observation
+    self._shadow = shadow
+    super().__init__(observation, shares_statistics)
+
+  def update(self, truth, steps, key):
+    """See `Player`."""
+    return self.updates({'alone': truth}, steps, {'alone': key})['alone']
+
+  def updates(self, clients, steps, keys):
+    """See `Player`."""
+    seen = self._observation
+    examples = {
+      name: Examples(
+        np.rint(truth.images * 255).astype(np.uint8),
+        truth.labels,
+        np.rint(truth.regions * 255).astype(np.uint8),
+      )
+      for name, truth in clients.items()
+    }
+    any_split = next(iter(examples.values()))
+    data = FederatedData(
+      seen.dataset, seen.class_names, tuple(seen.image_shape), examples, any_split, any_split
+    )
+    training = dataclasses.replace(seen.client_training, batch_size=len(steps.batches[0]))
+    order = np.concatenate(steps.batches)
+    sent = {}
+    with tempfile.TemporaryDirectory() as directory:
+      shadows = ClientShadows(
+        self._published,
+        data,
+        self._task,
+        max(self._shadow.rounds, seen.round_num),
+        seen.batch_norm_sharing,
+        pathlib.Path(directory),
+      )
+      shadows.fit_latents()
+      for name, truth in clients.items():
+        noised, _ = shadows.prepare(name, order, training, self._weights, seen.round_num)
+        own = {'x': noised, 'y': truth.labels[order]}
+        dataset = tf.data.Dataset.from_tensor_slices(collections.OrderedDict(own))
+        dataset = dataset.batch(training.batch_size)
+        sent[name] = observed_update(self._train(dataset, tf.constant(keys[name], tf.int32)))
+    return sent
+
+  def _build(self, model, defense):
+    super()._build(model, {'name': 'none'})
+    self._task = model
+    settings = {name: value for name, value in defense.items() if name != 'name'}
+    try:
+      settings['latents'] = LatentFit(**settings['latents'])
+      settings['cam_weights'] = tuple(settings['cam_weights'])
+      settings = PublishedSettings(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+      raise UserError(f"observation: defence 'published': {error}") from error
+    # Noise that clients draw follows from secrets of theirs; the attacker draws its own.
+    self._published = PublishedDefense(
+      settings,
+      self._shadow.generator,
+      self._shadow.pixel_mean,
+      self._shadow.pixel_std,
+      secrets=_OwnSecrets(),
+    )
+
+
 _PLAYERS: dict[str, type[Player]] = {
   'shadow': _ShadowPlayer,
   'none': _BaselinePlayer,
@@ -152,17 +261,24 @@ _PLAYERS: dict[str, type[Player]] = {
 }
 
 
-def build_player(observation: Observation, shares_statistics: bool) -> Player:
+def build_player(
+  observation: Observation, shares_statistics: bool, shadow: AttackersShadow | None = None
+) -> Player:
   """The player of the defence of `observation`; see `Player`.
+
+  Args:
+    observation: The round.
+    shares_statistics: Whether the clients send the change of their BatchNorm statistics.
+    shadow: With which the published defence is played.
 
   Raises:
     UserError: If there is none, or the settings of the defence are none.
   """
   name = observation.defense['name']
   if name == 'published':
-    raise UserError(
-      "observation: the defence 'published' cannot be simulated: its noise needs the generator"
-    )
+    if shadow is None:
+      raise UserError("the defence 'published' is simulated with a generator, and none was given")
+    return _PublishedPlayer(observation, shares_statistics, shadow)
   if name not in _PLAYERS:
     raise UserError(f'observation: there is no simulation of the defence {name!r}')
   return _PLAYERS[name](observation, shares_statistics)

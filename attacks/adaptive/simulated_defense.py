@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attacks.adaptive.players import build_player
+from attacks.adaptive.players import AttackersShadow, build_player
 from attacks.local_steps import local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.data import Examples
@@ -51,6 +51,7 @@ def simulate_round(
   *,
   num_clients: int,
   seed: int,
+  shadow: AttackersShadow | None = None,
 ) -> SimulatedRound:
   """Plays the round of `observation` with clients like one of it, on public images.
 
@@ -64,25 +65,29 @@ def simulate_round(
     public: Images of the modality with labels and regions, none of them of an attacked client.
     num_clients: How many to play.
     seed: Decides images and noise, but for that of DP-SGD, which takes no key.
+    shadow: With which the published defence is played.
 
   Raises:
     UserError: If the defence is none that this attacker knows, or there are too few images.
   """
-  player = build_player(observation, bool(like.update.non_trainable))
+  player = build_player(observation, bool(like.update.non_trainable), shadow)
   needed = num_clients * like.num_images
   if len(public) < needed:
     raise UserError(f'{len(public)} public images are too few: {needed} are needed')
   chosen = np.random.default_rng(seed).permutation(len(public))[:needed]
   region_map = region_map_of(observation)
   steps = local_steps(like, observation.client_training)
-  clients, truth, maps = [], {}, {}
+  truth, maps, keys = {}, {}, {}
   for index in range(num_clients):
     name = f'public_{index:02d}'
     own = public.take(chosen[index * like.num_images : (index + 1) * like.num_images])
     truth[name] = Truth(own.float_images(), own.labels, own.float_regions())
     maps[name] = region_map(truth[name])
-    update = player.update(truth[name], steps, _noise_key(observation, seed, index))
-    clients.append(dataclasses.replace(like, client_id=name, update=update, dropped=False))
+    keys[name] = _noise_key(observation, seed, index)
+  clients = [
+    dataclasses.replace(like, client_id=name, update=update, dropped=False)
+    for name, update in player.updates(truth, steps, keys).items()
+  ]
   played = dataclasses.replace(observation, clients=tuple(clients), aggregate=mean_update(clients))
   return SimulatedRound(played, truth, maps)
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from attacks.adaptive.attacker import AdaptiveAttack, AdaptiveAttacker, Watch
 from attacks.adaptive.denoiser import DenoiserSettings
+from attacks.adaptive.players import AttackersShadow
 from attacks.adaptive.simulated_defense import region_map_of
 from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
@@ -57,6 +58,7 @@ class Suite:
     seed: int,
     lanes: int,
     watch: Watch,
+    shadow: AttackersShadow | None = None,
   ):
     """Attacks nothing yet.
 
@@ -68,6 +70,7 @@ class Suite:
       seed: Decides everything.
       lanes: See `AttackConfig`.
       watch: Shows progress.
+      shadow: With which the published defence is played; None for no such attacker.
     """
     self._budget = budget
     self._directory = directory
@@ -78,7 +81,12 @@ class Suite:
         steps=budget.denoiser_steps, augmentations=tuple(augmentations), seed=seed
       )
     self._attacker = AdaptiveAttacker(
-      public, config, num_clients=budget.calibration_clients, denoiser=denoiser, watch=watch
+      public,
+      config,
+      num_clients=budget.calibration_clients,
+      denoiser=denoiser,
+      shadow=shadow,
+      watch=watch,
     )
     self._seed = seed
     self._lanes = lanes

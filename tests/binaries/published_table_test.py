@@ -66,8 +66,8 @@ def test_rows_are_paired_with_no_defense():
   assert found['published', '', 'lenient']['ci95_low'] == ''
 
 
-def test_ablations_and_networks_without_statistics_meet_our_attack_alone():
-  assert published_table._attacks('published', 'none') == ['best']
+def test_ablations_and_networks_without_statistics_meet_our_attacks_alone():
+  assert published_table._attacks('published', 'none') == ['best', 'calibrated']
   assert published_table._attacks('white_noise', 'batch') == ['best']
   assert set(published_table._attacks('published', 'batch')) == set(published_table._ATTACKS)
 

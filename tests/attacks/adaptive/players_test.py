@@ -1,12 +1,16 @@
 """Played clients against those of a real round, on the same images."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from attacks.adaptive.players import build_player
+from attacks.adaptive.players import AttackersShadow, build_player
 from attacks.local_steps import local_steps
 from tests.attacks.observed_rounds import small_model
+from tests.conftest import make_generator
 from tff_shadow.aggregators import NoiseStrength
+from tff_shadow.errors import UserError
 from tff_shadow.learning import (
   DpFedAvg,
   ShadowDefense,
@@ -16,7 +20,9 @@ from tff_shadow.learning import (
   TrainingSettings,
 )
 from tff_shadow.observations import ClientTraining, read_observation, read_truth
+from tff_shadow.published import PublishedDefense, PublishedSettings
 from tff_shadow.shadow import SaliencyConfig
+from tff_shadow.shadow.latents import LatentFit
 from tff_shadow.shadow.noise_keys import NOISE_KEY, experiment_secret, image_keys
 
 pytestmark = pytest.mark.usefixtures('tff_worker')
@@ -81,3 +87,36 @@ def test_with_the_client_s_keys_shadow_noise_is_the_same(
 
   monkeypatch.setattr(player, '_examples', with_its_keys)
   _assert_sends_the_same(observation, truth, player, batch_norm)
+
+
+@pytest.mark.parametrize('batch_norm', [False, True])
+def test_with_the_client_s_generator_published_noise_is_the_same(tiny_data, tmp_path, batch_norm):
+  generator = make_generator(tuple(tiny_data.image_shape))
+  # One image whatever the latent, for the fit of a client's latents starts at random; updates of
+  # the shadow would make it depend on them.
+  kernel = generator.trainable_variables[0]
+  kernel.assign(np.zeros(kernel.shape))
+  settings = PublishedSettings(latents=LatentFit(steps=2), update_shadow=False)
+  scale = (0.4,), (0.2,)
+  defense = PublishedDefense(settings, generator, *scale)
+  observation, truth = _round(tiny_data, tmp_path, defense, batch_norm)
+  player = build_player(observation, batch_norm, AttackersShadow(generator, *scale, rounds=1))
+  _assert_sends_the_same(observation, truth, player, batch_norm)
+  (undefended,) = (
+    build_player(dataclasses.replace(observation, defense={'name': 'none'}), batch_norm)
+    .update(truth, local_steps(observation.client(_CLIENT), observation.client_training), (0, 0))
+    .trainable[:1]
+  )
+  sent = observation.client(_CLIENT).update.trainable[0]
+  assert np.linalg.norm(sent - undefended) > 1e-3 * np.linalg.norm(undefended)
+
+
+def test_the_published_defence_needs_a_generator(tiny_data, tmp_path):
+  observation, _ = _round(tiny_data, tmp_path, None, False)
+  defense = {'name': 'published', 'amplitude': 'much'}
+  observation = dataclasses.replace(observation, defense=defense)
+  with pytest.raises(UserError, match='generator'):
+    build_player(observation, False)
+  shadow = AttackersShadow(make_generator(tuple(tiny_data.image_shape)), (0.4,), (0.2,), 1)
+  with pytest.raises(UserError, match='published'):
+    build_player(observation, False, shadow)

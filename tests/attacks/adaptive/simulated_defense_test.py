@@ -230,7 +230,7 @@ def test_what_cannot_be_simulated_takes_one_line():
     _simulate(observation, num_clients=13)
   for defense, message in (
     ({'name': 'mixup'}, "no simulation of the defence 'mixup'"),
-    ({'name': 'published', 'map_kind': 'exposure'}, 'needs the generator'),
+    ({'name': 'published', 'map_kind': 'exposure'}, 'with a generator, and none'),
     ({'name': 'top_k', 'share': 0.1}, "defence 'top_k': .*share"),
     ({'name': 'top_k', 'fraction': 2.0}, "defence 'top_k': fraction must be"),
   ):
