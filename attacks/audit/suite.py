@@ -161,7 +161,7 @@ class Suite:
     except (UserError, tf.errors.OpError) as error:
       return [Attacked(ADAPTIVE, (), (), str(error))]
     made = [
-      Attacked(name, tuple(own.results), _knows(own))
+      Attacked(name, tuple(own.results), _knows(own, observations[0]))
       for name, own in zip(names, found, strict=True)
     ]
     for attacked in made:
@@ -197,18 +197,18 @@ class Suite:
         on_result=lambda done: write_results(directory, done),
         progress=show,
         checkpoint_path=directory / _CHECKPOINT,
-        shared=self._solvers(observations),
+        shared=self._solvers(observations, config.dtype),
       )
 
-  def _solvers(self, observations: Sequence[Observation]) -> SharedSolvers:
+  def _solvers(self, observations: Sequence[Observation], dtype: str = 'float32') -> SharedSolvers:
     """Those for these rounds; of earlier ones they are given up."""
-    if self._shared is None or not self._shared.fits(observations):
-      self._shared = SharedSolvers(observations)
+    if self._shared is None or not self._shared.fits(observations, dtype):
+      self._shared = SharedSolvers(observations, dtype)
     return self._shared
 
 
-def _knows(attack: AdaptiveAttack) -> tuple[str, ...]:
-  trial = attack.trial
+def _knows(attack: AdaptiveAttack, observation: Observation) -> tuple[str, ...]:
+  trial, published = attack.trial, observation.defense['name'] == 'published'
   regions = 'It is told the region maps of the clients.'
   if not trial.knows_region:
     regions = 'It knows the mean region map of public images, and not those of the clients.'
@@ -225,4 +225,5 @@ def _knows(attack: AdaptiveAttack) -> tuple[str, ...]:
     f' takes the settings that came closest there: {trial.candidate}.',
     denoised,
     regions,
+    *(['It plays their shadows with a generator that it has.'] if published else []),
   )
