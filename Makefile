@@ -66,10 +66,12 @@ GATE_SETS := chest_phantom fundus_patches histology_patches
 AUDITED_SETS := $(GATE_SETS)
 AUDITED_SEEDS := 0 1 2
 NOISE := --defense=shadow --saliency=given --noise_strength_kind
+# Fresh where frozen noise of that strength costs accuracy (results/frontier.csv).
+FRESH := --noise_freshness=fresh
 defense-none :=
-defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=1.0
-defense-diagonal := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=1.0
-defense-correlated := $(NOISE)=ratio --noise_shape=correlated --noise_strength=0.3
+defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=1.0 $(FRESH)
+defense-diagonal := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=1.0 $(FRESH)
+defense-correlated := $(NOISE)=ratio --noise_shape=correlated --noise_strength=1.0 $(FRESH)
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
 defense-top_k := --defense=top_k
@@ -94,21 +96,20 @@ audited-%: $(STAMP)
 	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* $(AUDIT_FLAGS) \
 	  $(call resume,runs/audited/$*/audits/audit)
 
-# Frozen against fresh noise when the server keeps more and more rounds: results/rounds.csv. Hours.
+# What is left of noise when the server keeps more and more rounds of the same images. Clients of one
+# image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
-KEPT_SETS := histology_patches
-KEPT_DEFENSES := images correlated
-KEPT := $(foreach defense,$(KEPT_DEFENSES),$(foreach set,$(KEPT_SETS),\
-  $(set)+$(defense)+frozen $(set)+$(defense)+fresh))
+KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh
 KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0
 
-rounds-table: $(STAMP) $(KEPT:%=kept-%)
-	$(BIN)/tff-shadow-compare $(KEPT:%=--run_dir=runs/kept/%) \
+rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
+	$(BIN)/tff-shadow-compare $(KEPT:%=--run_dir=runs/kept/histology_patches+%) \
 	  --name=$(subst $(space),$(comma),$(KEPT_ROUNDS:%=kept_%)) --output_dir=runs/kept/compared --overwrite
 	cp runs/kept/compared/comparison.csv results/rounds.csv
 
 kept-%: $(STAMP)
-	$(BIN)/tff-shadow-train --run_dir=runs/kept/$* --dataset=$(call part,1,$*) $(ROUND_ONE) --rounds=16 \
+	$(BIN)/tff-shadow-train --run_dir=runs/kept/$* --dataset=$(call part,1,$*) $(ROUND_ONE) \
+	  --partition=sizes:1/1/1/1/1/1/1/1 --client_learning_rate=0.005 --rounds=16 \
 	  --observed_rounds=$$(seq -s, 16) --save_every_rounds=16 $(defense-$(call part,2,$*)) \
 	  --noise_freshness=$(call part,3,$*) $(call resume,runs/kept/$*)
 	for count in $(KEPT_ROUNDS); do \

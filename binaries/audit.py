@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from attacks.report import findings, page
 from attacks.threads import share_cores
 from binaries import command, run_directory
 from binaries.audited_bounds import bounds_of
-from binaries.audited_run import AuditedRun, Seen, same_images
+from binaries.audited_run import AuditedRun, Seen
 from binaries.progress import Progress
 from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
@@ -161,14 +161,9 @@ def main() -> None:
   )
   audit = _Audit(suite, budget, data.validation.float_images())
   evidence = [audit.one_round(own) for own in separate]
-  if len(audited.seen) > 1:
+  if len(audited.seen) > 1 and audited.recurring:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
-    evidence += audit.jointly(audited.seen, control)
-  if not evidence:
-    raise UserError(
-      '--separate_rounds: no client trained on the same images in all rounds, so they cannot be'
-      ' attacked jointly; name some'
-    )
+    evidence.append(audit.jointly(audited.seen, audited.recurring, control))
   rounds = [summarise_round(own, tolerated) for own in evidence]
   guarantee = guarantee_of(audited.defense, audited.participation(data), _DELTA.value)
   summary = summarise(
@@ -237,12 +232,9 @@ class _Audit:
       self._bounds(seen),
     )
 
-  def jointly(self, seen: list[Seen], control: Scored) -> list[RoundEvidence]:
-    """The rounds together, for the clients that trained on the same images in each."""
+  def jointly(self, seen: list[Seen], clients: Sequence[str], control: Scored) -> RoundEvidence:
+    """The rounds together, for clients that trained on the same images in each."""
     first = seen[0]
-    clients = [name for name in first.clients if same_images(name, seen)]
-    if not clients:
-      return []
     observations = [own.observation for own in seen]
     attacked = self._suite.unaware('jointly', observations, clients)
     problems = []
@@ -253,7 +245,7 @@ class _Audit:
         problems.append(_NO_ADAPTIVE)
     made, failed = self._scored(attacked, first.truth)
     numbers = tuple(own.round_num for own in observations)
-    return [RoundEvidence(numbers, made, failed, (), control, problems)]
+    return RoundEvidence(numbers, made, failed, (), control, problems)
 
   def control(self, seen: Seen, clean: list[Scored]) -> Scored:
     """The positive control, which is a part of `clean`, the undefended round, if that is one."""

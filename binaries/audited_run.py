@@ -47,14 +47,6 @@ class Seen(NamedTuple):
   clients: tuple[str, ...]
 
 
-def same_images(name: str, seen: Sequence[Seen]) -> bool:
-  """Whether a client trained on the same images in all these rounds."""
-  truths = [own.truth.get(name) for own in seen]
-  return all(
-    truth is not None and np.array_equal(truth.images, truths[0].images) for truth in truths
-  )
-
-
 class AuditedRun:
   """One run.
 
@@ -62,6 +54,8 @@ class AuditedRun:
     config: Its config.json.
     defense: `Observation.defense`.
     seen: The rounds to audit.
+    recurring: Ids of the clients, of those of the first of them, that trained on the same images in
+      all.
   """
 
   def __init__(self, run_dir: pathlib.Path, rounds: Sequence[str] | None, max_clients: int):
@@ -81,6 +75,7 @@ class AuditedRun:
       raise UserError(f'--run_dir={run_dir}: is not a run of tff-shadow-train')
     self.seen = [self._read(number, max_clients) for number in self._numbers(rounds)]
     self.defense = self.seen[0].observation.defense
+    self.recurring = [name for name in self.seen[0].clients if self._recurs(name)]
 
   @property
   def training(self) -> dict[str, Any]:
@@ -154,6 +149,11 @@ class AuditedRun:
     """
     known = {own.observation.round_num: own for own in self.seen}
     if rounds is not None and len(known) > 1 and not any(map(str.strip, rounds)):
+      if not self.recurring:
+        raise UserError(
+          '--separate_rounds: name some, as no client trained on the same images in all rounds, so'
+          ' that they cannot be attacked jointly'
+        )
       return []
     return [known[number] for number in _chosen('separate_rounds', rounds, sorted(known))]
 
@@ -164,6 +164,12 @@ class AuditedRun:
     if not known:
       raise UserError(f'--run_dir={self._run_dir}: no observed round; train with --observed_rounds')
     return _chosen('rounds', rounds, known)
+
+  def _recurs(self, name: str) -> bool:
+    truths = [own.truth.get(name) for own in self.seen]
+    return all(
+      truth is not None and np.array_equal(truth.images, truths[0].images) for truth in truths
+    )
 
   def _read(self, number: int, max_clients: int) -> Seen:
     name = round_directory_name(number)
