@@ -93,7 +93,7 @@ audited-%: $(STAMP)
 	$(BIN)/tff-shadow-train --run_dir=runs/audited/$* --dataset=$(call part,1,$*) \
 	  --seed=$(call part,3,$*) $(ROUND_ONE) --rounds=60 --evaluate_every_rounds=20 \
 	  $(defense-$(call part,2,$*)) $(call resume,runs/audited/$*)
-	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* $(AUDIT_FLAGS) \
+	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* --cache_dir=runs/audited/cache $(AUDIT_FLAGS) \
 	  $(call resume,runs/audited/$*/audits/audit)
 
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one

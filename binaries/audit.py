@@ -16,12 +16,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
 from attacks.adaptive.players import AttackersShadow
 from attacks.audit.budget import BUDGETS, Budget
+from attacks.audit.cache import AuditCache, undefended_key
 from attacks.audit.page import Annex, render
 from attacks.audit.replay import is_single_image_round, single_images, without_defense
 from attacks.audit.strongest import Scored, score_attacked
@@ -33,6 +33,7 @@ from binaries import command, run_directory
 from binaries.audited_bounds import bounds_of
 from binaries.audited_run import AuditedRun, Seen
 from binaries.progress import Progress
+from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
 from tff_shadow.observations import Truth, round_directory_name
@@ -111,10 +112,16 @@ _LANES = flags.DEFINE_integer(
   'lanes', 16, 'Targets and restarts attacked side by side.', lower_bound=1
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Decides the attacks.')
+_CACHE_DIR = flags.DEFINE_string(
+  'cache_dir',
+  None,
+  'Directory that audits of runs from the same start share: attacks on the round without the'
+  ' defence and the denoiser are kept there, and made once.',
+)
 _RESUME = flags.DEFINE_bool('resume', False, 'Go on with an interrupted audit.')
 
 _NO_ADAPTIVE = 'No attacker who knows the defence was tried (--budget).'
-_MAY_CHANGE = frozenset({'resume', 'run_dir', 'annex', 'undefended_run_dir', 'lanes'})
+_MAY_CHANGE = frozenset({'resume', 'run_dir', 'annex', 'undefended_run_dir', 'lanes', 'cache_dir'})
 
 
 def main() -> None:
@@ -149,17 +156,25 @@ def main() -> None:
   )
   logging.getLogger('tensorflow').setLevel(logging.ERROR)  # Several solvers are traced.
   share_cores(_LANES.value)
+  cache_directory = pathlib.Path(_CACHE_DIR.value) if _CACHE_DIR.value else None
   suite = Suite(
     budget,
     output,
     shadow=shadow,
+    cache_directory=cache_directory,
     public=data.validation,
     augmentations=_AUGMENT.value,
     seed=_SEED.value,
     lanes=_LANES.value,
     watch=_watch,
   )
-  audit = _Audit(suite, budget, data.validation.float_images())
+  settings = {
+    **dataclasses.asdict(budget),
+    'seed': _SEED.value,
+    'augment': _AUGMENT.value,
+    'data_sha256': digests['data_sha256'],
+  }
+  audit = _Audit(suite, output, settings, AuditCache(cache_directory), data.validation)
   evidence = [audit.one_round(own) for own in separate]
   if len(audited.seen) > 1 and audited.recurring:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
@@ -198,11 +213,20 @@ def main() -> None:
 class _Audit:
   """Attacks rounds and gathers the evidence."""
 
-  def __init__(self, suite: Suite, budget: Budget, public_images: np.ndarray):
+  def __init__(
+    self,
+    suite: Suite,
+    output: pathlib.Path,
+    settings: Mapping[str, Any],
+    cache: AuditCache,
+    public: Examples,
+  ):
     self._suite = suite
-    self._budget = budget
-    self._public_images = public_images
-    self._distractors = list(public_images)
+    self._output = output
+    self._settings = settings
+    self._cache = cache
+    self._public_images = public.float_images()
+    self._distractors = list(self._public_images)
 
   def one_round(self, seen: Seen) -> RoundEvidence:
     observation, truth, clients = seen
@@ -218,10 +242,7 @@ class _Audit:
     made, failed = self._scored(attacked, truth)
     undefended: list[Scored] = []
     if defended:
-      clean = without_defense(observation, truth, clients)
-      attacked = self._suite.unaware(f'{place}/undefended', [clean], clients)
-      attacked += self._suite.adaptive(f'{place}/undefended', [clean], truth, clients)
-      undefended, _ = self._scored(attacked, truth)
+      undefended = self._undefended(seen, f'{place}/undefended')
     return RoundEvidence(
       (observation.round_num,),
       made,
@@ -231,6 +252,18 @@ class _Audit:
       problems,
       self._bounds(seen),
     )
+
+  def _undefended(self, seen: Seen, place: str) -> list[Scored]:
+    observation, truth, clients = seen
+    clean = without_defense(observation, truth, clients)
+    key = undefended_key(clean, truth, clients, self._settings)
+    self._cache.fetch(key, self._output / place)
+    attacked = self._suite.unaware(place, [clean], clients)
+    attacked += self._suite.adaptive(place, [clean], truth, clients)
+    made, failed = self._scored(attacked, truth)
+    if not failed:
+      self._cache.store(key, self._output / place)
+    return made
 
   def jointly(self, seen: list[Seen], clients: Sequence[str], control: Scored) -> RoundEvidence:
     """The rounds together, for clients that trained on the same images in each."""

@@ -63,7 +63,7 @@ _SHAPES = flags.DEFINE_list('shapes', list(NOISE_SHAPES), 'Noise shapes.')
 _FRESHNESS = flags.DEFINE_list('freshness', ['frozen', 'fresh'], 'frozen, fresh.')
 _STRENGTHS = flags.DEFINE_list(
   'strengths',
-  ['0.1', '0.3', '1.0', '3.0', 'scale:0.1', 'images:0.1', 'images:0.2'],
+  ['0.1', '0.3', '1.0', '3.0', 'images:0.05', 'images:0.1'],
   'Noise over update norm; or scale:S and images:S, in image units, for correlated noise alone.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)

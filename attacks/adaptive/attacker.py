@@ -1,6 +1,7 @@
 """An attacker who knows the defence and has public images of the modality."""
 
 import contextlib
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ class AdaptiveAttacker:
     denoiser: DenoiserSettings | None,
     shadow: AttackersShadow | None = None,
     watch: Watch = unwatched,
+    directory: pathlib.Path | None = None,
   ):
     """Attacks nothing yet.
 
@@ -66,6 +68,7 @@ class AdaptiveAttacker:
       denoiser: Of the network that takes out noise; None for no such network.
       shadow: With which the published defence is played.
       watch: Shows progress.
+      directory: Where trained networks are kept; None to keep none.
     """
     order = np.random.default_rng(config.seed).permutation(len(public))
     self._played, self._learned = public.take(order[::2]), public.take(order[1::2])
@@ -74,6 +77,7 @@ class AdaptiveAttacker:
     self._settings = denoiser
     self._shadow = shadow
     self._watch = watch
+    self._directory = directory
     self._denoiser: RegionDenoiser | None = None
 
   def attack(
@@ -143,6 +147,7 @@ class AdaptiveAttacker:
           self._learned.float_regions(),
           self._settings,
           lambda step, loss: update(step, f'loss {loss:.5f}'),
+          self._directory,
         )
     return self._denoiser
 

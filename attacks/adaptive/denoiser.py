@@ -8,12 +8,15 @@ a map as is done here).
 """
 
 import dataclasses
+import hashlib
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
 from tff_shadow.errors import UserError
+from tff_shadow.observations import load_tensors, save_tensors
 from tff_shadow.shadow.augmentation import augment
 
 _LEVELS = 3
@@ -69,8 +72,9 @@ class RegionDenoiser:
     regions: np.ndarray,
     settings: DenoiserSettings,
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    directory: pathlib.Path | None = None,
   ):
-    """Trains the network.
+    """Trains the network, or takes it from where the same training left it.
 
     Args:
       images: Public images float32 [N, H, W, C] in [0, 1], of the attacked modality; H and W
@@ -78,9 +82,11 @@ class RegionDenoiser:
       regions: Their region maps float32 [N, H, W, 1] in [0, 1].
       settings: See there.
       progress: Called after every step with its number and its loss.
+      directory: Where trained networks are kept, each in a file that is named by the digest of
+        images, regions and settings; None to keep none.
 
     Raises:
-      UserError: If the sizes cannot be used, or the training diverged.
+      UserError: If the sizes cannot be used, the training diverged, or a file is damaged.
     """
     height, width, channels = images.shape[1:]
     if height % 2 ** (_LEVELS - 1) or width % 2 ** (_LEVELS - 1):
@@ -90,7 +96,14 @@ class RegionDenoiser:
       )
     tf.keras.utils.set_random_seed(settings.seed)
     self._network = _network((height, width, channels), settings.filters)
-    self._train(np.concatenate([images, regions], axis=-1), settings, progress)
+    both = np.concatenate([images, regions], axis=-1)
+    path = directory / f'denoiser-{_digest(both, settings)}.safetensors' if directory else None
+    if path is not None and path.exists():
+      self._load(path)
+      return
+    self._train(both, settings, progress)
+    if path is not None:
+      save_tensors(path, {f'{k:04d}': array for k, array in enumerate(self._network.get_weights())})
 
   def __call__(self, images: np.ndarray, deviation: np.ndarray, regions: np.ndarray) -> np.ndarray:
     """The images without their noise.
@@ -108,6 +121,13 @@ class RegionDenoiser:
     level = np.asarray(deviation, np.float32).reshape(-1, 1, 1, 1) * regions
     outputs = self._network(tf.concat([images, _scaled(level)], axis=-1), training=False)
     return tf.clip_by_value(outputs, 0, 1).numpy()
+
+  def _load(self, path: pathlib.Path) -> None:
+    tensors = load_tensors(path)
+    try:
+      self._network.set_weights([tensors[name] for name in sorted(tensors)])
+    except ValueError as error:
+      raise UserError(f'{path}: damaged ({error}); delete it') from error
 
   def _train(self, both: np.ndarray, settings: DenoiserSettings, progress) -> None:
     channels = both.shape[-1] - 1
@@ -148,6 +168,12 @@ class RegionDenoiser:
       if not np.isfinite(loss):
         raise UserError(f'the denoiser diverged at step {count}; lower its learning rate')
       progress(count + 1, loss)
+
+
+def _digest(both: np.ndarray, settings: DenoiserSettings) -> str:
+  sha = hashlib.sha256(f'{settings} {both.dtype} {both.shape}'.encode())
+  sha.update(np.ascontiguousarray(both).tobytes())
+  return sha.hexdigest()[:32]
 
 
 def _scaled(level: tf.Tensor) -> tf.Tensor:

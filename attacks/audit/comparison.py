@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED
+from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_ranges
 from attacks.report.findings import VERDICTS
 from attacks.scoring.results import read_json
 from attacks.scoring.statistics import Interval, mean_interval
@@ -189,7 +189,7 @@ def _rows(dataset, rounds, own, against, audits) -> Iterator[dict[str, Any]]:
     'dataset': dataset,
     'defense': audit.defense,
     'strength': audit.strength,
-    'rounds': '+'.join(map(str, rounds)),
+    'rounds': '+'.join(round_ranges(rounds, '-')),
     'rounds_observed': len(rounds),
     'bound_region_psnr': float(np.mean(bounds)) if bounds else '',
     'f1': f1,

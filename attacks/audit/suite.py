@@ -59,6 +59,7 @@ class Suite:
     lanes: int,
     watch: Watch,
     shadow: AttackersShadow | None = None,
+    cache_directory: pathlib.Path | None = None,
   ):
     """Attacks nothing yet.
 
@@ -71,6 +72,7 @@ class Suite:
       lanes: See `AttackConfig`.
       watch: Shows progress.
       shadow: With which the published defence is played; None for no such attacker.
+      cache_directory: Where the denoiser is kept; `directory` by default.
     """
     self._budget = budget
     self._directory = directory
@@ -87,6 +89,7 @@ class Suite:
       denoiser=denoiser,
       shadow=shadow,
       watch=watch,
+      directory=cache_directory or directory,
     )
     self._seed = seed
     self._lanes = lanes

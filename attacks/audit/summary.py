@@ -1,6 +1,7 @@
 """The content of an audit's summary.json; every number of its page comes from here."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -340,10 +341,20 @@ def _headline(rounds: Sequence[Mapping[str, Any]], worst: Mapping[str, Any]) -> 
 
 
 def round_words(rounds: Sequence[int]) -> str:
-  """'Round 3', or 'Rounds 1, 2, 3 together'."""
+  """'Round 3', or 'Rounds 1 to 4, 7 together'."""
   if len(rounds) == 1:
     return f'Round {rounds[0]}'
-  return f'Rounds {", ".join(map(str, rounds))} together'
+  return f'Rounds {", ".join(round_ranges(rounds, " to "))} together'
+
+
+def round_ranges(rounds: Sequence[int], to: str) -> list[str]:
+  """The numbers in rising order, three or more in a row as 'first TO last'."""
+  texts: list[str] = []
+  # What numbers that follow each other have in common: their distance to their places.
+  for _, pairs in itertools.groupby(enumerate(sorted(rounds)), lambda pair: pair[1] - pair[0]):
+    run = [number for _, number in pairs]
+    texts += [f'{run[0]}{to}{run[-1]}'] if len(run) > 2 else map(str, run)
+  return texts
 
 
 def _recommendations(worst: Mapping[str, Any], defended: bool, adaptive: bool) -> list[str]:

@@ -64,9 +64,13 @@ def summary(run_dir):
   assert half.exists()
   assert not (audit / 'report.html').exists()
   before = half.stat().st_mtime_ns
-  done = _run('audit', f'--run_dir={run_dir}', *_AUDIT, '--resume')
+  cache = run_dir.parent / 'cache'
+  done = _run('audit', f'--run_dir={run_dir}', *_AUDIT, '--resume', f'--cache_dir={cache}')
   assert done.returncode == 0, done.stderr
   assert half.stat().st_mtime_ns == before  # Not attacked again.
+  # For an audit of another run from the same start.
+  (kept,) = cache.glob('undefended-*')
+  assert (kept / 'best' / 'result.json').exists()
   found = json.loads((audit / 'summary.json').read_text())
   assert found['headline'] in done.stdout
   return found

@@ -74,3 +74,30 @@ def test_sides_that_cannot_be_halved():
 def test_settings_out_of_range(field, value):
   with pytest.raises(ValueError, match='must be'):
     DenoiserSettings(**{field: value})
+
+
+def test_a_trained_network_is_kept_and_found_again(tmp_path):
+  seen = []
+
+  def build(images, **settings):
+    return RegionDenoiser(
+      images,
+      _regions(8),
+      DenoiserSettings(**{'steps': 2, 'batch_size': 4, 'filters': 2, **settings}),
+      lambda step, loss: seen.append(step),
+      tmp_path,
+    )
+
+  noisy = smooth_images(1, seed=3)
+  first, again = (build(smooth_images(8))(noisy, np.full(1, 0.3), _regions(1)) for _ in range(2))
+  np.testing.assert_array_equal(first, again)
+  assert seen == [1, 2]
+  build(smooth_images(8, seed=1))
+  build(smooth_images(8), seed=1)
+  assert len(seen) == 6
+  kept = sorted(tmp_path.iterdir())
+  assert len(kept) == 3
+  for path in kept:
+    path.write_bytes(path.read_bytes()[:-8])
+  with pytest.raises(UserError, match=r'denoiser-\w+\.safetensors'):
+    build(smooth_images(8))

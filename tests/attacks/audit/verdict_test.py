@@ -8,6 +8,7 @@ from attacks.audit.strongest import (
   strongest_names,
 )
 from attacks.audit.suite import Attacked
+from attacks.audit.summary import round_ranges, round_words
 from attacks.audit.verdict import judge_round
 from tests.attacks.audit.made_up import COUNT, MEAN, NOBODY, attack_with, audited, close
 
@@ -142,3 +143,16 @@ def test_a_bound_stands_beside_what_one_attack_reached_on_the_same_clients(seein
   failed = attack_with(close(), failed=names)
   entry, _ = audited([failed], control=seeing, bounds=[bound])
   assert entry['bounds'][0]['measured'] is None
+
+
+@pytest.mark.parametrize(
+  ('rounds', 'words', 'short'),
+  [
+    ([3], 'Round 3', '3'),
+    ([1, 2], 'Rounds 1, 2 together', '1+2'),
+    ([7, 1, 3, 2, 9, 8, 20], 'Rounds 1 to 3, 7 to 9, 20 together', '1-3+7-9+20'),
+  ],
+)
+def test_many_rounds_are_named_shortly(rounds, words, short):
+  assert round_words(rounds) == words
+  assert '+'.join(round_ranges(rounds, '-')) == short
