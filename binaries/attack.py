@@ -16,7 +16,7 @@ from attacks.engine import AttackProgress, attack_observation
 from attacks.results import TargetResult, described, read_results, write_results
 from attacks.threads import share_cores
 from attacks.threat_model import threat_model, warnings
-from binaries import attack_flags, command
+from binaries import attack_flags, command, defense_knowledge
 from binaries.progress import Progress
 from tff_shadow.errors import UserError
 from tff_shadow.observations import (
@@ -80,6 +80,7 @@ _NOT_SETTINGS = (
 def main() -> None:
   """Attacks the round or rounds that the flags name."""
   run_dir, observation_dirs = _directories()
+  knowing = defense_knowledge.is_wanted()
   observations = [read_observation(directory) for directory in observation_dirs]
   observation = observations[0]
   config = attack_flags.attack_config(tuple(observation.image_shape))
@@ -94,6 +95,8 @@ def main() -> None:
     only_aggregate=targets == [AGGREGATE],
   )
   flag_values = command.flag_values(sys.modules[__name__]) | command.flag_values(attack_flags)
+  if knowing:
+    flag_values |= command.flag_values(defense_knowledge)
   document = {
     'attack': {key: value for key, value in flag_values.items() if key not in _NOT_SETTINGS},
     'all_settings': config.as_dict(),
@@ -105,6 +108,11 @@ def main() -> None:
     **described(observation),
   }
   output = run_dir / 'attacks' / _NAME.value
+  if knowing:
+    if _ANALYTIC.value or labels is not None:
+      raise UserError('--knows: goes neither with --analytic nor with told --labels')
+    _attack_knowingly(run_dir, output, observations, targets, config, document)
+    return
   # Seconds, and it may refuse the model: before anything is made.
   read_off = recover_observation(observation, targets, labels=labels) if _ANALYTIC.value else []
   finished = _prepare(output, document)
@@ -140,6 +148,21 @@ def main() -> None:
       checkpoint_every_secs=_CHECKPOINT_EVERY_SECS.value,
     )
   _finish(output, results)
+
+
+def _attack_knowingly(run_dir, output, observations, targets, config, document) -> None:
+  """Nothing of it is kept before its end."""
+  attack = defense_knowledge.adaptive_attack(
+    run_dir, observations, targets, config, attack_flags.generator_path()
+  )
+  if len(_prepare(output, document)) == len(targets):
+    return
+  found = attack()
+  sentences = found.knows(observations[0])
+  for sentence in sentences:
+    print(sentence)
+  command.write_json(output / 'config.json', document | {'threat_model': sentences})
+  _finish(output, found.results)
 
 
 def _finish(output: pathlib.Path, results: list[TargetResult]) -> None:

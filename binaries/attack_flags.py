@@ -182,6 +182,11 @@ def attack_config(image_shape: tuple[int, int, int]) -> AttackConfig:
   return config
 
 
+def generator_path() -> str | None:
+  """The file that --generator names."""
+  return _GENERATOR.value
+
+
 def description() -> str:
   """What the chosen preset is."""
   return f'{_PRESET.value}: {PRESETS[_PRESET.value].source}'

@@ -8,12 +8,11 @@ all, undefended single images at the same weights. Writes RUN/audits/NAME/report
 no image unless --annex is given, and summary.json. A stopped audit goes on with --resume.
 """
 
-import contextlib
 import dataclasses
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow_federated as tff
@@ -32,7 +31,7 @@ from attacks.threads import share_cores
 from binaries import command, run_directory
 from binaries.audited_bounds import bounds_of
 from binaries.audited_run import AuditedRun, Seen
-from binaries.progress import Progress
+from binaries.progress import watch
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
@@ -166,7 +165,7 @@ def main() -> None:
     augmentations=_AUGMENT.value,
     seed=_SEED.value,
     lanes=_LANES.value,
-    watch=_watch,
+    watch=watch,
   )
   settings = {
     **dataclasses.asdict(budget),
@@ -307,12 +306,6 @@ class _Audit:
   ) -> tuple[list[Scored], list[Attacked]]:
     made = [score_attacked(own, truth, self._distractors) for own in attacked if not own.problem]
     return made, [own for own in attacked if own.problem]
-
-
-@contextlib.contextmanager
-def _watch(what: str, total: int) -> Iterator[Any]:
-  with Progress(what, total, 'it') as progress:
-    yield progress.update
 
 
 def _output(run_dir: pathlib.Path) -> pathlib.Path:

@@ -1,7 +1,9 @@
 """Progress of long work: a live bar on a terminal, a line now and then anywhere else."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
@@ -69,3 +71,10 @@ def _duration(seconds: float) -> str:
   minutes, secs = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02d}:{secs:02d}' if hours else f'{minutes}:{secs:02d}'
+
+
+@contextlib.contextmanager
+def watch(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+  """Shows progress of `what`; what it gives is called with the steps done and a detail."""
+  with Progress(what, total, 'it') as progress:
+    yield progress.update

@@ -40,6 +40,28 @@ class AdaptiveAttack(NamedTuple):
   num_played: int
   results: list[TargetResult]
 
+  def knows(self, observation: Observation) -> tuple[str, ...]:
+    """What the attacker of `observation` is assumed to know, one fact a sentence."""
+    regions = 'It is told the region maps of the clients.'
+    if not self.trial.knows_region:
+      regions = 'It knows the mean region map of public images, and not those of the clients.'
+    denoised = 'It leaves noise in the images as it is.'
+    if self.trial.level:
+      denoised = (
+        'It takes noise out of the images by a network trained on public images (deviation'
+        f' {self.trial.level:g}).'
+      )
+    published = observation.defense['name'] == 'published'
+    return (
+      'It is an honest-but-curious server that knows the defence with all its settings, and not its'
+      ' keys.',
+      f'It has played the round itself with {self.num_played} clients of public images, and'
+      f' takes the settings that came closest there: {self.trial.candidate}.',
+      denoised,
+      regions,
+      *(['It plays their shadows with a generator that it has.'] if published else []),
+    )
+
 
 class AdaptiveAttacker:
   """Plays rounds under the defence, and attacks with what worked best there.

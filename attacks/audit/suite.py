@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-from attacks.adaptive.attacker import AdaptiveAttack, AdaptiveAttacker, Watch
+from attacks.adaptive.attacker import AdaptiveAttacker, Watch
 from attacks.adaptive.denoiser import DenoiserSettings
 from attacks.adaptive.players import AttackersShadow
 from attacks.adaptive.simulated_defense import region_map_of
@@ -164,7 +164,7 @@ class Suite:
     except (UserError, tf.errors.OpError) as error:
       return [Attacked(ADAPTIVE, (), (), str(error))]
     made = [
-      Attacked(name, tuple(own.results), _knows(own, observations[0]))
+      Attacked(name, tuple(own.results), own.knows(observations[0]))
       for name, own in zip(names, found, strict=True)
     ]
     for attacked in made:
@@ -208,25 +208,3 @@ class Suite:
     if self._shared is None or not self._shared.fits(observations, dtype):
       self._shared = SharedSolvers(observations, dtype)
     return self._shared
-
-
-def _knows(attack: AdaptiveAttack, observation: Observation) -> tuple[str, ...]:
-  trial, published = attack.trial, observation.defense['name'] == 'published'
-  regions = 'It is told the region maps of the clients.'
-  if not trial.knows_region:
-    regions = 'It knows the mean region map of public images, and not those of the clients.'
-  denoised = 'It leaves noise in the images as it is.'
-  if trial.level:
-    denoised = (
-      'It takes noise out of the images by a network trained on public images (deviation'
-      f' {trial.level:g}).'
-    )
-  return (
-    'It is an honest-but-curious server that knows the defence with all its settings, and not its'
-    ' keys.',
-    f'It has played the round itself with {attack.num_played} clients of public images, and'
-    f' takes the settings that came closest there: {trial.candidate}.',
-    denoised,
-    regions,
-    *(['It plays their shadows with a generator that it has.'] if published else []),
-  )

@@ -92,6 +92,22 @@ def test_an_audit_has_all_its_parts(summary, run_dir):
   assert 'Annex' in (run_dir / 'audits' / 'audit' / 'report.html').read_text()
 
 
+def test_who_knows_the_defence_may_attack_alone(run_dir):
+  settings = ['--iterations=5', '--calibration_clients=2', '--denoiser_steps=2', '--xla=off']
+  command = [f'--run_dir={run_dir}', '--name=knowing', '--knows=regions', *settings]
+  done = _run('attack', *command)
+  assert done.returncode == 0, done.stderr
+  assert '3 of 3 targets attacked' in done.stdout
+  directory = run_dir / 'attacks' / 'knowing'
+  config = json.loads((directory / 'config.json').read_text())
+  assert config['attack']['knows'] == 'regions'
+  assert 'It is told the region maps of the clients.' in config['threat_model']
+  written = (directory / 'result.json').stat().st_mtime_ns
+  again = _run('attack', *command, '--resume')
+  assert again.returncode == 0, again.stderr
+  assert (directory / 'result.json').stat().st_mtime_ns == written
+
+
 @pytest.mark.usefixtures('summary')
 def test_wrong_flags_end_in_one_line(run_dir, tmp_path):
   other = tmp_path / 'other'
