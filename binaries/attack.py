@@ -16,7 +16,7 @@ from attacks.engine import AttackProgress, attack_observation
 from attacks.results import TargetResult, described, read_results, write_results
 from attacks.threads import share_cores
 from attacks.threat_model import threat_model, warnings
-from binaries import attack_flags, command, defense_knowledge
+from binaries import attack_flags, command, knowledge_flags
 from binaries.progress import Progress
 from tff_shadow.errors import UserError
 from tff_shadow.observations import (
@@ -80,7 +80,7 @@ _NOT_SETTINGS = (
 def main() -> None:
   """Attacks the round or rounds that the flags name."""
   run_dir, observation_dirs = _directories()
-  knowing = defense_knowledge.is_wanted()
+  knowledge = knowledge_flags.knowledge()
   observations = [read_observation(directory) for directory in observation_dirs]
   observation = observations[0]
   config = attack_flags.attack_config(tuple(observation.image_shape))
@@ -95,8 +95,8 @@ def main() -> None:
     only_aggregate=targets == [AGGREGATE],
   )
   flag_values = command.flag_values(sys.modules[__name__]) | command.flag_values(attack_flags)
-  if knowing:
-    flag_values |= command.flag_values(defense_knowledge)
+  if knowledge:
+    flag_values |= command.flag_values(knowledge_flags)
   document = {
     'attack': {key: value for key, value in flag_values.items() if key not in _NOT_SETTINGS},
     'all_settings': config.as_dict(),
@@ -108,10 +108,10 @@ def main() -> None:
     **described(observation),
   }
   output = run_dir / 'attacks' / _NAME.value
-  if knowing:
+  if knowledge:
     if _ANALYTIC.value or labels is not None:
       raise UserError('--knows: goes neither with --analytic nor with told --labels')
-    _attack_knowingly(run_dir, output, observations, targets, config, document)
+    _attack_knowingly(run_dir, output, observations, targets, config, knowledge, document)
     return
   # Seconds, and it may refuse the model: before anything is made.
   read_off = recover_observation(observation, targets, labels=labels) if _ANALYTIC.value else []
@@ -150,10 +150,13 @@ def main() -> None:
   _finish(output, results)
 
 
-def _attack_knowingly(run_dir, output, observations, targets, config, document) -> None:
+def _attack_knowingly(run_dir, output, observations, targets, config, knowledge, document) -> None:
   """Nothing of it is kept before its end."""
-  attack = defense_knowledge.adaptive_attack(
-    run_dir, observations, targets, config, attack_flags.generator_path()
+  # TFF takes seconds to import, and other attacks do without.
+  from binaries.knowing_attack import adaptive_attack
+
+  attack = adaptive_attack(
+    run_dir, observations, targets, config, knowledge, attack_flags.generator_path()
   )
   if len(_prepare(output, document)) == len(targets):
     return

@@ -37,7 +37,6 @@ from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
 from tff_shadow.observations import Truth, round_directory_name
 from tff_shadow.privacy import guarantee_of
-from tff_shadow.published import standardization
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 
 _RUN_DIR = flags.DEFINE_string('run_dir', None, 'Run directory of tff-shadow-train.')
@@ -138,10 +137,10 @@ def main() -> None:
   budget = _budget()
   shadow = None
   if _GENERATOR.value:
-    shadow = AttackersShadow(
-      load_generator(_GENERATOR.value, tuple(data.image_shape), flag='--generator'),
-      *standardization(data.validation.float_images()),
-      rounds=audited.config['flags']['rounds'],
+    shadow = AttackersShadow.fitted(
+      load_generator(_GENERATOR.value, tuple(data.image_shape)),
+      data.validation.float_images(),
+      audited.config['flags']['rounds'],
     )
   run_directory.claim(
     output,

@@ -8,7 +8,7 @@ import numpy as np
 
 from attacks.scoring.results import read_json
 from binaries import run_directory
-from binaries.recorded_data import load_recorded
+from binaries.recorded_data import load_data_of
 from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.observations import (
@@ -84,12 +84,7 @@ class AuditedRun:
 
   def data(self) -> FederatedData:
     """Loads the data set again; UserError if it has changed."""
-    data = load_recorded(self.config['flags'], seed=self.config['flags']['seed'])
-    if data.digest() != self.config['data_sha256']:
-      raise UserError(
-        f'--run_dir={self._run_dir}: the data are not those of the run any more (other SHA-256)'
-      )
-    return data
+    return load_data_of(self._run_dir, self.config)
 
   def utility(self, undefended_dir: str | None) -> dict[str, Any]:
     """What test.json says of the run, and of an undefended one from the same start.

@@ -254,7 +254,7 @@ def _calibrated(dataset, seed, observation) -> list[TargetResult]:
     dataclasses.replace(PRESETS['best'].build(), seed=seed),
     num_clients=_CALIBRATION_CLIENTS,
     denoiser=DenoiserSettings(augmentations=_AUGMENTATIONS),
-    shadow=AttackersShadow(generator, *standardization(public.float_images()), rounds=1),
+    shadow=AttackersShadow.fitted(generator, public.float_images(), 1),
   )
   (attack,) = attacker.attack([observation], [own.client_id for own in observation.clients])
   return attack.results

@@ -1,5 +1,6 @@
 """Loads the data that flags name: those of this program, or those that a config.json recorded."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,3 +43,21 @@ def load_recorded(values: Mapping[str, Any], *, seed: int) -> FederatedData:
     color=values['color'],
     max_examples=values['max_examples'],
   )
+
+
+def load_data_of(run_dir: pathlib.Path, config: Mapping[str, Any]) -> FederatedData:
+  """Loads the data of a run again.
+
+  Args:
+    run_dir: The run.
+    config: Its config.json.
+
+  Raises:
+    UserError: If they have changed, or cannot be loaded.
+  """
+  data = load_recorded(config['flags'], seed=config['flags']['seed'])
+  if data.digest() != config['data_sha256']:
+    raise UserError(
+      f'--run_dir={run_dir}: the data are not those of the run any more (other SHA-256)'
+    )
+  return data

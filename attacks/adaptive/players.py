@@ -27,7 +27,7 @@ from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.learning.training import observed_update
 from tff_shadow.models import model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays
-from tff_shadow.published import PublishedDefense, PublishedSettings
+from tff_shadow.published import PublishedDefense, PublishedSettings, standardization
 from tff_shadow.published.client_shadows import ClientShadows
 from tff_shadow.shadow import SaliencyConfig
 from tff_shadow.shadow.latents import LatentFit
@@ -50,6 +50,13 @@ class AttackersShadow(NamedTuple):
   pixel_mean: tuple[float, ...]
   pixel_std: tuple[float, ...]
   rounds: int
+
+  @classmethod
+  def fitted(
+    cls, generator: tf.keras.Model, public_images: np.ndarray, rounds: int
+  ) -> 'AttackersShadow':
+    """With the scale of public images [N, H, W, C] in [0, 1]."""
+    return cls(generator, *standardization(public_images), rounds)
 
 
 class _OwnSecrets(dict):

@@ -1,0 +1,66 @@
+"""The flags of an attacker who knows the defence, apart from the attack, which needs TFF."""
+
+import dataclasses
+
+from absl import flags
+
+from binaries import command
+from tff_shadow.errors import UserError
+from tff_shadow.shadow.augmentation import AUGMENTATIONS
+
+_KNOWS = flags.DEFINE_enum(
+  'knows',
+  'nothing',
+  ['nothing', 'defense', 'regions'],
+  'Of the defence. defense: all its settings, but not its keys; it is played on public images (the'
+  ' validation split of the run), and matching, smoothness and denoising are chosen there. regions:'
+  ' besides, the region maps of the clients, which are read from the truth file.',
+)
+_CALIBRATION_CLIENTS = flags.DEFINE_integer(
+  'calibration_clients', 8, 'Clients of public images that it plays.', lower_bound=1
+)
+_DENOISER_STEPS = flags.DEFINE_integer(
+  'denoiser_steps', 600, "Of its denoiser's training; 0 for no denoiser.", lower_bound=0
+)
+_AUGMENT = flags.DEFINE_list(
+  'augment',
+  ['shifts', 'brightness'],
+  'What leaves an image of this kind one, for the denoiser: ' + ', '.join(AUGMENTATIONS) + '.',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Knowledge:
+  """What the attacker has of the defence.
+
+  Attributes:
+    regions: Whether it is told the region maps of the clients.
+    calibration_clients: Clients of public images that it plays.
+    denoiser_steps: Of its denoiser's training; 0 for none.
+    augmentations: For the denoiser.
+  """
+
+  regions: bool
+  calibration_clients: int
+  denoiser_steps: int
+  augmentations: tuple[str, ...]
+
+
+def knowledge() -> Knowledge | None:
+  """What the flags say; None for an attacker who knows nothing of the defence.
+
+  Raises:
+    UserError: For a flag without a use, or a wrong value.
+  """
+  if _KNOWS.value != 'nothing':
+    command.check_choices('augment', _AUGMENT.value, AUGMENTATIONS)
+    return Knowledge(
+      _KNOWS.value == 'regions',
+      _CALIBRATION_CLIENTS.value,
+      _DENOISER_STEPS.value,
+      tuple(_AUGMENT.value),
+    )
+  for flag in (_CALIBRATION_CLIENTS, _DENOISER_STEPS, _AUGMENT):
+    if flag.present:
+      raise UserError(f'--{flag.name}: needs --knows=defense or --knows=regions')
+  return None
