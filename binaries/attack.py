@@ -184,8 +184,7 @@ def _directories() -> tuple[pathlib.Path, list[pathlib.Path]]:
     raise UserError('--analytic: takes one round, not --rounds')
   if (_RUN_DIR.value is None) == (_OBSERVATION.value is None):
     raise UserError('give either --run_dir (with --round) or --observation')
-  if _NAME.value in ('', '.', '..') or '/' in _NAME.value:
-    raise UserError(f'--name={_NAME.value}: must be the name of one directory')
+  command.check_directory_name('name', _NAME.value)
   if _RUN_DIR.value is not None:
     run_dir = pathlib.Path(_RUN_DIR.value)
     if not run_dir.is_dir():

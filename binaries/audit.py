@@ -35,7 +35,7 @@ from binaries.progress import watch
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
-from tff_shadow.observations import Truth, round_directory_name
+from tff_shadow.observations import Observation, Truth, round_directory_name
 from tff_shadow.privacy import guarantee_of
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 
@@ -229,18 +229,9 @@ class _Audit:
   def one_round(self, seen: Seen) -> RoundEvidence:
     observation, truth, clients = seen
     place = round_directory_name(observation.round_num)
+    made, failed, problems = self._observed(f'{place}/observed', [observation], truth, clients)
     defended = observation.defense['name'] != 'none'
-    attacked = self._suite.unaware(f'{place}/observed', [observation], clients)
-    problems = []
-    if defended:
-      adaptive = self._suite.adaptive(f'{place}/observed', [observation], truth, clients)
-      attacked += adaptive
-      if not adaptive:
-        problems.append(_NO_ADAPTIVE)
-    made, failed = self._scored(attacked, truth)
-    undefended: list[Scored] = []
-    if defended:
-      undefended = self._undefended(seen, f'{place}/undefended')
+    undefended = self._undefended(seen, f'{place}/undefended') if defended else []
     return RoundEvidence(
       (observation.round_num,),
       made,
@@ -248,8 +239,31 @@ class _Audit:
       undefended,
       self.control(seen, undefended if defended else made),
       problems,
-      self._bounds(seen),
+      bounds_of(
+        observation,
+        truth,
+        clients[: _BOUND_CLIENTS.value],
+        self._public_images,
+        self._suite.watch,
+      ),
     )
+
+  def _observed(
+    self,
+    place: str,
+    observations: Sequence[Observation],
+    truth: Mapping[str, Truth],
+    clients: Sequence[str],
+  ) -> tuple[list[Scored], list[Attacked], list[str]]:
+    """All attacks on what the server saw: those made, those not made, and what else is missing."""
+    attacked = self._suite.unaware(place, observations, clients)
+    problems = []
+    if observations[0].defense['name'] != 'none':
+      adaptive = self._suite.adaptive(place, observations, truth, clients)
+      attacked += adaptive
+      if not adaptive:
+        problems.append(_NO_ADAPTIVE)
+    return (*self._scored(attacked, truth), problems)
 
   def _undefended(self, seen: Seen, place: str) -> list[Scored]:
     observation, truth, clients = seen
@@ -265,16 +279,8 @@ class _Audit:
 
   def jointly(self, seen: list[Seen], clients: Sequence[str], control: Scored) -> RoundEvidence:
     """The rounds together, for clients that trained on the same images in each."""
-    first = seen[0]
     observations = [own.observation for own in seen]
-    attacked = self._suite.unaware('jointly', observations, clients)
-    problems = []
-    if first.observation.defense['name'] != 'none':
-      adaptive = self._suite.adaptive('jointly', observations, first.truth, clients)
-      attacked += adaptive
-      if not adaptive:
-        problems.append(_NO_ADAPTIVE)
-    made, failed = self._scored(attacked, first.truth)
+    made, failed, problems = self._observed('jointly', observations, seen[0].truth, clients)
     numbers = tuple(own.round_num for own in observations)
     return RoundEvidence(numbers, made, failed, (), control, problems)
 
@@ -290,16 +296,6 @@ class _Audit:
       raise UserError(f'the positive control could not be attacked: {attacked.problem}')
     return score_attacked(attacked, shown, self._distractors)
 
-  def _bounds(self, seen: Seen) -> list[dict[str, Any]]:
-    observation, truth, clients = seen
-    names = clients[: _BOUND_CLIENTS.value]
-    if not names:
-      return []
-    with self._suite.watch('bounds', 1) as update:
-      bounds = bounds_of(observation, truth, names, self._public_images)
-      update(1, '')
-    return bounds
-
   def _scored(
     self, attacked: list[Attacked], truth: Mapping[str, Truth]
   ) -> tuple[list[Scored], list[Attacked]]:
@@ -310,8 +306,7 @@ class _Audit:
 def _output(run_dir: pathlib.Path) -> pathlib.Path:
   if not run_dir.is_dir():
     raise UserError(f'--run_dir={run_dir}: no such directory')
-  if _NAME.value in ('', '.', '..') or '/' in _NAME.value:
-    raise UserError(f'--name={_NAME.value}: must be the name of one directory')
+  command.check_directory_name('name', _NAME.value)
   output = run_dir / 'audits' / _NAME.value
   if output.exists() and not _RESUME.value:
     raise UserError(f'--name={_NAME.value}: {output} exists; use --resume or another name')

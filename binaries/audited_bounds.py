@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from attacks.adaptive.attacker import Watch
 from attacks.audit.replay import is_single_image_round
 from binaries.linearised_release import LinearisedRelease
 from tff_shadow.models import batch_norm_layers, model_from_config
@@ -21,6 +22,7 @@ def bounds_of(
   truth: Mapping[str, Truth],
   clients: Sequence[str],
   public_images: np.ndarray,
+  watch: Watch,
 ) -> list[dict[str, Any]]:
   """The bounds of `attacks.audit.summary.RoundEvidence`, averaged over `clients`.
 
@@ -30,11 +32,12 @@ def bounds_of(
   Args:
     observation: The round.
     truth: Of its clients.
-    clients: Ids, at least one.
+    clients: Ids; there are no bounds for none.
     public_images: [N, H, W, C], at least three.
+    watch: Shows progress, where there is something to compute.
   """
   strength = _linearised_strength(observation.defense)
-  if strength is None or not is_single_image_round(observation, clients):
+  if not clients or strength is None or not is_single_image_round(observation, clients):
     return []
   model = model_from_config(observation.model_config)
   entries = math.prod(observation.image_shape) * model.count_params()
@@ -44,8 +47,11 @@ def bounds_of(
     model.trainable_variables, observation.global_weights.trainable, strict=True
   ):
     variable.assign(array)
-  release = LinearisedRelease(model, [truth[name] for name in clients], public_images)
-  unbiased, prior = map(region_psnr, release.errors(observation.defense['shape'], strength))
+  with watch('bounds', 1) as update:
+    release = LinearisedRelease(model, [truth[name] for name in clients], public_images)
+    errors = release.errors(observation.defense['shape'], strength)
+    update(1, '')
+  unbiased, prior = map(region_psnr, errors)
   bounds = [
     {
       'name': 'With a prior',

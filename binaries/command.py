@@ -67,6 +67,12 @@ def help_text(main: Callable[[], None]) -> str:
   return '\n\n'.join(texts)
 
 
+def check_directory_name(name: str, given: str) -> None:
+  """Raises `UserError` if the value of the flag `name` is not the name of one directory."""
+  if given in ('', '.', '..') or '/' in given:
+    raise UserError(f'--{name}={given}: must be the name of one directory')
+
+
 def check_choices(name: str, given: Iterable[str], allowed: Iterable[str]) -> None:
   """Raises `UserError` for the first value of the flag `name` that is not among `allowed`."""
   allowed = list(allowed)

@@ -39,8 +39,7 @@ def main() -> None:
   if not _OUTPUT_DIR.value:
     raise UserError('--output_dir is missing: the comparison needs a place')
   for name in _NAMES.value or ['']:
-    if name in ('', '.', '..') or '/' in name:
-      raise UserError(f'--name={name}: must be the name of one directory')
+    command.check_directory_name('name', name)
   output = pathlib.Path(_OUTPUT_DIR.value)
   if output.exists() and not output.is_dir():
     raise UserError(f'--output_dir={output}: is a file')

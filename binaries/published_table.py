@@ -17,8 +17,10 @@ import dataclasses
 import itertools
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_federated as tff
 from absl import flags
 
@@ -238,8 +240,7 @@ def _preset(name, dataset, seed, observation) -> list[TargetResult]:
   if name.startswith('shadow_'):
     config = dataclasses.replace(config, iterations=_ITERATIONS.value)
   if preset.needs_generator:
-    path = _generator_path(dataset)
-    generator = load_generator(path, tuple(observation.image_shape), flag='--generators')
+    generator, path = _generator(dataset, observation.image_shape)
     config = dataclasses.replace(config, parametrization=preset.search_in(generator, path, seed))
   return attack_observation(observation, config)
 
@@ -247,8 +248,7 @@ def _preset(name, dataset, seed, observation) -> list[TargetResult]:
 def _calibrated(dataset, seed, observation) -> list[TargetResult]:
   """By an attacker that is told no region."""
   public = attacked_data(dataset, seed).validation
-  path = _generator_path(dataset)
-  generator = load_generator(path, tuple(observation.image_shape), flag='--generators')
+  generator, _ = _generator(dataset, observation.image_shape)
   attacker = AdaptiveAttacker(
     public,
     dataclasses.replace(PRESETS['best'].build(), seed=seed),
@@ -330,8 +330,7 @@ def _defense(
 ) -> PublishedDefense | None:
   if variant == 'none':
     return None
-  path = _generator_path(dataset)
-  generator = load_generator(path, tuple(data.image_shape), flag='--generators')
+  generator, _ = _generator(dataset, data.image_shape)
   latents = LatentFit(learning_rate=_LATENT_LEARNING_RATE.value)
   settings = PublishedSettings(latents=latents, **_VARIANTS[variant], **changes)
   secrets = {name: experiment_secret(seed, name) for name in data.clients}
@@ -344,11 +343,12 @@ def _defense(
   )
 
 
-def _generator_path(dataset: str) -> str:
+def _generator(dataset: str, image_shape: Sequence[int]) -> tuple[tf.keras.Model, str]:
+  """The shadow of a data set, and its file."""
   path = _GENERATORS.value.replace('{dataset}', dataset)
   if not pathlib.Path(path).is_file():
     raise UserError(f'--generators: {path} is missing; `make generator` makes it')
-  return path
+  return load_generator(path, tuple(image_shape), flag='--generators'), path
 
 
 def _join(protection: list[dict], utility: list[dict], cost: list[dict]) -> list[dict]:

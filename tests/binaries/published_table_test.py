@@ -140,4 +140,4 @@ def test_missing_generator_names_the_command(tmp_path):
     flagsaver.flagsaver(generators=str(tmp_path / '{dataset}.keras')),
     pytest.raises(UserError, match=r'chest_phantom\.keras is missing; `make generator`'),
   ):
-    published_table._generator_path('chest_phantom')
+    published_table._generator('chest_phantom', (32, 32, 1))
