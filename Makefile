@@ -65,12 +65,15 @@ GATE_SETS := chest_phantom fundus_patches histology_patches
 # All defences under the same audit: results/audit.csv. Hours; a second call continues.
 AUDITED_SETS := $(GATE_SETS)
 AUDITED_SEEDS := 0 1 2
+# 54 images over the seeds.
+AUDITED_CLIENTS := 18
 NOISE := --defense=shadow --saliency=given --noise_strength_kind
-# Fresh where frozen noise of that strength costs accuracy (results/frontier.csv).
+# Of each shape what costs about a point of F1 at most; fresh, as frozen noise of that strength costs
+# more (results/frontier.csv).
 FRESH := --noise_freshness=fresh
 defense-none :=
-defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=1.0 $(FRESH)
-defense-diagonal := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=1.0 $(FRESH)
+defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=3.0 $(FRESH)
+defense-diagonal := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=3.0 $(FRESH)
 defense-correlated := $(NOISE)=ratio --noise_shape=correlated --noise_strength=1.0 $(FRESH)
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
@@ -78,8 +81,12 @@ defense-top_k := --defense=top_k
 defense-quantization := --defense=quantization --quantization_bits=4
 defense-soteria := --defense=soteria
 defense-dp_sgd := --defense=dp_sgd --dp_sgd_noise_multiplier=0.1
+# The attacker has the clients' own generator, the worst case.
+shadow-of = runs/generator/$(1)/generator.keras
+defense-published = --defense=published --published_generator=$(call shadow-of,$(1)) \
+  --published_latent_learning_rate=0.1
+audit-published = --generator=$(call shadow-of,$(1))
 AUDITED_DEFENSES := $(patsubst defense-%,%,$(filter defense-%,$(.VARIABLES)))
-AUDIT_FLAGS :=
 AUDITED := $(foreach set,$(AUDITED_SETS),$(foreach defense,$(AUDITED_DEFENSES),\
   $(foreach seed,$(AUDITED_SEEDS),$(set)+$(defense)+$(seed))))
 part = $(word $(1),$(subst +, ,$(2)))
@@ -91,16 +98,18 @@ audit-table: $(STAMP) $(AUDITED:%=audited-%)
 
 audited-%: $(STAMP)
 	$(BIN)/tff-shadow-train --run_dir=runs/audited/$* --dataset=$(call part,1,$*) \
-	  --seed=$(call part,3,$*) $(ROUND_ONE) --rounds=60 --evaluate_every_rounds=20 \
-	  $(defense-$(call part,2,$*)) $(call resume,runs/audited/$*)
-	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* --cache_dir=runs/audited/cache $(AUDIT_FLAGS) \
-	  $(call resume,runs/audited/$*/audits/audit)
+	  --seed=$(call part,3,$*) $(subst iid:16,iid:$(AUDITED_CLIENTS),$(ROUND_ONE)) --rounds=60 \
+	  --evaluate_every_rounds=20 $(call defense-$(call part,2,$*),$(call part,1,$*)) \
+	  $(call resume,runs/audited/$*)
+	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* --cache_dir=runs/audited/cache \
+	  --max_clients=$(AUDITED_CLIENTS) --lanes=$(AUDITED_CLIENTS) \
+	  $(call audit-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*/audits/audit)
 
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
 KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh
-KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0
+KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_dir=runs/kept/cache
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
 	$(BIN)/tff-shadow-compare $(KEPT:%=--run_dir=runs/kept/histology_patches+%) \

@@ -9,7 +9,8 @@ their running statistics ('aggregate', as `train` does by default) or kept them 
 
 local_steps: '1', one step on the batch; '5', five steps on the same batch; '5distinct', five steps
 on a new batch each; '2epochs', two batches, two times each, in orders the server does not know.
-Rows that the file has already are kept, so that an interrupted run continues.
+iterations: of each restart; a preset's own are other rows than those of --iterations. Rows that the
+file has already are kept, so that an interrupted run continues.
 """
 
 import dataclasses
@@ -75,7 +76,16 @@ _LEARNING_RATE = 0.05
 # Of a model without BatchNorm.
 _NOTHING_SHARED = ''
 _CONTROLS = ('prior_only', 'mean_image')
-_KEY = ('dataset', 'model', 'batch_norm_sharing', 'preset', 'batch', 'local_steps', 'image_size')
+_KEY = (
+  'dataset',
+  'model',
+  'batch_norm_sharing',
+  'preset',
+  'batch',
+  'local_steps',
+  'image_size',
+  'iterations',
+)
 _COLUMNS = (
   *_KEY,
   'psnr',
@@ -109,13 +119,15 @@ def main() -> None:
   with local_worker_context(), Progress('attacks', len(cells), 'rows') as progress:
     for count, (dataset, (norm, sharing), steps, batch, preset) in enumerate(cells):
       model = f'{_MODEL.value}/{norm}'
-      key = (dataset, model, sharing, preset, batch, steps, str(_IMAGE_SIZE.value))
+      config = _config(preset)
+      size, iterations = str(_IMAGE_SIZE.value), str(config.iterations)
+      key = (dataset, model, sharing, preset, batch, steps, size, iterations)
       if key not in done:
         round_key = (dataset, norm, sharing, int(batch), steps)
         if round_key not in observed:
           # Cells of the same round follow each other; one at a time is kept.
           observed = {round_key: _round(*round_key)}
-        rows.append(dict(zip(_KEY, key, strict=True)) | _attack(preset, *observed[round_key]))
+        rows.append(dict(zip(_KEY, key, strict=True)) | _attack(config, *observed[round_key]))
         write_table(path, _COLUMNS, rows)
       progress.update(count + 1, ' '.join((dataset, norm, sharing, steps, batch, preset)))
 
@@ -150,14 +162,17 @@ def _round(dataset: str, norm: str, sharing: str, batch: int, steps: str):
     return observation, read_truth(run_dir / 'truth' / f'{name}.safetensors')
 
 
-def _attack(preset: str, observation, truth) -> dict:
-  """The measured columns of a row."""
+def _config(preset: str) -> AttackConfig:
   config = dataclasses.replace(PRESETS[preset].build(), seed=_SEED.value)
   if _ITERATIONS.value is not None:
     config = dataclasses.replace(config, iterations=_ITERATIONS.value)
   # BatchNorm statistics are matched for a single step only, and only where there are any.
   statistics = dataclasses.replace(config.batch_norm_statistics, required=False)
-  config = dataclasses.replace(config, batch_norm_statistics=statistics)
+  return dataclasses.replace(config, batch_norm_statistics=statistics)
+
+
+def _attack(config: AttackConfig, observation, truth) -> dict:
+  """The measured columns of a row."""
   started = time.monotonic()
   try:
     results = attack_observation(observation, config)

@@ -26,8 +26,8 @@ _UNPROVEN_REASONS: dict[str, str] = {
     "the noise's covariance is computed from the private image, so it tells of the image itself"
   ),
   'image noise': (
-    'noise in a region of the image leaves the pixels outside of it exact and is drawn once for all'
-    ' rounds; privacy/mmse_floor.py bounds what it hides'
+    'noise in a region of the image leaves the pixels outside of it exact, and averages out over'
+    ' rounds unless it is drawn once for all (privacy/mmse_floor.py bounds what it hides then)'
   ),
   'published': 'the noise of the published method is a deterministic function of image and shadow',
   'no clipping': 'without clipping one client or example can move the result without limit',
