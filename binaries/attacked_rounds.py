@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,6 +49,11 @@ def shadow_noise(shape: str, strength: str) -> ShadowNoise | None:
   )
 
 
+def defense_of(shape: str, strength: str) -> ShadowNoise | BaselineDefense | None:
+  """The noise or baseline of a row of a table; see `parse_defense`."""
+  return parse_baseline(shape, strength) if shape in BASELINES else shadow_noise(shape, strength)
+
+
 def parse_strength(text: str) -> tuple[str, float]:
   """Kind and value; raises `ValueError` for text that is no strength."""
   kind, value = frontier_plot.split_strength(text)
@@ -74,6 +79,28 @@ def parse_baseline(name: str, parameter: str) -> BaselineDefense:
   return BASELINES[name](**{field: number})
 
 
+def parse_baselines(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+  """Name and PARAMETER:VALUE of baselines, each from NAME/PARAMETER:VALUE.
+
+  Args:
+    flag: That gives them.
+    texts: Its value.
+
+  Raises:
+    UserError: If one is no such thing.
+  """
+  found = []
+  for text in texts:
+    name, _, parameter = text.partition('/')
+    command.check_choices(flag, [name], BASELINES)
+    try:
+      parse_baseline(name, parameter)
+    except ValueError as error:
+      raise UserError(f'--{flag}={text}: {error}') from error
+    found.append((name, parameter))
+  return found
+
+
 def parse_defense(text: str, *, baselines: bool = False) -> tuple[str, str]:
   """Shape and strength of noise from SHAPE/STRENGTH, or NAME/PARAMETER:VALUE of a baseline.
 
@@ -86,11 +113,7 @@ def parse_defense(text: str, *, baselines: bool = False) -> tuple[str, str]:
   """
   shape, _, strength = text.partition('/')
   if baselines and shape in BASELINES:
-    try:
-      parse_baseline(shape, strength)
-    except ValueError as error:
-      raise UserError(f'--defenses={text}: {error}') from error
-    return shape, strength
+    return parse_baselines('defenses', [text])[0]
   command.check_choices('defenses', [shape], [*NOISE_SHAPES, *(BASELINES if baselines else ())])
   try:
     kind, _ = parse_strength(strength)
@@ -105,16 +128,17 @@ def train(
   data: FederatedData,
   model,
   settings: TrainingSettings,
-  noise: ShadowNoise | None,
+  defense: ShadowNoise | BaselineDefense | None,
   run_dir: pathlib.Path,
   *,
   frozen: bool = True,
   report: Callable[[RoundReport], None] = lambda report: None,
 ) -> None:
-  """Trains `model` with noise whose keys follow from the seed."""
-  if noise is not None:
+  """Trains `model` with a baseline, or with noise whose keys follow from the seed."""
+  if isinstance(defense, ShadowNoise):
     secrets = {client_id: experiment_secret(settings.seed, client_id) for client_id in data.clients}
-    settings = dataclasses.replace(settings, defense=ShadowDefense(noise, frozen, secrets))
+    defense = ShadowDefense(defense, frozen, secrets)
+  settings = dataclasses.replace(settings, defense=defense)
   TrainingRun(data, model, settings, run_dir, save_every_rounds=settings.rounds).train(
     resume=False, report=report
   )
@@ -153,15 +177,12 @@ class AttackedRounds:
   def _unit(self, shape: str, strength: str) -> Observation:
     key = (shape, strength)
     if key not in self._observed:
-      baseline = shape in BASELINES
-      defense = parse_baseline(*key) if baseline else shadow_noise(*key)
-      self._observed[key], _ = self._run(defense)
+      self._observed[key], _ = self._run(defense_of(shape, strength))
     return self._observed[key]
 
   def _run(
     self, defense: ShadowNoise | BaselineDefense | None
   ) -> tuple[Observation, dict[str, Truth]]:
-    noise = defense if isinstance(defense, ShadowNoise) else None
     with tempfile.TemporaryDirectory() as name:
       run_dir = pathlib.Path(name)
       settings = TrainingSettings(
@@ -169,9 +190,8 @@ class AttackedRounds:
         ATTACKED_TRAINING,
         observed_rounds=(1,),
         seed=self.seed,
-        defense=None if noise else defense,
       )
-      train(self.data, small_model(self.data, self.seed, 'none'), settings, noise, run_dir)
+      train(self.data, small_model(self.data, self.seed, 'none'), settings, defense, run_dir)
       observation = read_observation(run_dir / 'observations' / round_directory_name(1))
       return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
 

@@ -1,8 +1,10 @@
-"""Protection against utility of shadow noise: results/frontier.csv and docs/frontier.png.
+"""Protection against utility of the defences: results/frontier.csv and docs/frontier.png.
 
 Every row is a data set, a noise shape, its freshness, a strength and a seed. A strength is the
 ratio of noise to update norm, or for correlated noise also scale:S, the linear part of what noise
-of standard deviation S in the region of the images does, and images:S, that noise itself.
+of standard deviation S in the region of the images does, and images:S, that noise itself. Baselines
+stand with their names in place of a shape, and their one parameter in place of a strength; what
+they draw is fresh in each round.
 
 Utility: 9 clients, full local epochs of batches of 8, BatchNorm statistics kept by each client; F1
 on test and on validation as the mean over the last third of the rounds, and the rounds until the F1
@@ -30,8 +32,9 @@ from binaries import command, frontier_plot
 from binaries.attacked_rounds import (
   UNDEFENDED,
   AttackedRounds,
+  defense_of,
+  parse_baselines,
   parse_strength,
-  shadow_noise,
   train,
 )
 from binaries.progress import Progress
@@ -65,6 +68,16 @@ _STRENGTHS = flags.DEFINE_list(
   'strengths',
   ['0.1', '0.3', '1.0', '3.0', 'images:0.05', 'images:0.1'],
   'Noise over update norm; or scale:S and images:S, in image units, for correlated noise alone.',
+)
+_BASELINES = flags.DEFINE_list(
+  'baselines',
+  [
+    'percentile_gaussian/sigma0:0.1',
+    'top_k/fraction:0.1',
+    'quantization/bits:4',
+    'dp_sgd/noise_multiplier:0.1',
+  ],
+  'NAME/PARAMETER:VALUE, their other parameters at their defaults.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
@@ -120,16 +133,15 @@ def _compute_utility(table: RowCache) -> None:
     cells.append((dataset, str(seed), *UNDEFENDED, 'frozen'))
     cells += [
       (dataset, str(seed), shape, strength, freshness)
-      for (shape, strength), freshness in itertools.product(_defences(), _FRESHNESS.value)
+      for (shape, strength), freshness in itertools.product(_noises(), _FRESHNESS.value)
     ]
+    cells += [(dataset, str(seed), *baseline, 'fresh') for baseline in _baselines()]
   done = table.done((*_KEY, 'freshness'))
   with Progress('utility', len(cells), 'cells') as progress:
     for count, cell in enumerate(cells):
       if cell not in done:
         dataset, seed, shape, strength, freshness = cell
-        f1, curve = _utility(
-          dataset, int(seed), shadow_noise(shape, strength), freshness == 'frozen'
-        )
+        f1, curve = _utility(dataset, int(seed), defense_of(shape, strength), freshness == 'frozen')
         row = dict(zip((*_KEY, 'freshness'), cell, strict=True))
         curve = ' '.join(f'{value:.4f}' for value in curve)
         table.add([row | {'f1': f'{f1:.4f}', 'validation_f1': curve}])
@@ -141,7 +153,7 @@ def _compute_protection(table: RowCache) -> None:
   done = table.done(_KEY)
   with Progress('protection', len(cells), 'cells') as progress:
     for count, (dataset, seed) in enumerate(cells):
-      wanted = [UNDEFENDED, *_defences()]
+      wanted = [UNDEFENDED, *_noises(), *_baselines()]
       missing = [key for key in wanted if (dataset, str(seed), *key) not in done]
       if missing:
         for key, values in _protection(dataset, seed, missing):
@@ -155,13 +167,17 @@ def _compute_protection(table: RowCache) -> None:
       progress.update(count + 1, f'{dataset} {seed}')
 
 
-def _defences() -> list[tuple[str, str]]:
+def _noises() -> list[tuple[str, str]]:
   """Pairs (shape, strength); the scale of the other shapes is in other units."""
   pairs = itertools.product(_SHAPES.value, _STRENGTHS.value)
   return [(a, b) for a, b in pairs if a == 'correlated' or parse_strength(b)[0] == 'ratio']
 
 
-def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
+def _baselines() -> list[tuple[str, str]]:
+  return parse_baselines('baselines', _BASELINES.value)
+
+
+def _utility(dataset, seed, defense, frozen) -> tuple[float, list[float]]:
   """Test F1, mean over the last rounds, and validation F1 after each round."""
   data = utility_data(dataset, seed)
   model = small_model(data, seed, _NORM)
@@ -180,7 +196,7 @@ def _utility(dataset, seed, noise, frozen) -> tuple[float, list[float]]:
       test.append(evaluate(model, test_images, data.test.labels)['f1'])
 
   with tempfile.TemporaryDirectory() as name:
-    train(data, model, settings, noise, pathlib.Path(name), frozen=frozen, report=report)
+    train(data, model, settings, defense, pathlib.Path(name), frozen=frozen, report=report)
   return float(np.mean(test)), validation
 
 
@@ -237,6 +253,7 @@ def _validation_f1(row: dict) -> float:
 
 
 def _check_flags() -> None:
+  _baselines()
   for name, given, allowed in (
     ('datasets', _DATASETS.value, EMBEDDED),
     ('shapes', _SHAPES.value, NOISE_SHAPES),

@@ -1,5 +1,6 @@
 """The plot of results/frontier.csv: what the attack sees against what the model still learns."""
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -15,13 +16,15 @@ _COLORS = {
   ('correlated', 'scale'): '#55a868',
   ('correlated', 'images'): '#8172b3',
 }
+# Of what is no noise of a shape.
+_BASELINE_MARKERS = 'sD^vPX'
 _LINEAR_F1 = 0.02
 _TICKS = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1)
 _LINES = {'frozen': '-', 'fresh': '--'}
 
 
 def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
-  """Draws the change of region PSNR over that of F1, a panel a data set, a line a shape.
+  """Draws the change of region PSNR over that of F1, a panel a data set, a line a shape of noise.
 
   Both are against the undefended run of the same seed: means over seeds with 95 % intervals (t).
   The strength is written beside each point. Most points lie close to no change of F1, so that its
@@ -30,9 +33,14 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   datasets = sorted({row['dataset'] for row in rows})
   figure = matplotlib.figure.Figure(figsize=(5.2 * len(datasets), 5.2))
   axes = figure.subplots(1, len(datasets), squeeze=False)
+  shapes = {shape for shape, _ in _COLORS} | {'none'}
+  others = dict.fromkeys(
+    (row['shape'], row['strength']) for row in rows if row['shape'] not in shapes
+  )
   for axis, dataset in zip(axes[0], datasets, strict=True):
     own = [row for row in rows if row['dataset'] == dataset]
-    _panel(axis, own)
+    heights = [*_lines(axis, own), *_baselines(axis, own, list(others))]
+    _frame(axis, min([0.0, *heights]))
     axis.set_title(dataset)
   axes[0][0].set_ylabel('change of region PSNR (dB): lower protects more')
   # A panel may lack a line that another has.
@@ -46,9 +54,10 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   figure.savefig(path, dpi=110)
 
 
-def _panel(axis, rows) -> None:
+def _lines(axis, rows) -> list[float]:
+  """Of noise, a line a shape over its strengths; returns how high its points are."""
   axis.plot(0, 0, 'k*', markersize=11, label='no defence')
-  heights = [0.0]
+  heights: list[float] = []
   for (shape, kind), color in _COLORS.items():
     for freshness, line in _LINES.items():
       own = [row for row in rows if (row['shape'], row['freshness']) == (shape, freshness)]
@@ -74,10 +83,28 @@ def _panel(axis, rows) -> None:
       for strength, at_x, at_y in zip(strengths, x, y, strict=True):
         _, value = split_strength(strength)
         axis.annotate(value, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
+  return heights
+
+
+def _baselines(axis, rows, baselines) -> list[float]:
+  """A point each; returns how high they are."""
+  heights = []
+  for (name, strength), marker in zip(baselines, itertools.cycle(_BASELINE_MARKERS)):
+    own = [row for row in rows if (row['shape'], row['strength']) == (name, strength)]
+    if own:
+      x, y, y_error, x_error = _point(own)
+      axis.errorbar(x, y, y_error, x_error, ecolor='grey', alpha=0.3, elinewidth=1)
+      label = f'{name} {strength.replace(":", " ")}'
+      axis.plot(x, y, linestyle='none', color='#555555', marker=marker, markersize=6, label=label)
+      heights.append(y)
+  return heights
+
+
+def _frame(axis, lowest: float) -> None:
   axis.set_xscale('symlog', linthresh=_LINEAR_F1)
   axis.set_xticks(_TICKS, [f'{tick:g}' for tick in _TICKS], fontsize=7)
   axis.set_xlim(-0.9, 0.2)
-  axis.set_ylim(min(heights) - 3, 3)
+  axis.set_ylim(lowest - 3, 3)
   axis.set_xlabel('change of test F1')
   axis.grid(alpha=0.3)
 

@@ -36,7 +36,13 @@ def test_noise_of_a_ratio_is_proportional_to_it(shape):
 
 
 def test_bad_flags():
-  wrong = ['--datasets=mnist', '--strengths=-1', '--strengths=norm:1', '--parts=all']
+  wrong = [
+    '--datasets=mnist',
+    '--strengths=-1',
+    '--strengths=norm:1',
+    '--parts=all',
+    '--baselines=top_k/fraction:2',
+  ]
   for ended, flag in zip(run_all('frontier', [[flag] for flag in wrong]), wrong, strict=True):
     assert_one_error_line(ended, flag)
 
@@ -50,10 +56,11 @@ def test_rows_are_joined_and_drawn(tmp_path):
     utility += [f'chest_phantom,{seed},none,0,frozen,0.9{seed}00,0.5 0.82 0.9']
     utility += [f'chest_phantom,{seed},correlated,0.3,frozen,0.8900,0.5 0.7 0.7']
     utility += [f'chest_phantom,{seed},correlated,scale:0.1,frozen,0.9000,0.5 0.7 0.9']
+    utility += [f'chest_phantom,{seed},top_k,fraction:0.1,fresh,0.8800,0.5 0.7 0.9']
     for image in (0, 1):
       protection += [f'chest_phantom,{seed},none,0,{image},{30 + image},{28 + image}']
-      for strength in ('0.3', 'scale:0.1'):
-        row = f'chest_phantom,{seed},correlated,{strength},{image},{20 + image},{12 + image}'
+      for defense in ('correlated,0.3', 'correlated,scale:0.1', 'top_k,fraction:0.1'):
+        row = f'chest_phantom,{seed},{defense},{image},{20 + image},{12 + image}'
         protection.append(row)
   utility += ['chest_phantom,2,none,0,frozen,0.9000,0.9']
   (cache / 'utility.csv').write_text('\n'.join(utility) + '\n')
@@ -68,7 +75,7 @@ def test_rows_are_joined_and_drawn(tmp_path):
     timeout=120,
   )
   lines = (tmp_path / 't.csv').read_text().splitlines()
-  assert len(lines) == 2 + 6
+  assert len(lines) == 2 + 8
   assert lines[1].startswith(
     'dataset,shape,freshness,strength,seed,f1,f1_undefended,'
     'validation_f1,validation_f1_undefended,rounds_to_90,'
