@@ -54,12 +54,13 @@ def bounds_of(
   unbiased, prior = map(region_psnr, errors)
   bounds = [
     {
-      'name': 'With a prior',
+      'name': 'Best linear estimate',
       'region_psnr': prior,
       'holds_here': True,
       'clients': list(clients),
-      'rests_on': 'van Trees, an ESTIMATE: attackers who know what images look like, by a'
-      ' Gaussian prior fitted to public images.',
+      'rests_on': 'van Trees with a Gaussian prior fitted to public images, an ESTIMATE: attackers'
+      ' who know the mean and covariance of images. Those who know more may exceed it, most on'
+      ' smooth images.',
     },
     {
       'name': 'Without bias',
