@@ -68,12 +68,14 @@ AUDITED_SEEDS := 0 1 2
 # 54 images over the seeds.
 AUDITED_CLIENTS := 18
 NOISE := --defense=shadow --saliency=given --noise_strength_kind
-# Of each shape what costs about a point of F1 at most; fresh, as frozen noise of that strength costs
-# more (results/frontier.csv).
+# Of each shape strengths that cost about a point of F1 at most; fresh, as frozen noise of that
+# strength costs more (results/frontier.csv).
 FRESH := --noise_freshness=fresh
 defense-none :=
 defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=3.0 $(FRESH)
 defense-diagonal := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=3.0 $(FRESH)
+defense-isotropic10 := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=10.0 $(FRESH)
+defense-diagonal10 := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=10.0 $(FRESH)
 defense-correlated := $(NOISE)=ratio --noise_shape=correlated --noise_strength=1.0 $(FRESH)
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian

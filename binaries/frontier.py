@@ -75,9 +75,9 @@ _BASELINES = flags.DEFINE_list(
     'percentile_gaussian/sigma0:0.1',
     'top_k/fraction:0.1',
     'quantization/bits:4',
-    'dp_sgd/noise_multiplier:0.1',
   ],
-  'NAME/PARAMETER:VALUE, their other parameters at their defaults.',
+  'NAME/PARAMETER:VALUE, their other parameters at their defaults; not dp_sgd, for the model has'
+  ' BatchNorm.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
@@ -253,7 +253,12 @@ def _validation_f1(row: dict) -> float:
 
 
 def _check_flags() -> None:
-  _baselines()
+  for name, parameter in _baselines():
+    if name == 'dp_sgd':
+      raise UserError(
+        f'--baselines={name}/{parameter}: the model has BatchNorm, which mixes the examples that'
+        ' dp_sgd clips one by one; use another baseline'
+      )
   for name, given, allowed in (
     ('datasets', _DATASETS.value, EMBEDDED),
     ('shapes', _SHAPES.value, NOISE_SHAPES),

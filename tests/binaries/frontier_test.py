@@ -42,6 +42,7 @@ def test_bad_flags():
     '--strengths=norm:1',
     '--parts=all',
     '--baselines=top_k/fraction:2',
+    '--baselines=dp_sgd/noise_multiplier:1',
   ]
   for ended, flag in zip(run_all('frontier', [[flag] for flag in wrong]), wrong, strict=True):
     assert_one_error_line(ended, flag)
