@@ -13,12 +13,14 @@ Protection: 16 clients that send one step on one image in round 1, attacked with
 inversion; a single round, so freshness does not enter.
 
 Both parts are kept in --cache_dir as they come, so that an interrupted run continues; the table
-holds the rows of which both are there.
+holds the rows of which both are there. Rows that it has already are not computed again.
 """
 
 import itertools
 import pathlib
 import tempfile
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_federated as tff
@@ -44,7 +46,7 @@ from binaries.small_federation import (
   small_model,
   utility_data,
 )
-from binaries.tables import RowCache, write_table
+from binaries.tables import RowCache, read_rows, write_table
 from tff_shadow.aggregators import NOISE_SHAPES
 from tff_shadow.data import EMBEDDED
 from tff_shadow.errors import UserError
@@ -85,7 +87,8 @@ _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 _NORM, _BATCH_NORM_SHARING = 'batch', 'local'
 
 _KEY = ('dataset', 'seed', 'shape', 'strength')
-_UTILITY_COLUMNS = (*_KEY, 'freshness', 'f1', 'validation_f1')
+_UTILITY_KEY = (*_KEY, 'freshness')
+_UTILITY_COLUMNS = (*_UTILITY_KEY, 'f1', 'validation_f1')
 _PROTECTION_COLUMNS = (*_KEY, 'image', 'psnr', 'region_psnr')
 _COLUMNS = (
   'dataset',
@@ -113,12 +116,13 @@ def main() -> None:
   cache = pathlib.Path(_CACHE_DIR.value)
   utility = RowCache(cache / 'utility.csv', _UTILITY_COLUMNS)
   protection = RowCache(cache / 'protection.csv', _PROTECTION_COLUMNS)
+  table = read_rows(pathlib.Path(_OUTPUT.value))
   with local_worker_context():
     if 'utility' in _PARTS.value:
-      _compute_utility(utility)
+      _compute_utility(utility, table)
     if 'protection' in _PARTS.value:
-      _compute_protection(protection)
-  rows = _join(utility.rows, protection.rows)
+      _compute_protection(protection, table)
+  rows = _join(table, utility.rows, protection.rows)
   if not rows:
     print('no row has both its parts yet')
     return
@@ -127,7 +131,7 @@ def main() -> None:
   print(f'{len(rows)} rows in {_OUTPUT.value}, plot in {_PLOT.value}')
 
 
-def _compute_utility(table: RowCache) -> None:
+def _compute_utility(cache: RowCache, table: Sequence[dict]) -> None:
   cells = []
   for seed, dataset in itertools.product(range(_SEEDS.value), _DATASETS.value):
     cells.append((dataset, str(seed), *UNDEFENDED, 'frozen'))
@@ -136,21 +140,21 @@ def _compute_utility(table: RowCache) -> None:
       for (shape, strength), freshness in itertools.product(_noises(), _FRESHNESS.value)
     ]
     cells += [(dataset, str(seed), *baseline, 'fresh') for baseline in _baselines()]
-  done = table.done((*_KEY, 'freshness'))
+  done = cache.done(_UTILITY_KEY) | {_named(row, _UTILITY_KEY) for row in table}
   with Progress('utility', len(cells), 'cells') as progress:
     for count, cell in enumerate(cells):
       if cell not in done:
         dataset, seed, shape, strength, freshness = cell
         f1, curve = _utility(dataset, int(seed), defense_of(shape, strength), freshness == 'frozen')
-        row = dict(zip((*_KEY, 'freshness'), cell, strict=True))
+        row = dict(zip(_UTILITY_KEY, cell, strict=True))
         curve = ' '.join(f'{value:.4f}' for value in curve)
-        table.add([row | {'f1': f'{f1:.4f}', 'validation_f1': curve}])
+        cache.add([row | {'f1': f'{f1:.4f}', 'validation_f1': curve}])
       progress.update(count + 1, ' '.join(cell))
 
 
-def _compute_protection(table: RowCache) -> None:
+def _compute_protection(cache: RowCache, table: Sequence[dict]) -> None:
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value)))
-  done = table.done(_KEY)
+  done = cache.done(_KEY) | {_named(row, _KEY) for row in table}
   with Progress('protection', len(cells), 'cells') as progress:
     for count, (dataset, seed) in enumerate(cells):
       wanted = [UNDEFENDED, *_noises(), *_baselines()]
@@ -158,7 +162,7 @@ def _compute_protection(table: RowCache) -> None:
       if missing:
         for key, values in _protection(dataset, seed, missing):
           base = dict(zip(_KEY, (dataset, seed, *key), strict=True))
-          table.add(
+          cache.add(
             [
               base | {'image': i, 'psnr': f'{psnr:.4f}', 'region_psnr': f'{region_psnr:.4f}'}
               for i, (psnr, region_psnr) in enumerate(values)
@@ -218,38 +222,75 @@ def _protection(dataset, seed, keys):
     yield key, values
 
 
-def _join(utility: list[dict], protection: list[dict]) -> list[dict]:
-  """The rows of the table, of everything that is in the caches."""
-  measured = {}
+class _Utility(NamedTuple):
+  """F1 on test, on validation as the mean over the last rounds and, if known, after each round."""
+
+  f1: str
+  validation_f1: str
+  curve: tuple[float, ...]
+  rounds_to_90: str
+
+
+class _Protection(NamedTuple):
+  """Means over the images."""
+
+  psnr: str
+  region_psnr: str
+  images: str
+
+
+def _join(
+  table: Sequence[dict], utility: Sequence[dict], protection: Sequence[dict]
+) -> list[dict[str, str]]:
+  """The rows of the table: those it had, and those of which the caches have the missing part."""
+  trained = {
+    _named(row, _UTILITY_KEY): _Utility(row['f1'], row['validation_f1'], (), row['rounds_to_90'])
+    for row in table
+  }
+  trained |= {_named(row, _UTILITY_KEY): _trained(row) for row in utility}
+  attacked = {
+    _named(row, _KEY): _Protection(row['psnr'], row['region_psnr'], row['images']) for row in table
+  }
+  attacked |= _attacked(protection)
+  return list(_rows(trained, attacked))
+
+
+def _named(row: dict, columns: Sequence[str]) -> tuple[str, ...]:
+  return tuple(row[name] for name in columns)
+
+
+def _trained(row: dict) -> _Utility:
+  curve = tuple(float(value) for value in row['validation_f1'].split())
+  return _Utility(row['f1'], f'{np.mean(curve[-_last(len(curve)) :]):.4f}', curve, '')
+
+
+def _attacked(protection: Sequence[dict]) -> dict[tuple[str, ...], _Protection]:
+  measured: dict = {}
   for row in protection:
     values = (float(row['psnr']), float(row['region_psnr']))
-    measured.setdefault(tuple(row[name] for name in _KEY), []).append(values)
-  undefended = {
-    (row['dataset'], row['seed']): row for row in utility if row['shape'] == UNDEFENDED[0]
+    measured.setdefault(_named(row, _KEY), []).append(values)
+  return {
+    key: _Protection(*(f'{value:.2f}' for value in np.mean(values, axis=0)), str(len(values)))
+    for key, values in measured.items()
   }
-  rows = []
-  for row in utility:
-    dataset, seed, shape, strength = (row[name] for name in _KEY)
-    own, clean = measured.get((dataset, seed, shape, strength)), (dataset, seed, *UNDEFENDED)
-    if own is None or clean not in measured or (dataset, seed) not in undefended:
+
+
+def _rows(trained: dict, attacked: dict) -> Iterator[dict[str, str]]:
+  for (dataset, seed, shape, strength, freshness), own in trained.items():
+    reconstructed = attacked.get((dataset, seed, shape, strength))
+    clean_reconstructed = attacked.get((dataset, seed, *UNDEFENDED))
+    clean = trained.get((dataset, seed, *UNDEFENDED, 'frozen'))
+    if reconstructed is None or clean_reconstructed is None or clean is None:
       continue
-    other = undefended[dataset, seed]
-    f1, clean_f1 = _validation_f1(row), _validation_f1(other)
-    reached = [index + 1 for index, value in enumerate(_curve(row)) if value >= 0.9 * clean_f1]
-    psnr = [f'{v:.2f}' for v in (*np.mean(own, axis=0), *np.mean(measured[clean], axis=0))]
-    values = (dataset, shape, row['freshness'], strength, seed, row['f1'], other['f1'])
-    values += (f'{f1:.4f}', f'{clean_f1:.4f}', reached[0] if reached else '', *psnr, len(own))
-    rows.append(dict(zip(_COLUMNS, values, strict=True)))
-  return rows
-
-
-def _curve(row: dict) -> list[float]:
-  return [float(value) for value in row['validation_f1'].split()]
-
-
-def _validation_f1(row: dict) -> float:
-  curve = _curve(row)
-  return float(np.mean(curve[-_last(len(curve)) :]))
+    rounds_to_90 = own.rounds_to_90
+    if own.curve:
+      enough = 0.9 * float(clean.validation_f1)
+      reached = [index + 1 for index, value in enumerate(own.curve) if value >= enough]
+      rounds_to_90 = str(reached[0]) if reached else ''
+    values = (dataset, shape, freshness, strength, seed, own.f1, clean.f1)
+    values += (own.validation_f1, clean.validation_f1, rounds_to_90)
+    values += (*reconstructed[:2], *clean_reconstructed[:2], reconstructed.images)
+    yield dict(zip(_COLUMNS, values, strict=True))
 
 
 def _check_flags() -> None:

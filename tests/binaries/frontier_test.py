@@ -66,15 +66,7 @@ def test_rows_are_joined_and_drawn(tmp_path):
   utility += ['chest_phantom,2,none,0,frozen,0.9000,0.9']
   (cache / 'utility.csv').write_text('\n'.join(utility) + '\n')
   (cache / 'protection.csv').write_text('\n'.join(protection) + '\n')
-  subprocess.run(
-    [
-      *(sys.executable, '-m', 'binaries.frontier', '--parts='),
-      *(f'--cache_dir={cache}', f'--output={tmp_path}/t.csv', f'--plot={tmp_path}/t.png'),
-    ],
-    cwd=ROOT,
-    check=True,
-    timeout=120,
-  )
+  _write_table(cache, tmp_path)
   lines = (tmp_path / 't.csv').read_text().splitlines()
   assert len(lines) == 2 + 8
   assert lines[1].startswith(
@@ -89,6 +81,27 @@ def test_rows_are_joined_and_drawn(tmp_path):
     in lines
   )
   assert (tmp_path / 't.png').stat().st_size > 5000
+  # A cache that was lost leaves the table as it is, and new rows stand on it.
+  fresh = 'chest_phantom,1,correlated,0.3,fresh,0.9000,0.5 0.7 0.9'
+  (cache / 'utility.csv').write_text(f'{utility[0]}\n{fresh}\n')
+  (cache / 'protection.csv').unlink()
+  _write_table(cache, tmp_path)
+  assert (tmp_path / 't.csv').read_text().splitlines()[1:] == [
+    *lines[1:],
+    'chest_phantom,correlated,fresh,0.3,1,0.9000,0.9100,0.9000,0.9000,3,20.50,12.50,30.50,28.50,2',
+  ]
+
+
+def _write_table(cache, directory):
+  subprocess.run(
+    [
+      *(sys.executable, '-m', 'binaries.frontier', '--parts='),
+      *(f'--cache_dir={cache}', f'--output={directory}/t.csv', f'--plot={directory}/t.png'),
+    ],
+    cwd=ROOT,
+    check=True,
+    timeout=120,
+  )
 
 
 def test_bad_defenses_of_the_adaptive_table():
