@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,16 @@ def shadow_noise(shape: str, strength: str) -> ShadowNoise | None:
 def defense_of(shape: str, strength: str) -> ShadowNoise | BaselineDefense | None:
   """The noise or baseline of a row of a table; see `parse_defense`."""
   return parse_baseline(shape, strength) if shape in BASELINES else shadow_noise(shape, strength)
+
+
+def public_settings(shape: str, strength: str, frozen: bool) -> dict[str, Any]:
+  """What the summary of a run with the defence of a row of a table says of it."""
+  defense = defense_of(shape, strength)
+  if defense is None:
+    return {'name': UNDEFENDED[0]}
+  if isinstance(defense, ShadowNoise):
+    return ShadowDefense(defense, frozen, {}).public_settings()
+  return defense.public_settings()
 
 
 def parse_strength(text: str) -> tuple[str, float]:

@@ -8,12 +8,13 @@ and comparison.html.
 
 import pathlib
 
+import numpy as np
 from absl import flags
 
 from attacks.audit import comparison, comparison_page
 from attacks.report.page import write_whole
-from binaries import command
-from binaries.tables import write_table
+from binaries import attacked_rounds, command
+from binaries.tables import read_rows, write_table
 from tff_shadow.errors import UserError
 
 _RUN_DIRS = flags.DEFINE_multi_string(
@@ -25,6 +26,12 @@ _NAMES = flags.DEFINE_list(
 _OUTPUT_DIR = flags.DEFINE_string('output_dir', None, 'Where the three files go.')
 _REFERENCE = flags.DEFINE_string(
   'reference', None, 'Defence that the others are compared with, as "correlated ratio 0.3".'
+)
+_UTILITY_TABLE = flags.DEFINE_string(
+  'utility_table',
+  None,
+  'Table of `python -m binaries.frontier`: its F1 stands for that of the runs, which may then stop'
+  ' after the attacked rounds; empty for defences that it does not have.',
 )
 _TITLE = flags.DEFINE_string('title', 'Defences compared', "The page's title.")
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a comparison that is already there.')
@@ -51,7 +58,7 @@ def main() -> None:
     for directory in _RUN_DIRS.value
     for name in _NAMES.value
   ]
-  rows = comparison.compare(audits, _REFERENCE.value)
+  rows = comparison.compare(audits, _REFERENCE.value, _utility())
   budgets = sorted({_budget(audit) for audit in audits})
   page = comparison_page.render(
     rows,
@@ -64,6 +71,27 @@ def main() -> None:
   write_table(output / _FILES[0], comparison.COLUMNS, table)
   write_whole(output, {_FILES[1]: comparison.as_latex(rows), _FILES[2]: page})
   print(f'{len(audits)} audits, {len(rows)} rows; wrote {", ".join(_FILES)} to {output}')
+
+
+def _utility() -> dict[tuple[str, str], tuple[float, float]] | None:
+  """F1 with and without a defence by data set and label, the means over the table's seeds."""
+  if _UTILITY_TABLE.value is None:
+    return None
+  path = pathlib.Path(_UTILITY_TABLE.value)
+  if not path.is_file():
+    raise UserError(f'--utility_table={path}: no such file')
+  found: dict = {}
+  try:
+    for row in read_rows(path):
+      frozen = row['freshness'] == 'frozen'
+      defense = attacked_rounds.public_settings(row['shape'], row['strength'], frozen)
+      key = row['dataset'], comparison.label_of(*comparison.defense_names(defense))
+      found.setdefault(key, []).append((float(row['f1']), float(row['f1_undefended'])))
+  except (KeyError, ValueError) as error:
+    raise UserError(
+      f'--utility_table={path}: no table of the frontier ({type(error).__name__}: {error})'
+    ) from error
+  return {key: tuple(map(float, np.mean(pairs, axis=0))) for key, pairs in found.items()}
 
 
 def _budget(audit: comparison.Audit) -> str:

@@ -1,5 +1,6 @@
 """Defences side by side, from the summaries of their audits."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from attacks.report.findings import VERDICTS
 from attacks.scoring.results import read_json
 from attacks.scoring.statistics import Interval, mean_interval
 from tff_shadow.errors import UserError
+from tff_shadow.published import PublishedSettings
 
 COLUMNS = (
   'dataset',
@@ -86,7 +88,7 @@ def read_audit(path: pathlib.Path) -> Audit:
   if (summary.get('format'), summary.get('version')) != ('tff-shadow-audit', 1):
     raise UserError(f'{path}: not the summary of an audit of version 1')
   try:
-    defense, strength = _named(summary['defense'])
+    defense, strength = defense_names(summary['defense'])
     audit = Audit(path, summary, defense, strength)
     _ = audit.start, summary['dataset'], summary['epsilon'], summary['utility']['test']
     for entry in summary['rounds']:
@@ -96,7 +98,11 @@ def read_audit(path: pathlib.Path) -> Audit:
   return audit
 
 
-def compare(audits: Sequence[Audit], reference: str | None = None) -> list[dict[str, Any]]:
+def compare(
+  audits: Sequence[Audit],
+  reference: str | None = None,
+  utility: Mapping[tuple[str, str], tuple[float, float]] | None = None,
+) -> list[dict[str, Any]]:
   """A row for each data set, defence, audited rounds and attack, the strongest first.
 
   Seeds are pooled: the values of all their images, each with its own control. Empty where there is
@@ -110,10 +116,13 @@ def compare(audits: Sequence[Audit], reference: str | None = None) -> list[dict[
   over_reference: How many dB less of the region the reference gives away, paired by image, with its
     interval; of 'strongest' alone, over the seeds on which both were audited to the same budget.
   bound_region_psnr: Of attackers who know what images look like; mean over the seeds that have it.
+  f1, f1_undefended: Of `utility` if that is given; else on test after the runs.
 
   Args:
     audits: Of runs that may differ in everything.
     reference: Label of the defence that the others are compared with.
+    utility: F1 with and without a defence, by data set and label, of longer trainings than those of
+      runs that stop after the attacked rounds.
 
   Raises:
     UserError: If no audit has the label `reference`, or two are of the same run and rounds.
@@ -127,11 +136,18 @@ def compare(audits: Sequence[Audit], reference: str | None = None) -> list[dict[
     for label in dict.fromkeys(audit.label for audit, _ in group):
       own = [pair for pair in group if pair[0].label == label]
       _check_unique(own)
-      rows += _rows(dataset, rounds, own, against if label != reference else [], audits)
+      f1 = _f1(own, audits) if utility is None else utility.get((dataset, label), ('', ''))
+      rows += _rows(dataset, rounds, own, against if label != reference else [], f1)
   return rows
 
 
-def _named(defense: Mapping[str, Any]) -> tuple[str, str]:
+def defense_names(defense: Mapping[str, Any]) -> tuple[str, str]:
+  """What a defence and its strength are called.
+
+  Args:
+    defense: Its public settings, as a summary holds them; of the published defence's only those
+      make a strength that are not the paper's.
+  """
   if defense['name'] == 'shadow':
     strength = defense['strength']
     parts = [f'{strength["kind"]} {strength["value"]:g}']
@@ -142,8 +158,25 @@ def _named(defense: Mapping[str, Any]) -> tuple[str, str]:
     if defense['saliency']['kind'] != 'given':
       parts.append(defense['saliency']['kind'])
     return defense['shape'], ', '.join(parts)
-  settings = {key: value for key, value in defense.items() if isinstance(value, int | float)}
-  return defense['name'], ', '.join(f'{key} {value:g}' for key, value in settings.items())
+  if defense['name'] == 'published':
+    theirs = dict(_flat(dataclasses.asdict(PublishedSettings())))
+    settings = {key: value for key, value in _flat(defense) if value != theirs.get(key, value)}
+  else:
+    settings = {key: value for key, value in defense.items() if isinstance(value, int | float)}
+  return defense['name'], ', '.join(f'{key} {_plain(value)}' for key, value in settings.items())
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for key, value in settings.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f'{prefix}{key} ')
+    else:
+      yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _plain(value: Any) -> str:
+  numeric = isinstance(value, int | float) and not isinstance(value, bool)
+  return f'{value:g}' if numeric else str(value)
 
 
 def _check_round(entry: Mapping[str, Any]) -> None:
@@ -177,9 +210,8 @@ def _check_unique(pairs) -> None:
     seen[audit.start] = audit.path
 
 
-def _rows(dataset, rounds, own, against, audits) -> Iterator[dict[str, Any]]:
+def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
   audit = own[0][0]
-  f1, f1_undefended = _f1(own, audits)
   worst = min((entry['verdict'] for _, entry in own), key=VERDICTS.index)
   bounds = [
     bound['region_psnr'] for _, entry in own for bound in entry['bounds'] if bound['holds_here']
@@ -192,8 +224,8 @@ def _rows(dataset, rounds, own, against, audits) -> Iterator[dict[str, Any]]:
     'rounds': '+'.join(round_ranges(rounds, '-')),
     'rounds_observed': len(rounds),
     'bound_region_psnr': float(np.mean(bounds)) if bounds else '',
-    'f1': f1,
-    'f1_undefended': f1_undefended,
+    'f1': f1[0],
+    'f1_undefended': f1[1],
     'epsilon': '' if None in epsilons else max(epsilons),
     'seeds': len(own),
   }

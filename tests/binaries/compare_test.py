@@ -1,5 +1,6 @@
 """The program: what it writes, and its error lines."""
 
+import csv
 import json
 
 import pytest
@@ -27,10 +28,21 @@ def run_dir(tmp_path_factory):
 def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_path):
   output = tmp_path / 'compared'
   at, to = f'--run_dir={run_dir}', f'--output_dir={output}'
-  written, *mistakes = run_all(
+  table = tmp_path / 'table.csv'
+  table.write_text(
+    '# command: frontier\ndataset,shape,freshness,strength,f1,f1_undefended\n'
+    'discs,none,frozen,0,0.7,0.7\ndiscs,none,frozen,0,0.9,0.9\n'
+    'discs,correlated,fresh,images:0.1,0.6,0.7\ndiscs,top_k,fresh,fraction:0.1,0.5,0.7\n'
+  )
+  wrong = tmp_path / 'wrong.csv'
+  wrong.write_text(table.read_text().replace('0.5', 'half'))
+  written, with_utility, *mistakes = run_all(
     'compare',
     [
       [at, to],
+      [at, f'--output_dir={tmp_path / "utility"}', f'--utility_table={table}'],
+      [at, f'--output_dir={tmp_path / "none"}', f'--utility_table={tmp_path / "none.csv"}'],
+      [at, f'--output_dir={tmp_path / "none"}', f'--utility_table={wrong}'],
       [at, to],
       [to],
       [at],
@@ -43,7 +55,14 @@ def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_pat
   assert written.returncode == 0, written.stderr
   names = {'comparison.csv', 'comparison.tex', 'comparison.html'}
   assert {path.name for path in output.iterdir()} == names
+  assert with_utility.returncode == 0, with_utility.stderr
+  with (tmp_path / 'utility' / 'comparison.csv').open() as file:
+    rows = list(csv.DictReader(line for line in file if not line.startswith('#')))
+  assert [(row['f1'], row['f1_undefended']) for row in rows] == [('0.8000', '0.8000')] * len(rows)
+  assert not (tmp_path / 'none').exists()
   parts = (
+    '--utility_table',
+    '--utility_table',
     '--overwrite',
     '--run_dir',
     '--output_dir',

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -6,6 +7,8 @@ import pytest
 from attacks.audit import comparison, comparison_page
 from tests.attacks.audit.made_up import COUNT, attack_with, audited, close
 from tff_shadow.errors import UserError
+from tff_shadow.published import PublishedDefense, PublishedSettings
+from tff_shadow.shadow.latents import LatentFit
 
 _NOISE = {
   'name': 'shadow',
@@ -79,6 +82,31 @@ def test_a_run_of_other_training_says_nothing_of_the_cost(audits, tmp_path):
   other = comparison.read_audit(_write(tmp_path, _TOP_K, 0, 0.7, rounds=6))
   row = comparison.compare([audits[0], other])[-1]
   assert (row['defense'], row['f1'], row['f1_undefended']) == ('top_k', 0.7, '')
+
+
+def test_the_cost_may_come_from_longer_trainings(audits):
+  utility = {('discs', 'correlated ratio 0.3'): (0.75, 0.76), ('others', 'none'): (0.1, 0.1)}
+  rows = comparison.compare(audits, utility=utility)
+  found = {row['defense']: (row['f1'], row['f1_undefended']) for row in rows}
+  assert found == {'none': ('', ''), 'correlated': (0.75, 0.76), 'top_k': ('', '')}
+
+
+def test_names_of_defences():
+  noise = {**_NOISE, 'frozen': False, 'propagation': 'images', 'saliency': {'kind': 'vanilla'}}
+  settings = PublishedSettings(
+    LatentFit(learning_rate=0.1), map_kind='white', cam_weights=(0.2, 0.5), shadow_rounds=20
+  )
+  published = PublishedDefense(settings, None, (0.5,), (0.1,)).public_settings()
+  assert [
+    comparison.defense_names(json.loads(json.dumps(defense)))
+    for defense in (_NOISE, noise, _TOP_K, published, {**published, **asdict(PublishedSettings())})
+  ] == [
+    ('correlated', 'ratio 0.3'),
+    ('correlated', 'ratio 0.3, in images, fresh, vanilla'),
+    ('top_k', 'fraction 0.1'),
+    ('published', 'latents learning_rate 0.1, map_kind white, cam_weights [0.2, 0.5]'),
+    ('published', ''),
+  ]
 
 
 def test_the_reference_is_compared_image_by_image(audits, rows):
