@@ -117,11 +117,12 @@ def main() -> None:
   utility = RowCache(cache / 'utility.csv', _UTILITY_COLUMNS)
   protection = RowCache(cache / 'protection.csv', _PROTECTION_COLUMNS)
   table = read_rows(pathlib.Path(_OUTPUT.value))
-  with local_worker_context():
-    if 'utility' in _PARTS.value:
-      _compute_utility(utility, table)
-    if 'protection' in _PARTS.value:
-      _compute_protection(protection, table)
+  if _PARTS.value:
+    with local_worker_context():
+      if 'utility' in _PARTS.value:
+        _compute_utility(utility, table)
+      if 'protection' in _PARTS.value:
+        _compute_protection(protection, table)
   rows = _join(table, utility.rows, protection.rows)
   if not rows:
     print('no row has both its parts yet')

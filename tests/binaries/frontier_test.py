@@ -1,14 +1,11 @@
 """What the frontier takes for granted, and its joined rows."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from binaries.attacked_rounds import parse_baseline, parse_defense
-from tests.binaries.programs import ROOT, assert_one_error_line, run_all
+from tests.binaries.programs import assert_one_error_line, run_all
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.aggregators.shadow_noise import DEFAULT_FLOOR, noised_update
 from tff_shadow.errors import UserError
@@ -66,8 +63,21 @@ def test_rows_are_joined_and_drawn(tmp_path):
   utility += ['chest_phantom,2,none,0,frozen,0.9000,0.9']
   (cache / 'utility.csv').write_text('\n'.join(utility) + '\n')
   (cache / 'protection.csv').write_text('\n'.join(protection) + '\n')
-  _write_table(cache, tmp_path)
-  lines = (tmp_path / 't.csv').read_text().splitlines()
+  # Caches that were lost leave the table as it is, and new rows stand on it.
+  later = tmp_path / 'later'
+  later.mkdir()
+  new = 'chest_phantom,1,correlated,0.3,fresh,0.9000,0.5 0.7 0.9'
+  (later / 'utility.csv').write_text(f'{utility[0]}\n{new}\n')
+  table, plot = tmp_path / 't.csv', tmp_path / 't.png'
+  copied = tmp_path / 'copied.csv'
+  runs = [
+    [f'--cache_dir={cache}', f'--output={table}', f'--plot={plot}', '--parts='],
+    [f'--cache_dir={cache}', f'--output={copied}', f'--plot={plot}', '--parts='],
+    [f'--cache_dir={later}', f'--output={copied}', f'--plot={plot}', '--parts='],
+  ]
+  for ended in run_all('frontier', runs):
+    assert ended.returncode == 0, ended.stderr
+  lines = table.read_text().splitlines()
   assert len(lines) == 2 + 8
   assert lines[1].startswith(
     'dataset,shape,freshness,strength,seed,f1,f1_undefended,'
@@ -80,28 +90,11 @@ def test_rows_are_joined_and_drawn(tmp_path):
     'chest_phantom,correlated,frozen,0.3,0,0.8900,0.9000,0.7000,0.9000,,20.50,12.50,30.50,28.50,2'
     in lines
   )
-  assert (tmp_path / 't.png').stat().st_size > 5000
-  # A cache that was lost leaves the table as it is, and new rows stand on it.
-  fresh = 'chest_phantom,1,correlated,0.3,fresh,0.9000,0.5 0.7 0.9'
-  (cache / 'utility.csv').write_text(f'{utility[0]}\n{fresh}\n')
-  (cache / 'protection.csv').unlink()
-  _write_table(cache, tmp_path)
-  assert (tmp_path / 't.csv').read_text().splitlines()[1:] == [
+  assert plot.stat().st_size > 5000
+  assert copied.read_text().splitlines()[1:] == [
     *lines[1:],
     'chest_phantom,correlated,fresh,0.3,1,0.9000,0.9100,0.9000,0.9000,3,20.50,12.50,30.50,28.50,2',
   ]
-
-
-def _write_table(cache, directory):
-  subprocess.run(
-    [
-      *(sys.executable, '-m', 'binaries.frontier', '--parts='),
-      *(f'--cache_dir={cache}', f'--output={directory}/t.csv', f'--plot={directory}/t.png'),
-    ],
-    cwd=ROOT,
-    check=True,
-    timeout=120,
-  )
 
 
 def test_bad_defenses_of_the_adaptive_table():
