@@ -100,8 +100,8 @@ def main() -> None:
         cache.add([base | row for row in rows])
       progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
   rows = _join(cache.rows)
-  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
-  print(f'{len(rows)} rows in {_OUTPUT.value}')
+  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows, key=_GROUP)
+  print(f'{len(rows)} rows written to {_OUTPUT.value}')
 
 
 def _attacker(dataset: str, seed: int, public: Examples) -> AdaptiveAttacker:

@@ -62,8 +62,8 @@ def main() -> None:
         values = (*(f'{region_psnr(error):.2f}' for error in (unbiased, prior)), _IMAGES.value)
         cache.add([dict(zip(_COLUMNS, (dataset, *defense, *values), strict=True))])
       progress.update(count + 1, f'{dataset} {"/".join(defense)}')
-  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, cache.rows)
-  print(f'{len(cache.rows)} rows in {_OUTPUT.value}')
+  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, cache.rows, key=(*_KEY, 'images'))
+  print(f'{len(cache.rows)} rows written to {_OUTPUT.value}')
 
 
 def _parse_defense(text: str) -> tuple[str, str]:

@@ -9,8 +9,9 @@ Utility: 9 clients, full local epochs of batches of 8, BatchNorm aggregated; F1 
 last round. Cost: seconds of a round over those of an undefended one, both in one process, while the
 shadow learns and afterwards; and each step of the method over a gradient of the local training.
 
-All is kept in --cache_dir as it comes, so that an interrupted run continues; the table is joined
-from what is there. Needs a generator for each data set (`make generator`).
+All is kept in --cache_dir as it comes, so that an interrupted run continues; what is there takes
+the place of the table's rows of the same name. Needs a generator for each data set
+(`make generator`).
 """
 
 import dataclasses
@@ -116,13 +117,9 @@ _METRICS = ('psnr', 'ssim', 'region_psnr', 'region_ssim')
 _UTILITY_COLUMNS = (*_KEY, 'f1')
 _PROTECTION_COLUMNS = (*_KEY, 'norm', 'attack', 'scoring', 'image', *_METRICS)
 _COST_COLUMNS = ('dataset', 'learning', 'later')
+_ROW_KEY = ('dataset', 'defense', 'ablation', 'model', 'attack', 'scoring')
 _COLUMNS = (
-  'dataset',
-  'defense',
-  'ablation',
-  'model',
-  'attack',
-  'scoring',
+  *_ROW_KEY,
   *_METRICS,
   'f1',
   'region_psnr_change',
@@ -153,8 +150,8 @@ def main() -> None:
   if not rows:
     print('no row has been computed yet')
     return
-  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
-  print(f'{len(rows)} rows in {_OUTPUT.value}')
+  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows, key=_ROW_KEY)
+  print(f'{len(rows)} rows written to {_OUTPUT.value}')
 
 
 def _variants() -> list[str]:

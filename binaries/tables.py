@@ -34,8 +34,25 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in file if not line.startswith('#')))
 
 
-def write_table(path: pathlib.Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-  """Writes a table below a line with the command that made it."""
+def write_table(
+  path: pathlib.Path,
+  columns: Sequence[str],
+  rows: Sequence[dict[str, Any]],
+  key: Sequence[str] = (),
+) -> None:
+  """Writes a table below a line with the command that made it.
+
+  Args:
+    path: Where to.
+    columns: Of the table.
+    rows: In order.
+    key: Columns that name a row. Rows that are in the table and not among `rows` then stay, before
+      these: what was measured elsewhere is not lost with its cache. By default they go.
+  """
+  if key:
+    new = {tuple(str(row[name]) for name in key) for row in rows}
+    old = [row for row in read_rows(path) if tuple(row[name] for name in key) not in new]
+    rows = [*old, *rows]
   write_rows(path, columns, rows, head=f'# command: {command.command_line()}\n')
 
 
