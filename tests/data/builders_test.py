@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import sklearn.linear_model
@@ -24,9 +26,18 @@ def read(builder, split):
   return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
+# Of what the tables in results/ were measured on. If it changes, so must the builder's VERSION:
+# TFDS reads what an earlier version of the code prepared under the same one.
+CONTENT = {
+  (FundusPatches, '2.0.0'): 'fa10566bfec3a123',
+  (HistologyPatches, '2.0.0'): '499aa4315e70c791',
+}
+
+
 @pytest.mark.parametrize('builder', [FundusPatches, HistologyPatches])
 def test_photographs(builder, tmp_path):
   prepared = prepare(builder, '32px', tmp_path)
+  content = hashlib.sha256()
   seen = set()
   for split, count in (('train', 800), ('validation', 200), ('test', 200)):
     arrays = read(prepared, split)
@@ -41,6 +52,8 @@ def test_photographs(builder, tmp_path):
     seen |= hashes
     # Patches have structure: an empty one would measure nothing.
     assert arrays['image'].std(axis=(1, 2)).mean(axis=1).min() > 2
+    content.update(arrays['image'].tobytes() + arrays['label'].astype('<i8').tobytes())
+  assert content.hexdigest()[:16] == CONTENT[builder, str(prepared.version)]
 
 
 def test_photographs_of_another_size(tmp_path):
@@ -81,6 +94,9 @@ def test_phantom(tmp_path):
   everything = [read(prepared, split)['image'] for split in ('train', 'validation', 'test')]
   images = {image.tobytes() for split in everything for image in split}
   assert len(images) == 36
+  # As in `CONTENT`, but for rounding.
+  assert str(prepared.version) == '1.0.0'
+  assert np.mean([split.mean() for split in everything]) == pytest.approx(118.43, abs=0.01)
   public = draw_public_films(5, image_size=32, seed=0)
   assert (public.shape, public.dtype) == ((5, 32, 32, 1), np.uint8)
   assert not {film.tobytes() for film in public} & images

@@ -18,8 +18,8 @@ class FundusPatches(photograph_builder.PhotographBuilder):
   real texture, they support no clinical claim.
 
   Label: the fraction of the patch covered by vessels, found by a ridge filter (Sato et al. 1998)
-  on the green channel. Class 1 is above the 70 % quantile of all train patches, class 0 below
-  the 30 % quantile; patches between are ambiguous and left out. It is a classical filter's
+  on the green channel. Class 1 is above the 60 % quantile of all train patches, class 0 below
+  the 40 % quantile; patches between are ambiguous and left out. It is a classical filter's
   opinion, not a grader's. Region: the quarter of the patch with the highest smoothed ridge
   response, in both classes, so its area does not tell the label;
   its shape still hints at it (a small convolutional net on regions alone is right for about 0.7).
@@ -28,11 +28,11 @@ class FundusPatches(photograph_builder.PhotographBuilder):
   images are enlarged and so smooth.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First release.'}  # noqa: RUF012
+  VERSION = tfds.core.Version('2.0.0')
+  RELEASE_NOTES = photograph_builder.RELEASE_NOTES
   BUILDER_CONFIGS = photograph_builder.patch_configs()
   ZONES = patches.Zones(('tvts', 'ttst', 'vttt', 'stvt'), 352)
-  QUANTILES = (0.3, 0.7)
+  QUANTILES = (0.4, 0.6)
 
   def patch_size(self, image_size):
     """Returns 96 to 128 px: a few vessels wide, and room to move inside a block."""
