@@ -28,7 +28,7 @@ def histology(data_dir, **options):
 
 def test_an_embedded_set(data_dir):
   data = histology(data_dir)
-  assert data.name == 'histology_patches/32px/1.0.0'
+  assert data.name == 'histology_patches/32px/2.0.0'
   assert data.class_names == ('dab_low', 'dab_high')
   assert data.image_shape == (32, 32, 3)
   assert [len(examples) for examples in data.clients.values()] == [267, 267, 266]
@@ -52,7 +52,7 @@ def test_color_and_number_of_examples(data_dir):
 
 def test_any_image_size(data_dir):
   data = histology(data_dir, image_size=40, max_examples=10)
-  assert data.name == 'histology_patches/40px/1.0.0'
+  assert data.name == 'histology_patches/40px/2.0.0'
   assert data.image_shape == (40, 40, 3)
 
 
