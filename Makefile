@@ -146,9 +146,16 @@ gate: $(STAMP)
 training: $(STAMP)
 	$(BIN)/python -m binaries.training_table
 
-# Protection against utility of shadow noise; continues results/frontier.csv where it stopped.
+# Protection against utility of the defences; continues results/frontier.csv where it stopped. dp_sgd
+# cannot train BatchNorm, so it and what it is compared with train group normalisation besides.
+STRONG := --freshness=fresh --shapes=isotropic,diagonal --strengths=10.0,30.0
+DP_SGD := 0.01 0.03 0.1
+
 frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier
+	$(BIN)/python -m binaries.frontier $(STRONG) --baselines=
+	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
+	  --baselines=$(subst $(space),$(comma),$(DP_SGD:%=dp_sgd/noise_multiplier:%))
 
 # The attacks side by side; continues results/attacks.csv where it stopped.
 attack-bench: $(STAMP)

@@ -31,7 +31,8 @@ _UTILITY_TABLE = flags.DEFINE_string(
   'utility_table',
   None,
   'Table of `python -m binaries.frontier`: its F1 stands for that of the runs, which may then stop'
-  ' after the attacked rounds; empty for defences that it does not have.',
+  ' after the attacked rounds; empty for defences that it does not have. Of the models with'
+  ' BatchNorm where there are such, else of those with group normalisation.',
 )
 _TITLE = flags.DEFINE_string('title', 'Defences compared', "The page's title.")
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a comparison that is already there.')
@@ -86,12 +87,15 @@ def _utility() -> dict[tuple[str, str], tuple[float, float]] | None:
       frozen = row['freshness'] == 'frozen'
       defense = attacked_rounds.public_settings(row['shape'], row['strength'], frozen)
       key = row['dataset'], comparison.label_of(*comparison.defense_names(defense))
-      found.setdefault(key, []).append((float(row['f1']), float(row['f1_undefended'])))
+      pair = float(row['f1']), float(row['f1_undefended'])
+      found.setdefault(key, {}).setdefault(row['norm'], []).append(pair)
   except (KeyError, ValueError) as error:
     raise UserError(
       f'--utility_table={path}: no table of the frontier ({type(error).__name__}: {error})'
     ) from error
-  return {key: tuple(map(float, np.mean(pairs, axis=0))) for key, pairs in found.items()}
+  # Most of the table is of models with BatchNorm, which dp_sgd cannot train.
+  measured = {key: norms.get('batch') or norms['group'] for key, norms in found.items()}
+  return {key: tuple(map(float, np.mean(pairs, axis=0))) for key, pairs in measured.items()}
 
 
 def _budget(audit: comparison.Audit) -> str:

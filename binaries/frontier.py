@@ -6,11 +6,11 @@ of standard deviation S in the region of the images does, and images:S, that noi
 stand with their names in place of a shape, and their one parameter in place of a strength; what
 they draw is fresh in each round.
 
-Utility: 9 clients, full local epochs of batches of 8, BatchNorm statistics kept by each client; F1
-on test and on validation as the mean over the last third of the rounds, and the rounds until the F1
-of validation reaches 90 % of the undefended one.
+Utility: 9 clients, full local epochs of batches of 8, a model with the normalisation of --norm, of
+BatchNorm the statistics kept by each client; F1 on test and on validation as the mean over the last
+third of the rounds, and the rounds until the F1 of validation reaches 90 % of the undefended one.
 Protection: 16 clients that send one step on one image in round 1, attacked with the default
-inversion; a single round, so freshness does not enter.
+inversion; a single round, so freshness does not enter, and a model without normalisation.
 
 Both parts are kept in --cache_dir as they come, so that an interrupted run continues; the table
 holds the rows of which both are there. Rows that it has already are not computed again.
@@ -78,16 +78,21 @@ _BASELINES = flags.DEFINE_list(
     'top_k/fraction:0.1',
     'quantization/bits:4',
   ],
-  'NAME/PARAMETER:VALUE, their other parameters at their defaults; not dp_sgd, for the model has'
-  ' BatchNorm.',
+  'NAME/PARAMETER:VALUE, their other parameters at their defaults; dp_sgd with --norm=group.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
-# Group normalisation takes twice the time of a step and more rounds.
-_NORM, _BATCH_NORM_SHARING = 'batch', 'local'
+# Without any, the rate of `UTILITY_TRAINING` makes the training diverge.
+_NORM = flags.DEFINE_enum(
+  'norm',
+  'batch',
+  ['batch', 'group'],
+  'Normalisation of the model that tells utility; group takes twice the time of a step.',
+)
 
+_BATCH_NORM_SHARING = 'local'
 _KEY = ('dataset', 'seed', 'shape', 'strength')
-_UTILITY_KEY = (*_KEY, 'freshness')
+_UTILITY_KEY = (*_KEY, 'freshness', 'norm')
 _UTILITY_COLUMNS = (*_UTILITY_KEY, 'f1', 'validation_f1')
 _PROTECTION_COLUMNS = (*_KEY, 'image', 'psnr', 'region_psnr')
 _COLUMNS = (
@@ -96,6 +101,7 @@ _COLUMNS = (
   'freshness',
   'strength',
   'seed',
+  'norm',
   'f1',
   'f1_undefended',
   'validation_f1',
@@ -135,18 +141,20 @@ def main() -> None:
 def _compute_utility(cache: RowCache, table: Sequence[dict]) -> None:
   cells = []
   for seed, dataset in itertools.product(range(_SEEDS.value), _DATASETS.value):
-    cells.append((dataset, str(seed), *UNDEFENDED, 'frozen'))
+    cells.append((dataset, str(seed), *UNDEFENDED, 'frozen', _NORM.value))
     cells += [
-      (dataset, str(seed), shape, strength, freshness)
+      (dataset, str(seed), shape, strength, freshness, _NORM.value)
       for (shape, strength), freshness in itertools.product(_noises(), _FRESHNESS.value)
     ]
-    cells += [(dataset, str(seed), *baseline, 'fresh') for baseline in _baselines()]
+    cells += [(dataset, str(seed), *baseline, 'fresh', _NORM.value) for baseline in _baselines()]
   done = cache.done(_UTILITY_KEY) | {_named(row, _UTILITY_KEY) for row in table}
   with Progress('utility', len(cells), 'cells') as progress:
     for count, cell in enumerate(cells):
       if cell not in done:
-        dataset, seed, shape, strength, freshness = cell
-        f1, curve = _utility(dataset, int(seed), defense_of(shape, strength), freshness == 'frozen')
+        dataset, seed, shape, strength, freshness, norm = cell
+        f1, curve = _utility(
+          dataset, int(seed), norm, defense_of(shape, strength), freshness == 'frozen'
+        )
         row = dict(zip(_UTILITY_KEY, cell, strict=True))
         curve = ' '.join(f'{value:.4f}' for value in curve)
         cache.add([row | {'f1': f'{f1:.4f}', 'validation_f1': curve}])
@@ -182,10 +190,10 @@ def _baselines() -> list[tuple[str, str]]:
   return parse_baselines('baselines', _BASELINES.value)
 
 
-def _utility(dataset, seed, defense, frozen) -> tuple[float, list[float]]:
+def _utility(dataset, seed, norm, defense, frozen) -> tuple[float, list[float]]:
   """Test F1, mean over the last rounds, and validation F1 after each round."""
   data = utility_data(dataset, seed)
-  model = small_model(data, seed, _NORM)
+  model = small_model(data, seed, norm)
   rounds = UTILITY_ROUNDS[dataset]
   settings = TrainingSettings(
     rounds, UTILITY_TRAINING, observed_rounds=(), seed=seed, batch_norm_sharing=_BATCH_NORM_SHARING
@@ -277,10 +285,10 @@ def _attacked(protection: Sequence[dict]) -> dict[tuple[str, ...], _Protection]:
 
 
 def _rows(trained: dict, attacked: dict) -> Iterator[dict[str, str]]:
-  for (dataset, seed, shape, strength, freshness), own in trained.items():
+  for (dataset, seed, shape, strength, freshness, norm), own in trained.items():
     reconstructed = attacked.get((dataset, seed, shape, strength))
     clean_reconstructed = attacked.get((dataset, seed, *UNDEFENDED))
-    clean = trained.get((dataset, seed, *UNDEFENDED, 'frozen'))
+    clean = trained.get((dataset, seed, *UNDEFENDED, 'frozen', norm))
     if reconstructed is None or clean_reconstructed is None or clean is None:
       continue
     rounds_to_90 = own.rounds_to_90
@@ -288,7 +296,7 @@ def _rows(trained: dict, attacked: dict) -> Iterator[dict[str, str]]:
       enough = 0.9 * float(clean.validation_f1)
       reached = [index + 1 for index, value in enumerate(own.curve) if value >= enough]
       rounds_to_90 = str(reached[0]) if reached else ''
-    values = (dataset, shape, freshness, strength, seed, own.f1, clean.f1)
+    values = (dataset, shape, freshness, strength, seed, norm, own.f1, clean.f1)
     values += (own.validation_f1, clean.validation_f1, rounds_to_90)
     values += (*reconstructed[:2], *clean_reconstructed[:2], reconstructed.images)
     yield dict(zip(_COLUMNS, values, strict=True))
@@ -296,10 +304,10 @@ def _rows(trained: dict, attacked: dict) -> Iterator[dict[str, str]]:
 
 def _check_flags() -> None:
   for name, parameter in _baselines():
-    if name == 'dp_sgd':
+    if name == 'dp_sgd' and _NORM.value == 'batch':
       raise UserError(
         f'--baselines={name}/{parameter}: the model has BatchNorm, which mixes the examples that'
-        ' dp_sgd clips one by one; use another baseline'
+        ' dp_sgd clips one by one; use --norm=group'
       )
   for name, given, allowed in (
     ('datasets', _DATASETS.value, EMBEDDED),

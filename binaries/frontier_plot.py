@@ -18,6 +18,8 @@ _COLORS = {
 }
 # Of what is no noise of a shape.
 _BASELINE_MARKERS = 'sD^vPX'
+# Of the models that tell what noise costs.
+_NORM = 'batch'
 _LINEAR_F1 = 0.02
 _TICKS = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1)
 _LINES = {'frozen': '-', 'fresh': '--'}
@@ -27,15 +29,16 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   """Draws the change of region PSNR over that of F1, a panel a data set, a line a shape of noise.
 
   Both are against the undefended run of the same seed: means over seeds with 95 % intervals (t).
-  The strength is written beside each point. Most points lie close to no change of F1, so that its
-  axis is linear there and logarithmic beyond.
+  Noise is drawn for models with BatchNorm, baselines for all models. The strength is written
+  beside each point. Most points lie close to no change of F1, so that its axis is linear there and
+  logarithmic beyond.
   """
   datasets = sorted({row['dataset'] for row in rows})
   figure = matplotlib.figure.Figure(figsize=(5.2 * len(datasets), 5.2))
   axes = figure.subplots(1, len(datasets), squeeze=False)
   shapes = {shape for shape, _ in _COLORS} | {'none'}
   others = dict.fromkeys(
-    (row['shape'], row['strength']) for row in rows if row['shape'] not in shapes
+    (row['shape'], row['strength'], row['norm']) for row in rows if row['shape'] not in shapes
   )
   for axis, dataset in zip(axes[0], datasets, strict=True):
     own = [row for row in rows if row['dataset'] == dataset]
@@ -60,7 +63,8 @@ def _lines(axis, rows) -> list[float]:
   heights: list[float] = []
   for (shape, kind), color in _COLORS.items():
     for freshness, line in _LINES.items():
-      own = [row for row in rows if (row['shape'], row['freshness']) == (shape, freshness)]
+      wanted = (shape, freshness, _NORM)
+      own = [row for row in rows if (row['shape'], row['freshness'], row['norm']) == wanted]
       strengths = {row['strength'] for row in own}
       strengths = sorted((s for s in strengths if split_strength(s)[0] == kind), key=split_strength)
       if not strengths:
@@ -89,12 +93,15 @@ def _lines(axis, rows) -> list[float]:
 def _baselines(axis, rows, baselines) -> list[float]:
   """A point each; returns how high they are."""
   heights = []
-  for (name, strength), marker in zip(baselines, itertools.cycle(_BASELINE_MARKERS)):
-    own = [row for row in rows if (row['shape'], row['strength']) == (name, strength)]
+  for key, marker in zip(baselines, itertools.cycle(_BASELINE_MARKERS)):
+    own = [row for row in rows if (row['shape'], row['strength'], row['norm']) == key]
     if own:
       x, y, y_error, x_error = _point(own)
       axis.errorbar(x, y, y_error, x_error, ecolor='grey', alpha=0.3, elinewidth=1)
+      name, strength, norm = key
       label = f'{name} {strength.replace(":", " ")}'
+      if norm != _NORM:
+        label += f', {norm} norm'
       axis.plot(x, y, linestyle='none', color='#555555', marker=marker, markersize=6, label=label)
       heights.append(y)
   return heights
