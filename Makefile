@@ -69,14 +69,15 @@ AUDITED_SEEDS := 0 1 2
 # 54 images over the seeds.
 AUDITED_CLIENTS := 18
 NOISE := --defense=shadow --saliency=given --noise_strength_kind
-# Of each shape strengths that cost about a point of F1 at most; fresh, as frozen noise of that
-# strength costs more (results/frontier.csv).
+# Of each shape strengths that cost about a point of F1 at most (results/frontier.csv), and isotropic
+# noise of the norm that correlated noise has; fresh, as frozen noise of that strength costs more.
 FRESH := --noise_freshness=fresh
+defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=1.0 $(FRESH)
 defense-none :=
-defense-isotropic := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=3.0 $(FRESH)
-defense-diagonal := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=3.0 $(FRESH)
 defense-isotropic10 := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=10.0 $(FRESH)
 defense-diagonal10 := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=10.0 $(FRESH)
+defense-isotropic30 := $(NOISE)=ratio --noise_shape=isotropic --noise_strength=30.0 $(FRESH)
+defense-diagonal30 := $(NOISE)=ratio --noise_shape=diagonal --noise_strength=30.0 $(FRESH)
 defense-correlated := $(NOISE)=ratio --noise_shape=correlated --noise_strength=1.0 $(FRESH)
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
@@ -93,6 +94,8 @@ AUDITED_DEFENSES := $(patsubst defense-%,%,$(filter defense-%,$(.VARIABLES)))
 AUDITED := $(foreach set,$(AUDITED_SETS),$(foreach defense,$(AUDITED_DEFENSES),\
   $(foreach seed,$(AUDITED_SEEDS),$(set)+$(defense)+$(seed))))
 part = $(word $(1),$(subst +, ,$(2)))
+# Of the first seed alone: they take the most of an audit, and vary little.
+bounds-of = $(if $(filter-out 0,$(1)),--bound_clients=0)
 
 audit-table: $(STAMP) $(AUDITED:%=audited-%)
 	$(BIN)/tff-shadow-compare $(AUDITED:%=--run_dir=runs/audited/%) --output_dir=runs/audited/compared \
@@ -104,13 +107,13 @@ audited-%: $(STAMP)
 	  --seed=$(call part,3,$*) $(subst iid:16,iid:$(AUDITED_CLIENTS),$(ROUND_ONE)) --rounds=1 \
 	  $(call defense-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*)
 	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* --cache_dir=runs/audited/cache \
-	  --max_clients=$(AUDITED_CLIENTS) --lanes=$(AUDITED_CLIENTS) \
+	  --max_clients=$(AUDITED_CLIENTS) --lanes=$(AUDITED_CLIENTS) $(call bounds-of,$(call part,3,$*)) \
 	  $(call audit-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*/audits/audit)
 
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
-KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh
+KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh diagonal10+fresh
 KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_dir=runs/kept/cache
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
