@@ -7,13 +7,17 @@ and comparison.html.
 """
 
 import pathlib
+import sys
+from collections.abc import Sequence
 
 import numpy as np
+import tensorflow_federated as tff
 from absl import flags
 
 from attacks.audit import comparison, comparison_page
 from attacks.report.page import write_whole
 from binaries import attacked_rounds, command
+from binaries.small_federation import IMAGE_SIZE
 from binaries.tables import read_rows, write_table
 from tff_shadow.errors import UserError
 
@@ -59,7 +63,7 @@ def main() -> None:
     for directory in _RUN_DIRS.value
     for name in _NAMES.value
   ]
-  rows = comparison.compare(audits, _REFERENCE.value, _utility())
+  rows = comparison.compare(audits, _REFERENCE.value, _utility(audits))
   budgets = sorted({_budget(audit) for audit in audits})
   page = comparison_page.render(
     rows,
@@ -74,7 +78,9 @@ def main() -> None:
   print(f'{len(audits)} audits, {len(rows)} rows; wrote {", ".join(_FILES)} to {output}')
 
 
-def _utility() -> dict[tuple[str, str], tuple[float, float]] | None:
+def _utility(
+  audits: Sequence[comparison.Audit],
+) -> dict[tuple[str, str], tuple[float, float]] | None:
   """F1 with and without a defence by data set and label, the means over the table's seeds."""
   if _UTILITY_TABLE.value is None:
     return None
@@ -93,9 +99,25 @@ def _utility() -> dict[tuple[str, str], tuple[float, float]] | None:
     raise UserError(
       f'--utility_table={path}: no table of the frontier ({type(error).__name__}: {error})'
     ) from error
-  # Most of the table is of models with BatchNorm, which dp_sgd cannot train.
-  measured = {key: norms.get('batch') or norms['group'] for key, norms in found.items()}
-  return {key: tuple(map(float, np.mean(pairs, axis=0))) for key, pairs in measured.items()}
+  utility, missing = {}, {}
+  for audit in audits:
+    dataset = audit.summary['dataset']
+    norms = found.get((_table_name(dataset), audit.label))
+    if norms is None:
+      missing[f'{audit.label} on {dataset}'] = None
+      continue
+    # Most of the table is of models with BatchNorm, which dp_sgd cannot train.
+    pairs = norms.get('batch') or norms['group']
+    utility[dataset, audit.label] = tuple(map(float, np.mean(pairs, axis=0)))
+  if missing:
+    print(f'warning: no F1 in {path} of {"; ".join(missing)}', file=sys.stderr)
+  return utility
+
+
+def _table_name(dataset: str) -> str:
+  """Of 'fundus_patches/32px/2.0.0' what the table calls it; other data sets keep their names."""
+  name, *variant = dataset.split('/')
+  return name if variant[:1] == [f'{IMAGE_SIZE}px'] else dataset
 
 
 def _budget(audit: comparison.Audit) -> str:
@@ -109,6 +131,7 @@ def _cell(value):
 
 def run() -> None:
   """The entry point of tff-shadow-compare."""
+  tff.test.set_no_default_context()
   command.run(main)
 
 

@@ -1,10 +1,12 @@
-"""The federation of images of 32 px on which tables of defences measure utility and protection."""
+"""The federation of small images on which tables of defences measure utility and protection."""
 
 import tensorflow as tf
 
 from tff_shadow.data import FederatedData, Partition, load
 from tff_shadow.models import Norm, build_model
 from tff_shadow.observations import ClientTraining
+
+IMAGE_SIZE = 32
 
 # Utility: full local epochs of nine clients, and rounds, more than the undefended F1 needs to level
 # off. The phantoms are learned late.
@@ -41,4 +43,4 @@ def small_model(data: FederatedData, seed: int, norm: Norm) -> tf.keras.Model:
 
 
 def _load(dataset: str, partition: str, seed: int) -> FederatedData:
-  return load(dataset, image_size=32, partition=Partition.parse(partition), seed=seed)
+  return load(dataset, image_size=IMAGE_SIZE, partition=Partition.parse(partition), seed=seed)

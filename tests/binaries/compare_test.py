@@ -14,7 +14,7 @@ def run_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('run')
   _, summary = audited(
     [attack_with(close())],
-    dataset='discs',
+    dataset='discs/32px/1.0.0',
     defense={'name': 'none'},
     digests={'data_sha256': 'd', 'model_sha256': 'm'},
     training={'seed': 0},
@@ -35,13 +35,16 @@ def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_pat
     'discs,none,frozen,0,group,0.1,0.1\ndiscs,correlated,fresh,images:0.1,batch,0.6,0.7\n'
     'discs,top_k,fresh,fraction:0.1,group,0.5,0.7\n'
   )
+  elsewhere = tmp_path / 'elsewhere.csv'
+  elsewhere.write_text(table.read_text().replace('discs', 'rings'))
   wrong = tmp_path / 'wrong.csv'
   wrong.write_text(table.read_text().replace('0.5', 'half'))
-  written, with_utility, *mistakes = run_all(
+  written, with_utility, without_utility, *mistakes = run_all(
     'compare',
     [
       [at, to],
       [at, f'--output_dir={tmp_path / "utility"}', f'--utility_table={table}'],
+      [at, f'--output_dir={tmp_path / "rings"}', f'--utility_table={elsewhere}'],
       [at, f'--output_dir={tmp_path / "none"}', f'--utility_table={tmp_path / "none.csv"}'],
       [at, f'--output_dir={tmp_path / "none"}', f'--utility_table={wrong}'],
       [at, to],
@@ -60,6 +63,9 @@ def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_pat
   with (tmp_path / 'utility' / 'comparison.csv').open() as file:
     rows = list(csv.DictReader(line for line in file if not line.startswith('#')))
   assert [(row['f1'], row['f1_undefended']) for row in rows] == [('0.8000', '0.8000')] * len(rows)
+  assert 'no F1' not in with_utility.stderr
+  assert without_utility.returncode == 0, without_utility.stderr
+  assert f'no F1 in {elsewhere} of none on discs/32px/1.0.0' in without_utility.stderr
   assert not (tmp_path / 'none').exists()
   parts = (
     '--utility_table',
