@@ -1,6 +1,5 @@
 """Prints ratios of times taken side by side in one run: `BENCH <name> <ratio>`."""
 
-import resource
 import time
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ from absl import flags
 
 from attacks.benchmark import bench_lines
 from binaries import command
+from binaries.peak_memory import peak_memory_gib
 from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.data import Partition, load
 from tff_shadow.execution import local_worker_context
@@ -123,24 +123,15 @@ def _round_fn(process, weights, datasets) -> Callable[[], None]:
   return lambda: process.next(state, datasets)
 
 
-def _peak_memory_gib(pid: int) -> float:
-  with open(f'/proc/{pid}/status') as file:
-    for line in file:
-      if line.startswith('VmHWM:'):
-        return int(line.split()[1]) / 2**20
-  raise RuntimeError(f'/proc/{pid}/status has no VmHWM')
-
-
 def main() -> None:
   """Runs every benchmark."""
   with local_worker_context() as worker:
     bench_rounds(9, 64, _DEFENDED, '')
     bench_rounds(2, 512, _DEFENDED_LARGE, '_512_images')
-    print(f'BENCH worker_peak_memory_gib {_peak_memory_gib(worker.pid):.2f}', flush=True)
+    print(f'BENCH worker_peak_memory_gib {peak_memory_gib(worker.pid):.2f}', flush=True)
   for line in bench_lines():
     print(line, flush=True)
-  own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-  print(f'BENCH own_peak_memory_gib {own:.2f}')
+  print(f'BENCH own_peak_memory_gib {peak_memory_gib():.2f}')
 
 
 def run() -> None:

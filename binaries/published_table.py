@@ -38,6 +38,7 @@ from attacks.scoring.metrics import measure
 from attacks.scoring.statistics import mean_interval
 from attacks.threads import share_cores
 from binaries import command
+from binaries.peak_memory import peak_memory_gib, reset_peak_memory
 from binaries.progress import Progress
 from binaries.small_federation import (
   ATTACKED_TRAINING,
@@ -139,13 +140,13 @@ def main() -> None:
   utility = RowCache(cache / 'utility.csv', _UTILITY_COLUMNS)
   protection = RowCache(cache / 'protection.csv', _PROTECTION_COLUMNS)
   cost = RowCache(cache / 'cost.csv', _COST_COLUMNS)
-  with local_worker_context():
+  with local_worker_context() as worker:
     if 'utility' in _PARTS.value:
       _compute_utility(utility)
     if 'protection' in _PARTS.value:
       _compute_protection(protection)
     if 'cost' in _PARTS.value:
-      _compute_cost(cost)
+      _compute_cost(cost, worker.pid)
   rows = _join(protection.rows, utility.rows, cost.rows)
   if not rows:
     print('no row has been computed yet')
@@ -257,19 +258,21 @@ def _calibrated(dataset, seed, observation) -> list[TargetResult]:
   return attack.results
 
 
-def _compute_cost(table: RowCache) -> None:
+def _compute_cost(table: RowCache, worker_pid: int) -> None:
   done = table.done(('dataset',))
   for dataset in _DATASETS.value:
     if (dataset,) in done:
       continue
     data = utility_data(dataset, 0)
-    seconds = {}
+    seconds, peak_gib = {}, {}
     for name, variant, changes in (
       ('none', 'none', {}),
       ('learning', 'published', {'shadow_rounds': _COST_ROUNDS}),
       ('later', 'published', {'shadow_rounds': 1}),
     ):
       defense = _defense(dataset, data, variant, 0, **changes)
+      for pid in ('self', worker_pid):
+        reset_peak_memory(pid)
       settings = TrainingSettings(
         _COST_ROUNDS, UTILITY_TRAINING, observed_rounds=(), defense=defense
       )
@@ -278,12 +281,16 @@ def _compute_cost(table: RowCache) -> None:
         run = _run(data, small_model(data, 0, 'batch'), settings, pathlib.Path(directory), took)
       # The first two rounds trace, and the last one evaluates.
       seconds[name] = float(np.median(took[2:-1]))
+      peak_gib[name] = peak_memory_gib() + peak_memory_gib(worker_pid)
       if name == 'learning':
         shadows = run.shadows
     ratios = {name: f'{seconds[name] / seconds["none"]:.2f}' for name in ('learning', 'later')}
     table.add([{'dataset': dataset, **ratios}])
     for name, ratio in ratios.items():
       print(f'BENCH published_{name}_over_none_{dataset} {ratio}')
+    # Of this process and TFF's worker, libraries and data included.
+    memory = peak_gib['learning'] / peak_gib['none']
+    print(f'BENCH published_peak_memory_over_none_{dataset} {memory:.2f}')
     client_id = next(iter(data.clients))
     steps = shadows.step_seconds(client_id, UTILITY_TRAINING.batch_size)
     for name in (name for name in steps if name != 'gradient'):
