@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from attacks.report.reading import Training
 ERROR_COLORMAP = 'magma'
 ERROR_RANGE = 0.5
 _CURVE_COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
+_MARKERS = 'osD^v'
 
 
 class Point(NamedTuple):
-  """A point of a plot: where it is, the interval of `y`, and what is written beside it."""
+  """A point of a plot: where it is, the interval of `y`, and what it is called."""
 
   label: str
   x: float
@@ -144,6 +146,8 @@ def scatter_uri(
 ) -> str:
   """PNG data URI of points with the intervals of their heights, a panel for each group.
 
+  A label looks the same in all panels, and is told once below them.
+
   Args:
     groups: From a panel's title to its points.
     x_label: Of the axis from left to right.
@@ -151,29 +155,36 @@ def scatter_uri(
     dark: For a dark page.
   """
   ink, grid = _inks(dark)
-  plot = figure.Figure(figsize=(4.6 * len(groups), 3.8), dpi=160, layout='constrained')
+  labels = dict.fromkeys(point.label for points in groups.values() for point in points)
+  styles = dict(zip(labels, itertools.cycle(itertools.product(_MARKERS, _CURVE_COLORS))))
+  columns = min(len(labels), 2 * len(groups))
+  height = 3.8 + 0.2 * -(-len(labels) // columns)
+  plot = figure.Figure(figsize=(4.6 * len(groups), height), dpi=160, layout='constrained')
   panels = np.atleast_1d(plot.subplots(1, len(groups)))
+  shown = {}
   for axes, (title, points) in zip(panels, groups.items(), strict=True):
-    for index, point in enumerate(points):
-      color = _CURVE_COLORS[index % len(_CURVE_COLORS)]
+    for point in points:
+      marker, color = styles[point.label]
       axes.plot([point.x] * 2, [point.low, point.high], color=color, linewidth=1.2)
-      axes.plot(point.x, point.y, 'o', color=color, markersize=6)
-      axes.annotate(
-        point.label,
-        (point.x, point.y),
-        color=ink,
-        fontsize=8,
-        xytext=(5, 4),
-        textcoords='offset points',
+      (shown[point.label],) = axes.plot(
+        point.x, point.y, marker, color=color, markersize=6, label=point.label
       )
     axes.set_facecolor('none')
     axes.set_title(title, color=ink, fontsize=10, loc='left')
     axes.set_xlabel(x_label, color=ink)
     axes.tick_params(colors=ink, labelsize=9)
     axes.grid(color=grid, linewidth=0.8)
-    axes.margins(0.2)
+    axes.margins(0.1)
     axes.spines[:].set_visible(False)
   panels[0].set_ylabel(y_label, color=ink)
+  plot.legend(
+    handles=[shown[label] for label in labels],
+    loc='outside lower center',
+    ncols=columns,
+    frameon=False,
+    labelcolor=ink,
+    fontsize=9,
+  )
   return _figure_uri(plot)
 
 

@@ -88,3 +88,18 @@ def test_training_picture_is_transparent_and_fits_each_theme():
   assert light[light[..., 3] > 200][:, :3].min() < dark[dark[..., 3] > 200][:, :3].max()
   assert not np.array_equal(light, dark)
   assert pictures.training_uri(reading.Training([1], {'bytes': [5.0]}), dark=False) is None
+
+
+def test_points_of_a_name_look_the_same_in_all_panels():
+  first = [pictures.Point('one', 0.0, 1.0, 0.5, 1.5), pictures.Point('two', 0.1, 2.0, 1.5, 2.5)]
+  panels = {'both': first, 'the second alone': first[1:]}
+  pixels = _decode(pictures.scatter_uri(panels, 'x', 'y', dark=False))
+  half = pixels.shape[1] // 2
+  seen = {}
+  for name, color in zip(('one', 'two'), pictures._CURVE_COLORS, strict=False):
+    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    drawn = (pixels[..., :3] == rgb).all(-1) & (pixels[..., 3] == 255)
+    # Above the legend.
+    drawn = drawn[: int(0.8 * len(drawn))]
+    seen[name] = bool(drawn[:, :half].any()), bool(drawn[:, half:].any())
+  assert seen == {'one': (True, False), 'two': (True, True)}
