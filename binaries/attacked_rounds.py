@@ -44,7 +44,7 @@ def shadow_noise(shape: str, strength: str) -> ShadowNoise | None:
   kind, value = parse_strength(strength)
   return ShadowNoise(
     shape,
-    NoiseStrength('ratio' if kind == 'ratio' else 'scale', value),
+    NoiseStrength('scale' if kind == 'images' else kind, value),
     SaliencyConfig(kind='given'),
     propagation='images' if kind == 'images' else 'per_step',
   )
@@ -68,30 +68,34 @@ def public_settings(shape: str, strength: str, frozen: bool) -> dict[str, Any]:
 def parse_strength(text: str) -> tuple[str, float]:
   """Kind and value; raises `ValueError` for text that is no strength."""
   kind, value = frontier_plot.split_strength(text)
-  if kind not in ('ratio', 'scale', 'images') or text.startswith('ratio:'):
-    raise ValueError('must be a ratio, scale:S or images:S')
+  if kind not in ('ratio', 'image_ratio', 'scale', 'images') or text.startswith('ratio:'):
+    raise ValueError('must be a ratio, image_ratio:R, scale:S or images:S')
   return kind, NoiseStrength('scale', value).value
 
 
-def parse_baseline(name: str, parameter: str) -> BaselineDefense:
-  """The baseline with one PARAMETER:VALUE, its others at their defaults.
+def parse_baseline(name: str, parameters: str) -> BaselineDefense:
+  """The baseline with PARAMETER:VALUE+..., its others at their defaults.
 
   Raises:
     ValueError: If it has no such parameter, or not of this value.
   """
   types = {field.name: field.type for field in dataclasses.fields(BASELINES[name])}
-  field, _, value = parameter.partition(':')
-  if field not in types:
-    raise ValueError(f'use {" or ".join(f"{name}/{own}:VALUE" for own in types)}')
-  try:
-    number = types[field](value)
-  except ValueError:
-    raise ValueError(f'{field} must be of type {types[field].__name__}, found {value!r}') from None
-  return BASELINES[name](**{field: number})
+  settings = {}
+  for parameter in parameters.split('+'):
+    field, _, value = parameter.partition(':')
+    if field not in types or field in settings:
+      raise ValueError(f'use {" or ".join(f"{name}/{own}:VALUE" for own in types)}')
+    try:
+      settings[field] = types[field](value)
+    except ValueError:
+      raise ValueError(
+        f'{field} must be of type {types[field].__name__}, found {value!r}'
+      ) from None
+  return BASELINES[name](**settings)
 
 
 def parse_baselines(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:
-  """Name and PARAMETER:VALUE of baselines, each from NAME/PARAMETER:VALUE.
+  """Name and PARAMETER:VALUE+... of baselines, each from NAME/PARAMETER:VALUE+...
 
   Args:
     flag: That gives them.
@@ -102,18 +106,18 @@ def parse_baselines(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:
   """
   found = []
   for text in texts:
-    name, _, parameter = text.partition('/')
+    name, _, parameters = text.partition('/')
     command.check_choices(flag, [name], BASELINES)
     try:
-      parse_baseline(name, parameter)
+      parse_baseline(name, parameters)
     except ValueError as error:
       raise UserError(f'--{flag}={text}: {error}') from error
-    found.append((name, parameter))
+    found.append((name, parameters))
   return found
 
 
 def parse_defense(text: str, *, baselines: bool = False) -> tuple[str, str]:
-  """Shape and strength of noise from SHAPE/STRENGTH, or NAME/PARAMETER:VALUE of a baseline.
+  """Shape and strength of noise from SHAPE/STRENGTH, or NAME/PARAMETER:VALUE+... of a baseline.
 
   Args:
     text: One of --defenses.
@@ -130,7 +134,7 @@ def parse_defense(text: str, *, baselines: bool = False) -> tuple[str, str]:
     kind, _ = parse_strength(strength)
   except ValueError as error:
     raise UserError(f'--defenses={text}: the strength {error}') from error
-  if kind != 'ratio' and shape != 'correlated':
+  if kind in ('scale', 'images') and shape != 'correlated':
     raise UserError(f'--defenses={text}: {kind} is a strength of correlated noise alone')
   return shape, strength
 

@@ -82,4 +82,6 @@ def _linearised_strength(defense: Mapping[str, Any]) -> str | None:
   kind, value = defense['strength']['kind'], defense['strength']['value']
   if defense['propagation'] == 'images' and kind == 'scale':
     return f'images:{value}'
-  return str(value) if defense['propagation'] == 'per_step' and kind == 'ratio' else None
+  # Of one image in one step both ratios are the same.
+  relative = kind in ('ratio', 'image_ratio')
+  return str(value) if defense['propagation'] == 'per_step' and relative else None

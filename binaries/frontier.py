@@ -1,10 +1,11 @@
 """Protection against utility of the defences: results/frontier.csv and docs/frontier.png.
 
-Every row is a data set, a noise shape, its freshness, a strength and a seed. A strength is the
-ratio of noise to update norm, or for correlated noise also scale:S, the linear part of what noise
-of standard deviation S in the region of the images does, and images:S, that noise itself. Baselines
-stand with their names in place of a shape, and their one parameter in place of a strength; what
-they draw is fresh in each round.
+Every row is a data set, a noise shape, its freshness, a strength, a seed and a normalisation. A
+strength is the ratio of noise to update norm, or image_ratio:R, to the norm of what one image adds
+to the update, or for correlated noise also scale:S, the linear part of what noise of standard
+deviation S in the region of the images does, and images:S, that noise itself. Baselines stand with
+their names in place of a shape, and their parameters in place of a strength; what they draw is
+fresh in each round.
 
 Utility: 9 clients, full local epochs of batches of 8, a model with the normalisation of --norm, of
 BatchNorm the statistics kept by each client; F1 on test and on validation as the mean over the last
@@ -69,7 +70,8 @@ _FRESHNESS = flags.DEFINE_list('freshness', ['frozen', 'fresh'], 'frozen, fresh.
 _STRENGTHS = flags.DEFINE_list(
   'strengths',
   ['0.1', '0.3', '1.0', '3.0', 'images:0.05', 'images:0.1'],
-  'Noise over update norm; or scale:S and images:S, in image units, for correlated noise alone.',
+  'Noise over update norm, or image_ratio:R, over the norm of what one image adds; or scale:S and'
+  ' images:S, in image units, for correlated noise alone.',
 )
 _BASELINES = flags.DEFINE_list(
   'baselines',
@@ -78,7 +80,7 @@ _BASELINES = flags.DEFINE_list(
     'top_k/fraction:0.1',
     'quantization/bits:4',
   ],
-  'NAME/PARAMETER:VALUE, their other parameters at their defaults; dp_sgd with --norm=group.',
+  'NAME/PARAMETER:VALUE+..., their other parameters at their defaults; dp_sgd with --norm=group.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
@@ -183,7 +185,7 @@ def _compute_protection(cache: RowCache, table: Sequence[dict]) -> None:
 def _noises() -> list[tuple[str, str]]:
   """Pairs (shape, strength); the scale of the other shapes is in other units."""
   pairs = itertools.product(_SHAPES.value, _STRENGTHS.value)
-  return [(a, b) for a, b in pairs if a == 'correlated' or parse_strength(b)[0] == 'ratio']
+  return [(a, b) for a, b in pairs if a == 'correlated' or 'ratio' in parse_strength(b)[0]]
 
 
 def _baselines() -> list[tuple[str, str]]:

@@ -13,6 +13,8 @@ _COLORS = {
   ('isotropic', 'ratio'): '#c44e52',
   ('diagonal', 'ratio'): '#dd8452',
   ('correlated', 'ratio'): '#4c72b0',
+  ('isotropic', 'image_ratio'): '#8c564b',
+  ('diagonal', 'image_ratio'): '#bcbd22',
   ('correlated', 'scale'): '#55a868',
   ('correlated', 'images'): '#8172b3',
 }
@@ -99,7 +101,7 @@ def _baselines(axis, rows, baselines) -> list[float]:
       x, y, y_error, x_error = _point(own)
       axis.errorbar(x, y, y_error, x_error, ecolor='grey', alpha=0.3, elinewidth=1)
       name, strength, norm = key
-      label = f'{name} {strength.replace(":", " ")}'
+      label = f'{name} {strength.replace(":", " ").replace("+", ", ")}'
       if norm != _NORM:
         label += f', {norm} norm'
       axis.plot(x, y, linestyle='none', color='#555555', marker=marker, markersize=6, label=label)

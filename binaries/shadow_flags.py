@@ -18,9 +18,10 @@ _NOISE_STRENGTH_KIND = flags.DEFINE_enum(
   'noise_strength_kind',
   'region_psnr',
   STRENGTH_KINDS,
-  "ratio: norm of the noise over the update's. scale: absolute. region_psnr: the PSNR in dB that no"
-  ' unbiased attacker exceeds over the region. With ratio the scale follows the update from round'
-  ' to round, so that frozen noise can be told apart from the image by comparing rounds.',
+  "ratio: norm of the noise over the update's. image_ratio: over the norm of what one image adds to"
+  ' the update. scale: absolute. region_psnr: the PSNR in dB that no unbiased attacker exceeds over'
+  ' the region. With the ratios the scale follows the updates from round to round, so that frozen'
+  ' noise can be told apart from the image by comparing rounds.',
 )
 _NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 20.0, 'See --noise_strength_kind.')
 _NOISE_FRESHNESS = flags.DEFINE_enum(
@@ -66,7 +67,7 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
     strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)
   except ValueError as error:
     raise UserError(f'--noise_strength={_NOISE_STRENGTH.value}: {error}') from error
-  in_images = _NOISE_SHAPE.value == 'correlated' and strength.kind != 'ratio'
+  in_images = _NOISE_SHAPE.value == 'correlated' and not strength.is_relative
   try:
     return ShadowNoise(
       shape=_NOISE_SHAPE.value,

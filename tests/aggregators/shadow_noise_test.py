@@ -36,13 +36,14 @@ def _value(update, shape, key=(1, 2), **changes):
   fields = collections.OrderedDict(
     update=update,
     noise_key=tf.convert_to_tensor(key, tf.int32),
+    image_energy=0.25,
     region_energy=50.0,
     region_fourth_moment=50.0,
     sensitivity_energy=7.0,
     shape=shape,
   )
   fields.update(changes)
-  for name in ('region_energy', 'region_fourth_moment', 'sensitivity_energy'):
+  for name in ('image_energy', 'region_energy', 'region_fourth_moment', 'sensitivity_energy'):
     fields[name] = tf.convert_to_tensor(fields[name], tf.float32)
   return fields
 
@@ -163,14 +164,14 @@ class TestTypes:
 
 
 class TestArguments:
-  @pytest.mark.parametrize('kind', ['ratio', 'scale', 'region_psnr'])
+  @pytest.mark.parametrize('kind', ['ratio', 'image_ratio', 'scale', 'region_psnr'])
   @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
   def test_strength_must_be_finite(self, kind, value):
     with pytest.raises(ValueError, match='strength must be finite'):
       NoiseStrength(kind, value)
 
   def test_strength_must_not_be_negative_but_for_decibels(self):
-    for kind in ('ratio', 'scale'):
+    for kind in ('ratio', 'image_ratio', 'scale'):
       with pytest.raises(ValueError, match=r'-0\.1'):
         NoiseStrength(kind, -0.1)
     assert NoiseStrength('region_psnr', -3.0).value == -3.0
@@ -193,6 +194,19 @@ class TestRatio:
     update = _vector(60, 1)
     field = None if shape == 'isotropic' else _squared_sensitivities()
     noises = _noises(update, shape, field, NoiseStrength('ratio', 0.3))
+    ratio = (noises**2).sum(axis=1).mean() / (update.astype(float) ** 2).sum()
+    assert np.sqrt(ratio) == pytest.approx(0.3, rel=0.02)
+
+  @pytest.mark.parametrize('shape', ['isotropic', 'diagonal'])
+  def test_energy_against_that_of_an_image(self, shape):
+    field = None if shape == 'isotropic' else _squared_sensitivities()
+    strength = NoiseStrength('image_ratio', 0.3)
+    noises = _noises(_vector(60, 1), shape, field, strength, image_energy=4.0)
+    assert (noises**2).sum(axis=1).mean() == pytest.approx(0.09 * 4.0, rel=0.04)
+
+  def test_images_that_add_nothing_fall_back_to_the_update(self):
+    update = _vector(60, 1)
+    noises = _noises(update, 'isotropic', None, NoiseStrength('image_ratio', 0.3), image_energy=0.0)
     ratio = (noises**2).sum(axis=1).mean() / (update.astype(float) ** 2).sum()
     assert np.sqrt(ratio) == pytest.approx(0.3, rel=0.02)
 
@@ -232,7 +246,7 @@ class TestRatio:
     )
 
   @pytest.mark.parametrize('shape', NOISE_SHAPES)
-  @pytest.mark.parametrize('kind', ['ratio', 'scale'])
+  @pytest.mark.parametrize('kind', ['ratio', 'image_ratio', 'scale'])
   def test_zero_is_no_noise_and_no_floor(self, shape, kind):
     for field in (_squared_sensitivities(), np.zeros(60, np.float32)):
       noises = _noises(
@@ -281,6 +295,7 @@ def _squared_scale(strength, shape, jacobian, region, shape_energy):
     strength.squared_scale(
       shape,
       update_energy=tf.constant(1.0),
+      image_energy=tf.constant(1.0),
       shape_energy=tf.constant(shape_energy, tf.float32),
       sensitivity_energy=tf.constant(np.square(jacobian * region).sum(), tf.float32),
       region_energy=tf.constant((region**2).sum(), tf.float32),

@@ -19,6 +19,7 @@ def test_noise_of_a_ratio_is_proportional_to_it(shape):
   value = {
     'update': update,
     'noise_key': tf.constant([3, 4]),
+    'image_energy': tf.constant(0.0),
     'shape': [tf.square(t) + 0.1 for t in update],
     'region_energy': tf.constant(0.0),
     'region_fourth_moment': tf.constant(0.0),
@@ -116,3 +117,6 @@ def test_baselines_by_one_parameter():
   assert parse_baseline('soteria', 'percentile:80') == Soteria(80.0)
   assert parse_baseline('quantization', 'bits:4') == Quantization(4)
   assert parse_baseline('dp_sgd', 'noise_multiplier:0.1') == DpSgd(1.0, 0.1)
+  assert parse_baseline('dp_sgd', 'clip_norm:3+noise_multiplier:0.1') == DpSgd(3.0, 0.1)
+  with pytest.raises(ValueError, match='use dp_sgd/clip_norm:VALUE or'):
+    parse_baseline('dp_sgd', 'clip_norm:3+clip_norm:4')

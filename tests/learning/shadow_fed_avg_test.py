@@ -189,6 +189,13 @@ class TestArguments:
     with pytest.raises(ValueError, match="'images' needs correlated noise"):
       _noise(shape, 'images', kind)
 
+  def test_image_ratio_needs_plain_sgd(self):
+    momentum = tff.learning.optimizers.build_sgdm(_RATE, 0.9)
+    with pytest.raises(ValueError, match="'image_ratio' needs SGD without momentum"):
+      _process(_model(), _noise('isotropic', kind='image_ratio'), optimizer=momentum)
+    with pytest.raises(ValueError, match="'images' needs correlated noise"):
+      _noise('correlated', 'images', 'image_ratio')
+
   def test_local_training_must_be_repeatable(self):
     inputs = tf.keras.Input(_SHAPE)
     dropped = tf.keras.layers.Dropout(0.5, name='drop')(tf.keras.layers.Flatten()(inputs))
@@ -250,6 +257,35 @@ class TestExecution:
     assert metrics['maps_fell_back'] == 0
     np.testing.assert_array_equal(metrics['non_finite'], [0, 0])
     assert output.metrics['aggregator']['noise_to_signal'] == 0.0
+
+  @pytest.mark.parametrize(('shape', 'epochs'), [('isotropic', 1), ('diagonal', 3)])
+  def test_image_ratio_follows_what_one_image_adds(self, shape, epochs):
+    model, examples = _model(), _examples(8)
+    weights = model_weights(model)
+    # In batches of 4, of which the first images are the ones that are left out.
+    clients = [_dataset(examples), _dataset({k: v[:1] for k, v in examples.items()})]
+    sent = {}
+    for kind, value in (('ratio', 0.0), ('ratio', 0.3), ('image_ratio', 0.3)):
+      noise = _noise(shape, kind=kind, value=value, probes=2, local_epochs=epochs)
+      output = _one_round(_process(model, noise, tap=True), weights, clients)
+      sent[kind, value] = [_sent(output, client)[0] for client in range(2)]
+    restore_eager_keras(model)
+    model.set_weights(_in_keras_order(model, weights))
+    loss_fn = classification_loss(model)
+    energies = []
+    for image in (0, 4):
+      with tf.GradientTape() as tape:
+        loss = loss_fn(examples['y'][image : image + 1], model(examples['x'][image : image + 1]))
+      parts = _flat(tape.gradient(loss, model.trainable_variables)) * _RATE / 4
+      energies.append(np.sum(parts**2))
+    clean, client = sent['ratio', 0.0], 0
+    factor = epochs * np.sqrt(np.mean(energies)) / np.linalg.norm(clean[client])
+    assert not 0.9 < factor < 1.1
+    by_update, by_image = (sent[k, 0.3][client] - clean[client] for k in ('ratio', 'image_ratio'))
+    np.testing.assert_allclose(by_image, factor * by_update, rtol=1e-3, atol=1e-6)
+    # Of one image and one step both are the same, but for the epochs.
+    by_update, by_image = (sent[k, 0.3][1] - clean[1] for k in ('ratio', 'image_ratio'))
+    np.testing.assert_allclose(by_image, epochs * by_update, rtol=1e-3, atol=1e-6)
 
   def test_correlated_noise_is_the_difference_of_two_trainings(self):
     model, examples, epsilon = _model(), _examples(), 0.2

@@ -63,6 +63,7 @@ class TestUnbiasedFloor:
     squared_scale = NoiseStrength('region_psnr', psnr).squared_scale(
       'correlated',
       update_energy=tf.constant(1.0),
+      image_energy=tf.constant(1.0),
       shape_energy=tf.constant(1.0),
       sensitivity_energy=tf.constant(1.0),
       region_energy=tf.constant(np.sum(REGION**2), tf.float32),

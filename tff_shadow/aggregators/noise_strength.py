@@ -8,8 +8,8 @@ import tensorflow as tf
 
 NoiseShape = Literal['isotropic', 'diagonal', 'correlated']
 NOISE_SHAPES: tuple[NoiseShape, ...] = ('isotropic', 'diagonal', 'correlated')
-StrengthKind = Literal['ratio', 'scale', 'region_psnr']
-STRENGTH_KINDS: tuple[StrengthKind, ...] = ('ratio', 'scale', 'region_psnr')
+StrengthKind = Literal['ratio', 'image_ratio', 'scale', 'region_psnr']
+STRENGTH_KINDS: tuple[StrengthKind, ...] = ('ratio', 'image_ratio', 'scale', 'region_psnr')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +19,16 @@ class NoiseStrength:
   Frozen correlated noise of a constant tau ('scale', 'region_psnr') makes every update, to first
   order, a function of one image x + tau m v, however many rounds are observed. With 'ratio' tau
   follows the update's norm, and two rounds with the same v give x + tau_1 m v and x + tau_2 m v,
-  from which x follows: use it to compare shapes at one round, not to protect over many.
+  from which x follows: use it to compare shapes at one round, not to protect over many; so with
+  'image_ratio'.
 
   Attributes:
     kind: How `value` is meant:
       'ratio': root-mean-square norm of the noise over the norm of the client's update.
+      'image_ratio': over the norm of what one image of the client adds to its update (root mean
+        square over images). It hides each image equally well among few images and among many, as
+        differentially private training does, where 'ratio' hides the sum of all. For a client of
+        one image and one step both are the same.
       'scale': absolute. Isotropic and diagonal: standard deviation per weight (root mean square).
         Correlated: tau, the noise in image units (images in [0, 1]) that the update carries.
       'region_psnr': dB. The least noise for which no unbiased attacker can reconstruct the region
@@ -43,6 +48,11 @@ class NoiseStrength:
       raise ValueError(f'strength must be finite and not negative, found {self.value}')
 
   @property
+  def is_relative(self) -> bool:
+    """Whether it follows the update, or what images add to it."""
+    return self.kind in ('ratio', 'image_ratio')
+
+  @property
   def is_none(self) -> bool:
     """Whether no noise at all is asked for; 0 dB is a strength like others."""
     return self.kind != 'region_psnr' and self.value == 0
@@ -52,6 +62,7 @@ class NoiseStrength:
     shape: NoiseShape,
     *,
     update_energy: tf.Tensor,
+    image_energy: tf.Tensor,
     shape_energy: tf.Tensor,
     sensitivity_energy: tf.Tensor,
     region_energy: tf.Tensor,
@@ -72,6 +83,8 @@ class NoiseStrength:
     Args:
       shape: Of the noise.
       update_energy: |update|^2.
+      image_energy: Mean over images of the squared norm of what one adds to the update; used for
+        'image_ratio'.
       shape_energy: Expected squared norm of the unit noise: the number of weights, sum_j S_j, or
         |J(m v)|^2.
       sensitivity_energy: sum_j S_j^2; used for isotropic noise with 'region_psnr'.
@@ -82,8 +95,9 @@ class NoiseStrength:
     Returns:
       A scalar, not negative.
     """
-    if self.kind == 'ratio':
-      return tf.math.divide_no_nan(self.value**2 * update_energy, shape_energy)
+    if self.is_relative:
+      energy = update_energy if self.kind == 'ratio' else image_energy
+      return tf.math.divide_no_nan(self.value**2 * energy, shape_energy)
     if self.kind == 'scale':
       if shape == 'correlated':
         return tf.constant(self.value**2, tf.float32)

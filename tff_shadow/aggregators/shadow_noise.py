@@ -20,6 +20,8 @@ def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.ty
   `OrderedDict` of
     update: the update itself.
     noise_key: int32 [2], the client's own.
+    image_energy: float32, mean over images of the squared norm of what one adds to the update; only
+      used with 'image_ratio'.
     region_energy, region_fourth_moment: float32, sum of m^2 and of m^4 over the region maps.
     sensitivity_energy: float32, sum_j S_j^2; only used for isotropic noise of a target bound.
     shape: 'diagonal': S_j^2, a structure like the update, not negative. 'correlated': J(m v), a
@@ -28,6 +30,7 @@ def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.ty
   fields = collections.OrderedDict(
     update=update_type,
     noise_key=tff.types.TensorType(np.int32, (2,)),
+    image_energy=tff.types.TensorType(np.float32),
     region_energy=tff.types.TensorType(np.float32),
     region_fourth_moment=tff.types.TensorType(np.float32),
     sensitivity_energy=tff.types.TensorType(np.float32),
@@ -51,8 +54,9 @@ def shadow_noise_factory(
     (1 - floor) of its energy: unit noise of `shape` times the scale that `strength` asks for,
     floor of it: isotropic Gaussian.
 
-  A client whose shape is all zero or not finite (no region, a map of NaN) gets isotropic noise of
-  the strength's ratio to its update (ratio 1 for absolute strengths); it is counted, never left
+  A client whose shape is all zero or not finite (no region, a map of NaN), or of whose images none
+  adds anything that can be measured, gets isotropic noise of the strength's ratio to its update
+  (ratio 1 for absolute strengths); it is counted, never left
   without noise. An update that is not finite, or zero because the client was dropped, is passed on
   as zeros.
 
@@ -157,6 +161,7 @@ def noised_update(
   squared_scale = strength.squared_scale(
     shape,
     update_energy=update_energy,
+    image_energy=value['image_energy'],
     shape_energy=shape_energy,
     sensitivity_energy=value['sensitivity_energy'],
     region_energy=value['region_energy'],
@@ -170,12 +175,12 @@ def noised_update(
     & tf.math.is_finite(noise_energy)
     & ((noise_energy > 0) | strength.is_none)
   )
-  ratio = strength.value if strength.kind == 'ratio' or strength.is_none else 1.0
+  ratio = strength.value if strength.is_relative or strength.is_none else 1.0
   fallback_energy = ratio**2 * update_energy
-  # 'ratio' divides one budget; an absolute strength or a bound holds for the shaped part alone.
-  shaped_share = 1.0 - floor if strength.kind == 'ratio' and shape != 'isotropic' else 1.0
+  # A ratio divides one budget; an absolute strength or a bound holds for the shaped part alone.
+  shaped_share = 1.0 - floor if strength.is_relative and shape != 'isotropic' else 1.0
   floor_energy = noise_energy * (
-    0.0 if shape == 'isotropic' else floor if strength.kind == 'ratio' else floor / (1.0 - floor)
+    0.0 if shape == 'isotropic' else floor if strength.is_relative else floor / (1.0 - floor)
   )
   shaped_scale = tf.sqrt(tf.where(usable, shaped_share * squared_scale, 0.0))
   normal_scale = tf.sqrt(tf.where(usable, floor_energy, fallback_energy) / num_weights)

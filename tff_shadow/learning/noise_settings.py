@@ -37,11 +37,13 @@ class ShadowNoise:
       over many rounds it spoils the model where 'images', whose loss is bounded, does not.
     probes: Rademacher draws for the diagonal; 8 recover about 90 % of what exact ones would gain.
       With 'per_step' each is one batch's, at the initial weights, one batch after another and round
-      again if there are fewer, so that their cost does not grow with the client's data.
+      again if there are fewer, so that their cost does not grow with the client's data. Also how
+      many images 'image_ratio' is measured on.
     epsilon: Of the central difference, in image units.
     floor: Share of the noise's energy that is isotropic; none with 'images', where the update has
       nothing else in it that noise would have to cover.
-    local_epochs: How often a client's data repeats each image; only 'region_psnr' needs it.
+    local_epochs: How often a client's data repeats each image; only 'region_psnr' and 'image_ratio'
+      need it.
   """
 
   shape: NoiseShape
@@ -57,7 +59,7 @@ class ShadowNoise:
     """Raises ValueError for settings that fit no noise."""
     if self.propagation not in PROPAGATIONS:
       raise ValueError(f'propagation must be one of {PROPAGATIONS}, found {self.propagation!r}')
-    if self.in_images and (self.shape != 'correlated' or self.strength.kind == 'ratio'):
+    if self.in_images and (self.shape != 'correlated' or self.strength.is_relative):
       raise ValueError(
         "propagation 'images' needs correlated noise of strength 'scale' or 'region_psnr', found"
         f' {self.shape} of {self.strength.kind!r}'
@@ -88,6 +90,11 @@ class ShadowNoise:
   def probes_batches(self) -> bool:
     """Whether the diagonal is probed on some batches before the training."""
     return self.needs_shadow and self.propagation == 'per_step' and self.shape != 'correlated'
+
+  @property
+  def measures_images(self) -> bool:
+    """Whether it is measured, before the training, what single images add to the update."""
+    return self.strength.kind == 'image_ratio'
 
   @property
   def training_draws(self) -> int:

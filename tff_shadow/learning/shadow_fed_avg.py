@@ -54,12 +54,16 @@ def build_shadow_fed_avg(
     aggregator's noise_to_signal and cosine are 0 and 1, for nothing is added to the update.
 
   Raises:
-    ValueError: For an unknown `batch_norm_sharing`, if 'per_step' cannot be used with the
-      optimiser or the shared statistics, or 'local_training' with a model that draws at random.
+    ValueError: For an unknown `batch_norm_sharing`, if 'per_step' or 'image_ratio' cannot be used
+      with the optimiser, or 'per_step' with the shared statistics, or 'local_training' with a model
+      that draws at random.
   """
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   if noise.needs_shadow and noise.propagation == 'per_step':
-    _check_per_step(client_optimizer_fn, share_statistics)
+    _check_plain_sgd("propagation 'per_step'", "'local_training'", client_optimizer_fn)
+    _check_statistics(share_statistics)
+  elif noise.measures_images:
+    _check_plain_sgd("strength 'image_ratio'", "'ratio'", client_optimizer_fn)
   if noise.training_draws and noise.propagation == 'local_training':
     _check_repeatable(shadow_model_fn)
   client_work, update_type = _build_client_work(
@@ -84,13 +88,18 @@ def build_shadow_fed_avg(
   )
 
 
-def _check_per_step(optimizer: tff.learning.optimizers.Optimizer, share_statistics: bool) -> None:
+def _check_plain_sgd(
+  what: str, otherwise: str, optimizer: tff.learning.optimizers.Optimizer
+) -> None:
   state = optimizer.initialize(tf.TensorSpec((), tf.float32))
   if set(state) != {'learning_rate'}:
     raise ValueError(
-      "propagation 'per_step' needs SGD without momentum (build_sgdm(learning_rate)) on the"
-      " clients; use 'local_training' with others"
+      f'{what} needs SGD without momentum (build_sgdm(learning_rate)) on the clients; use'
+      f' {otherwise} with others'
     )
+
+
+def _check_statistics(share_statistics: bool) -> None:
   if share_statistics:
     raise ValueError(
       "propagation 'per_step' does not see the BatchNorm statistics that are sent; use"

@@ -33,7 +33,7 @@ class ShadowWork:
     pairs = noise.training_draws if noise.propagation == 'local_training' else 0
     self._models = [model_fn() for _ in range(1 + 2 * pairs)]
     # Apart from the others, so that no batch counts twice in the metrics.
-    self._probe_model = model_fn() if noise.probes_batches else None
+    self._probe_model = model_fn() if noise.probes_batches or noise.measures_images else None
     self._shadow = None
     self._region_map: RegionMap | None = None
     if noise.needs_shadow:
@@ -86,11 +86,14 @@ class ShadowWork:
     shaped = collections.OrderedDict(
       update=result.update,
       noise_key=key,
+      image_energy=tf.zeros(()),
       region_energy=energy / epochs,
       region_fourth_moment=fourth_moment / epochs,
       sensitivity_energy=tf.zeros(()),
       shape=(),
     )
+    if self._noise.measures_images:
+      shaped['image_energy'] = self._image_energy(initial_weights, dataset)
     added_shape, _ = self._noise.added
     if added_shape == 'correlated':
       direction = direction or self._differences(updates)[0]
@@ -128,11 +131,7 @@ class ShadowWork:
     `num_steps` times the mean of them, and an image that is seen again moves the update again by
     the same, hence another factor of the epochs.
     """
-    for variables, values in (
-      (self._probe_model.trainable_variables, initial_weights.trainable),
-      (self._probe_model.non_trainable_variables, initial_weights.non_trainable),
-    ):
-      tf.nest.map_structure(lambda a, b: a.assign(b), list(variables), list(values))
+    self._reset_probe_model(initial_weights)
     probes = self._noise.probes
 
     def reduce_fn(state, batch):
@@ -155,6 +154,43 @@ class ShadowWork:
     _, squared, fell_back = dataset.repeat().take(probes).reduce(start, reduce_fn)
     factor = num_steps * float(self._noise.local_epochs) / probes
     return [factor * tensor for tensor in squared], fell_back
+
+  def _image_energy(self, initial_weights, dataset):
+    """Mean square of what one image adds to the update, at the initial weights.
+
+    Of one image of each of some batches: the part of the batch's gradient that is not there without
+    it. An image that is seen again adds the same again.
+    """
+    self._reset_probe_model(initial_weights)
+    probes = self._noise.probes
+
+    def mean_gradient(batch):
+      return self._derivatives(self._probe_model, batch, batch['x'])[0]
+
+    def reduce_fn(state, batch):
+      count, energy = state
+      others = tf.nest.map_structure(lambda tensor: tensor[1:], batch)
+      size = tf.cast(tf.shape(batch['x'])[0], tf.float32)
+      share = (size - 1.0) / size
+      without = tf.cond(
+        size > 1.0,
+        lambda: mean_gradient(others),
+        lambda: [tf.zeros_like(tensor) for tensor in initial_weights.trainable],
+      )
+      parts = [a - share * b for a, b in zip(mean_gradient(batch), without, strict=True)]
+      return count + 1.0, energy + squared_norm(parts)
+
+    start = (tf.zeros(()), tf.zeros(()))
+    count, energy = dataset.take(probes).reduce(start, reduce_fn)
+    factor = float(self._noise.local_epochs) * self._rate
+    return factor**2 * tf.math.divide_no_nan(energy, count)
+
+  def _reset_probe_model(self, initial_weights):
+    for variables, values in (
+      (self._probe_model.trainable_variables, initial_weights.trainable),
+      (self._probe_model.non_trainable_variables, initial_weights.non_trainable),
+    ):
+      tf.nest.map_structure(lambda a, b: a.assign(b), list(variables), list(values))
 
   def _maps(self, batch):
     """Region maps of a batch, and how many of them fell back."""
@@ -179,6 +215,7 @@ class ShadowWork:
     squared = self._noise.strength.squared_scale(
       'correlated',
       update_energy=tf.zeros(()),
+      image_energy=tf.zeros(()),
       shape_energy=tf.zeros(()),
       sensitivity_energy=tf.zeros(()),
       region_energy=sums[0],
