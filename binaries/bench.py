@@ -38,6 +38,7 @@ _SCALE = NoiseStrength('scale', 0.1)
 _GIVEN = SaliencyConfig(kind='given')
 _DEFENDED = {
   'isotropic': ShadowNoise('isotropic', _RATIO),
+  'isotropic_image_ratio': ShadowNoise('isotropic', NoiseStrength('image_ratio', 30.0)),
   'diagonal': ShadowNoise('diagonal', _RATIO),
   'correlated': ShadowNoise('correlated', _RATIO),
   # Without a saliency map of the client's own making: what is left is noise and derivatives.
@@ -46,8 +47,10 @@ _DEFENDED = {
   'correlated_images': ShadowNoise('correlated', _SCALE, propagation='images'),
   'correlated_images_given_region': ShadowNoise('correlated', _SCALE, _GIVEN, 'images'),
 }
-# Diagonal noise probes as many batches however many there are.
-_DEFENDED_LARGE = {name: _DEFENDED[name] for name in ('diagonal', 'correlated')}
+# Some probe as many batches however many there are.
+_DEFENDED_LARGE = {
+  name: _DEFENDED[name] for name in ('isotropic_image_ratio', 'diagonal', 'correlated')
+}
 _LOCAL = ClientTraining('sgd', 0.05, 0.0, 8, 1, None)
 
 
