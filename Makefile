@@ -82,7 +82,7 @@ defense-diagonal10 := $(call ratio,diagonal,10)
 defense-isotropic30 := $(call ratio,isotropic,30)
 defense-diagonal30 := $(call ratio,diagonal,30)
 defense-iso_image100 := $(call image_ratio,isotropic,100)
-defense-diag_image100 := $(call image_ratio,diagonal,100)
+defense-diag_image30 := $(call image_ratio,diagonal,30)
 defense-correlated := $(call ratio,correlated,1)
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
