@@ -124,7 +124,7 @@ class Solver:
     self._matching = matching
     self._contrast = contrast
     self.use_xla = use_xla
-    self._step = tf.function(self._one_step, jit_compile=use_xla, reduce_retracing=True)
+    self._step = tf.function(self._one_step, jit_compile=use_xla)
     self._steps = tf.function(self._many_steps)
 
   def start(self, images, seeds, labels=None) -> SolverState:

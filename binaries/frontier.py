@@ -79,6 +79,7 @@ _BASELINES = flags.DEFINE_list(
     'percentile_gaussian/sigma0:0.1',
     'top_k/fraction:0.1',
     'quantization/bits:4',
+    'soteria/percentile:60',
   ],
   'NAME/PARAMETER:VALUE+..., their other parameters at their defaults; dp_sgd with --norm=group.',
 )

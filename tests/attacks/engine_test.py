@@ -120,6 +120,18 @@ def test_lanes_do_not_know_of_each_other(observation):
     np.testing.assert_allclose(a.reconstructions['attack'], b.reconstructions['attack'], atol=1e-3)
 
 
+@pytest.mark.parametrize(('restarts', 'lanes'), [(1, 2), (2, 4), (3, 2)])
+def test_targets_and_restarts_need_not_fill_the_lanes(restarts, lanes):
+  images = smooth_images(3)
+  observation = play_round(small_model(), [(images[i : i + 1], [i % 2]) for i in range(3)])
+  config = dataclasses.replace(_SHORT, iterations=15, restarts=restarts, lanes=lanes)
+  found = attack_observation(observation, config)
+  for result, name in zip(found, ('client_00', 'client_01', 'client_02'), strict=True):
+    alone = attack_observation(observation, dataclasses.replace(config, lanes=1), [name])[0]
+    assert (result.target, result.status) == (name, 'ok')
+    np.testing.assert_allclose(result.restart_losses, alone.restart_losses, rtol=1e-3)
+
+
 def test_one_diverged_lane_leaves_the_others_alone(observation):
   client = observation.clients[0]
   huge = WeightArrays(tuple(array * 1e30 for array in client.update.trainable))
