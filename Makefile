@@ -10,7 +10,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: setup lock lint test demo audit audit-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
+.PHONY: setup lock lint test demo audit audit-table audit-batch-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
 
 setup: $(STAMP)
 
@@ -69,9 +69,9 @@ AUDITED_SEEDS := 0 1 2
 # 54 images over the seeds.
 AUDITED_CLIENTS := 18
 NOISE := --defense=shadow --saliency=given --noise_strength_kind
-# Of each shape strengths that cost about a point of F1 at most (results/frontier.csv), and isotropic
-# noise of the norm that correlated noise has; fresh, as frozen noise of that strength costs more. An
-# image_ratio is a ratio here, where a client has one image, and costs less where it has more.
+# Of each shape strengths that cost about a point of F1 at most (results/frontier.csv); fresh, as frozen
+# noise of that strength costs more. An image_ratio is a ratio here, where a client has one image, and
+# costs less where it has more.
 FRESH := --noise_freshness=fresh
 ratio = $(NOISE)=ratio --noise_shape=$(1) --noise_strength=$(2).0 $(FRESH)
 image_ratio = $(NOISE)=image_ratio --noise_shape=$(1) --noise_strength=$(2).0 $(FRESH)
@@ -79,10 +79,10 @@ defense-none :=
 defense-isotropic := $(call ratio,isotropic,1)
 defense-isotropic10 := $(call ratio,isotropic,10)
 defense-diagonal10 := $(call ratio,diagonal,10)
-defense-isotropic30 := $(call ratio,isotropic,30)
-defense-diagonal30 := $(call ratio,diagonal,30)
-defense-iso_image100 := $(call image_ratio,isotropic,100)
+defense-iso_image30 := $(call image_ratio,isotropic,30)
 defense-diag_image30 := $(call image_ratio,diagonal,30)
+defense-iso_image100 := $(call image_ratio,isotropic,100)
+defense-iso_image300 := $(call image_ratio,isotropic,300)
 defense-correlated := $(call ratio,correlated,1)
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
@@ -108,18 +108,30 @@ audit-table: $(STAMP) $(AUDITED:%=audited-%)
 	  --utility_table=results/frontier.csv --overwrite
 	cp runs/audited/compared/comparison.csv results/audit.csv
 
+# The same with clients of 4 images in one step: results/audit_batch4.csv.
+BATCH_AUDITED := $(foreach defense,none iso_image30 iso_image100 iso_image300 dp_sgd,\
+  histology_patches+$(defense)+0+4)
+
+audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=audited-%)
+	$(BIN)/tff-shadow-compare $(BATCH_AUDITED:%=--run_dir=runs/audited/%) \
+	  --output_dir=runs/audited/compared_batch4 --overwrite
+	cp runs/audited/compared_batch4/comparison.csv results/audit_batch4.csv
+
+# SET+DEFENSE+SEED or SET+DEFENSE+SEED+IMAGES of a client.
 audited-%: $(STAMP)
 	$(BIN)/tff-shadow-train --run_dir=runs/audited/$* --dataset=$(call part,1,$*) \
 	  --seed=$(call part,3,$*) $(subst iid:16,iid:$(AUDITED_CLIENTS),$(ROUND_ONE)) --rounds=1 \
+	  $(addprefix --batch_size=,$(call part,4,$*)) \
 	  $(call defense-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*)
 	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* --cache_dir=runs/audited/cache \
-	  --max_clients=$(AUDITED_CLIENTS) --lanes=$(AUDITED_CLIENTS) $(call bounds-of,$(call part,3,$*)) \
+	  --max_clients=$(if $(call part,4,$*),6,$(AUDITED_CLIENTS)) --lanes=$(AUDITED_CLIENTS) \
+	  $(call bounds-of,$(call part,3,$*)) \
 	  $(call audit-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*/audits/audit)
 
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
-KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh diagonal10+fresh
+KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh
 KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_dir=runs/kept/cache
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
