@@ -176,7 +176,7 @@ BY_GROUP := dp_sgd/noise_multiplier:0.01 dp_sgd/noise_multiplier:0.03 dp_sgd/noi
 frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier
 	$(BIN)/python -m binaries.frontier $(STRONG) --baselines= \
-	  --strengths=10.0,30.0,image_ratio:30.0,image_ratio:100.0
+	  --strengths=10.0,30.0,image_ratio:30.0,image_ratio:100.0,image_ratio:300.0
 	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
 	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(subst $(space),$(comma),$(BY_GROUP))
 

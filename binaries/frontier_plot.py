@@ -36,7 +36,7 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   logarithmic beyond.
   """
   datasets = sorted({row['dataset'] for row in rows})
-  figure = matplotlib.figure.Figure(figsize=(5.2 * len(datasets), 5.2))
+  figure = matplotlib.figure.Figure(figsize=(5.2 * len(datasets), 5.6), layout='constrained')
   axes = figure.subplots(1, len(datasets), squeeze=False)
   shapes = {shape for shape, _ in _COLORS} | {'none'}
   others = dict.fromkeys(
@@ -53,8 +53,7 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   for axis in axes[0]:
     for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
-  figure.legend(handles.values(), handles, fontsize=8, loc='lower center', ncols=5)
-  figure.tight_layout(rect=(0, 0.09, 1, 1))
+  figure.legend(handles.values(), handles, fontsize=8, loc='outside lower center', ncols=5)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
 
@@ -88,7 +87,8 @@ def _lines(axis, rows) -> list[float]:
       heights += list(y)
       for strength, at_x, at_y in zip(strengths, x, y, strict=True):
         _, value = split_strength(strength)
-        axis.annotate(value, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
+        text = f'{value:g}'
+        axis.annotate(text, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
   return heights
 
 
