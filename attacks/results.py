@@ -45,7 +45,8 @@ class TargetResult:
     chosen_restart: The restart of least loss.
     iterations: Optimiser steps, over all restarts.
     seconds: Time spent, controls not counted.
-    reconstructions: By name ('attack', 'prior_only', 'mean_image'): float32 [B, H, W, C] in [0, 1].
+    reconstructions: By name ('attack', 'prior_only', 'mean_image', and 'other_update' of an attack
+      that knows the defence): float32 [B, H, W, C] in [0, 1].
   """
 
   target: str

@@ -20,6 +20,7 @@ from attacks.matching import CosineMatching, Matching, SquaredMatching
 from attacks.results import TargetResult
 from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import measure
+from attacks.scoring.results import OTHER_UPDATE
 from attacks.shared_solvers import SharedSolvers
 from tff_shadow.observations import Observation
 
@@ -144,7 +145,7 @@ def calibrate(
       if not results or candidate.needs_guess:
         results = _invert(observations, candidate, config, first, maps, shared, controls=False)
       for level in LEVELS if denoiser else LEVELS[:1]:
-        images = [_denoised(result, level, denoiser, maps) for result in results]
+        images = [_denoised(own, level, denoiser, maps[own.target]) for own in results]
         own = _mean_region_psnr(results, images, simulated)
         trials.append(Trial(candidate, level, knows_region, own))
     first = first or results
@@ -178,7 +179,9 @@ def attack_calibrated(
     shared: Solvers for these rounds.
 
   Returns:
-    One result per client in `maps`.
+    One result per client in `maps`; beside the controls of every attack there is 'other_update',
+    the same attack on the update of another client with this one's maps, which are all that it
+    tells of this one. It is absent where no other client has as many images.
   """
   earlier = {} if earlier is None else earlier
   observations = [observation] if isinstance(observation, Observation) else list(observation)
@@ -192,18 +195,28 @@ def attack_calibrated(
     return earlier[candidate]
 
   results = invert(trial.candidate)
-  return [
-    dataclasses.replace(
-      result,
-      reconstructions={
-        **result.reconstructions,
-        'attack': _denoised(result, trial.level, denoiser, maps),
-      },
-    )
-    if result.status == 'ok'
-    else result
-    for result in results
-  ]
+  finished = []
+  for place, result in enumerate(results):
+    own = maps[result.target]
+    made = {'attack': result, OTHER_UPDATE: _another(results, place)}
+    images = {
+      name: _denoised(used, trial.level, denoiser, own)
+      for name, used in made.items()
+      if used is not None and used.status == 'ok'
+    }
+    if result.status == 'ok':
+      reconstructions = {**result.reconstructions, **images}
+      result = dataclasses.replace(result, reconstructions=reconstructions)
+    finished.append(result)
+  return finished
+
+
+def _another(results: Sequence[TargetResult], place: int) -> TargetResult | None:
+  """The next client of as many images that was attacked successfully; None if there is none."""
+  own = results[place]
+  others = [*results[place + 1 :], *results[:place]]
+  fitting = (o for o in others if o.status == 'ok' and o.images == own.images)
+  return next(fitting, None)
 
 
 def _invert(
@@ -234,14 +247,14 @@ def _invert(
   )
 
 
-def _denoised(result, level, denoiser, maps) -> np.ndarray | None:
+def _denoised(result, level, denoiser, region_map) -> np.ndarray | None:
   """The images of a result without their noise; None if there are none."""
   if result.status != 'ok':
     return None
   images = result.reconstructions['attack']
   if not level:
     return images
-  regions = np.broadcast_to(maps[result.target], (*images.shape[:3], 1))
+  regions = np.broadcast_to(region_map, (*images.shape[:3], 1))
   return denoiser(images, np.full(len(images), level, np.float32), regions)
 
 

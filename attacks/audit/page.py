@@ -86,7 +86,8 @@ def _cases(attacks: Sequence[Scored]) -> list[dict[str, Any]]:
     row = by_name[name].scores[place]
     target = next(own for own in by_name[name].result.targets if own.name == row.target)
     shown: list[tuple[str, np.ndarray]] = [('Original', target.images[row.image])]
-    for label, set_name in (('From the update', results.ATTACK), ('Guess', 'prior_only')):
+    guess = results.OTHER_UPDATE if results.OTHER_UPDATE in row.matches else 'prior_only'
+    for label, set_name in (('From the update', results.ATTACK), ('Guess', guess)):
       if set_name in row.matches:
         shown.append((label, target.reconstructions[set_name][row.matches[set_name]]))
     cases.append(

@@ -59,7 +59,8 @@ def strongest(attacks: Sequence[Scored]) -> list[ImageScore]:
   """Each image as the attacks together came to know it.
 
   Args:
-    attacks: On the same clients, at least one; controls are those of the first.
+    attacks: On the same clients, at least one. Controls are those of the first, and 'other_update'
+      of the last that has it, the one that is told most.
 
   Returns:
     One score for every image, each metric of 'attack' the best of all attacks; without one where
@@ -69,6 +70,9 @@ def strongest(attacks: Sequence[Scored]) -> list[ImageScore]:
   for rows in zip(*(attack.scores for attack in attacks), strict=True):
     found = [row.quality[results.ATTACK] for row in rows if results.ATTACK in row.quality]
     quality = {name: rows[0].quality[name] for name in results.CONTROLS if name in rows[0].quality}
+    for row in rows:
+      if results.OTHER_UPDATE in row.quality:
+        quality[results.OTHER_UPDATE] = row.quality[results.OTHER_UPDATE]
     if found:
       quality[results.ATTACK] = _best_of(found)
     usable = next((row for row in rows if row.status == 'ok'), rows[0])

@@ -19,7 +19,7 @@ GATE_IMAGES = 16
 def better_control(scores: Sequence[ImageScore], metric: str = 'psnr') -> str | None:
   """The control with the higher mean `metric` over all images; None where there is no control."""
   means = {}
-  for control in results.CONTROLS:
+  for control in results.GUESSES:
     found = values(scores, control, metric)
     if found:
       means[control] = sum(found) / len(found)
@@ -47,7 +47,7 @@ def margins(
   for row in scores:
     if metric.startswith('region_') and row.region_is_empty:
       continue
-    names = results.CONTROLS if per_image else (common,)
+    names = results.GUESSES if per_image else (common,)
     controls = [row.value(name, metric) for name in names]
     controls = [value for value in controls if value is not None]
     attack = row.value(results.ATTACK, metric)

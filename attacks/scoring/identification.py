@@ -20,7 +20,7 @@ from attacks.scoring.scores import ImageScore
 
 # Sizes of the short list.
 KS = (1, 3, 5)
-CONTROL = 'prior_only'
+CONTROLS = ('prior_only', results.OTHER_UPDATE)
 # Distances closer than rounding are a tie, and a tie is no identification.
 _TIE = 1e-6
 
@@ -36,7 +36,7 @@ class Precision:
   Attributes:
     k: Length of the short list.
     correct: Reconstructions of the attack with their own original on it.
-    control_correct: As `correct`, with the prior-only control in place of the attack.
+    control_correct: As `correct`, with a control in place of the attack.
   """
 
   k: int
@@ -52,7 +52,8 @@ class Identification:
     correct: Reconstructions whose own original is nearer to them than any other of the gallery.
     of: Reconstructions.
     choices: Images to pick from, each counted once however often it is there.
-    control_correct: As `correct`, with the prior-only control in place of the attack.
+    control_correct: As `correct`, with a control in place of the attack: whichever of `CONTROLS`
+      picks out more.
     p_value: One-sided binomial test of `correct` against the larger of the control's rate and
       1 / `choices`; 1 where there is nothing to test.
     control_of: Reconstructions of the control.
@@ -96,9 +97,11 @@ def identify(
   """
   choices = len(_gallery(attack, distractors))
   ranks = original_ranks(attack, scores, distractors, distance)
-  attacked, control = (
-    [rank for rank in ranks[set_name] if rank is not None] for set_name in (results.ATTACK, CONTROL)
+  attacked, *controls = (
+    [rank for rank in ranks[set_name] if rank is not None]
+    for set_name in (results.ATTACK, *CONTROLS)
   )
+  control = max(controls, key=lambda own: own.count(1))
   precisions = tuple(
     Precision(k, sum(rank <= k for rank in attacked), sum(rank <= k for rank in control))
     for k in KS
@@ -133,14 +136,14 @@ def original_ranks(
   An image that looks like nothing (`Distance`) has its original behind all others.
 
   Returns:
-    For the attack and for `CONTROL` one rank for each of `scores`; None where that set has no
-    usable image.
+    For the attack and for each of `CONTROLS` one rank for each of `scores`; None where that set has
+    no usable image.
   """
   originals = _originals(attack)
   gallery = _gallery(attack, distractors)
   made = {target.name: target.reconstructions for target in attack.targets}
   ranks: dict[str, list[int | None]] = {
-    set_name: [None] * len(scores) for set_name in (results.ATTACK, CONTROL)
+    set_name: [None] * len(scores) for set_name in (results.ATTACK, *CONTROLS)
   }
   for shape in {image.shape for image in originals}:
     candidates = {key: image for key, image in gallery.items() if image.shape == shape}

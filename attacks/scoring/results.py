@@ -14,7 +14,12 @@ from tff_shadow.errors import UserError
 from tff_shadow.observations import AGGREGATE
 
 ATTACK = 'attack'
+# Of every attack.
 CONTROLS = ('prior_only', 'mean_image')
+# Of one that may be told something of the client besides its update: what it makes of that and of
+# the update of another client.
+OTHER_UPDATE = 'other_update'
+GUESSES = (*CONTROLS, OTHER_UPDATE)
 # The public image that relative data leakage is measured against.
 PRIOR = 'mean_image'
 # Rounding may leave [0, 1] by this much; more means that the file is not what it claims.
@@ -38,8 +43,8 @@ class Target:
   Attributes:
     name: The client id.
     record: The target's entry in result.json.
-    reconstructions: From set name ('attack', 'prior_only', 'mean_image') to [N, H, W, C] in
-      [0, 1]; may hold non-finite images; a set that the attack did not write is absent.
+    reconstructions: From set name ('attack' or one of `GUESSES`) to [N, H, W, C] in [0, 1]; may
+      hold non-finite images; a set that the attack did not write is absent.
     images: The true images [M, H, W, C] in [0, 1].
     labels: int [M].
     regions: [M, H, W, 1] in [0, 1].
@@ -159,7 +164,7 @@ def _target(
     _check_keys(result_path, record, {'labels_source': str})
   images, labels, regions = _target_truth(truth_path, truth, name)
   sets = {}
-  for set_name in (ATTACK, *CONTROLS):
+  for set_name in (ATTACK, *GUESSES):
     key = f'{name}/{set_name}'
     if key in reconstructions:
       sets[set_name] = reconstructions[key]

@@ -63,6 +63,28 @@ def test_the_best_trial_is_first_and_can_be_repeated(simulated):
   assert again == pytest.approx(trials[0].region_psnr, abs=1e-6)
 
 
+def test_another_clients_update_shows_what_the_maps_alone_tell(simulated):
+  trial = calibrated.Trial(CANDIDATES[0], 0.12, True, 0.0)
+  names = ['public_00', 'public_01']
+  maps = {name: simulated.maps[name] for name in names}
+
+  def paint(images, deviation, regions):
+    return images + 10 * regions
+
+  found = attack_calibrated(simulated.observation, trial, _CONFIG, paint, maps)
+  plain = attack_observation(simulated.observation, _CONFIG, names)
+  for own, other in ((0, 1), (1, 0)):
+    np.testing.assert_allclose(
+      found[own].reconstructions['other_update'],
+      plain[other].reconstructions['attack'] + 10 * maps[names[own]],
+      rtol=1e-5,
+    )
+  alone = attack_calibrated(
+    simulated.observation, trial, _CONFIG, paint, {names[0]: maps[names[0]]}
+  )
+  assert 'other_update' not in alone[0].reconstructions
+
+
 def test_the_first_candidate_is_the_attack_that_knows_of_no_noise(simulated):
   trial = calibrated.Trial(CANDIDATES[0], 0.0, False, 0.0)
   maps = {'public_01': simulated.mean_map}

@@ -20,13 +20,14 @@ MEAN = np.broadcast_to(IMAGES.mean(axis=0), IMAGES.shape).astype(np.float32)
 NOBODY = Identification(correct=0, of=COUNT, choices=COUNT, control_correct=0, p_value=1.0)
 
 
-def attack_with(images, name='best', failed=()):
+def attack_with(images, name='best', failed=(), other_update=None):
   """An attack whose reconstructions are `images`, one a client."""
   found = []
   for k, client in enumerate(TRUTH):
     ok = client not in failed
     made = {'prior_only': MEAN[k : k + 1], 'mean_image': MEAN[k : k + 1]}
     made |= {'attack': images[k : k + 1]} if ok else {}
+    made |= {} if other_update is None else {'other_update': other_update[k : k + 1]}
     found.append(
       TargetResult(
         target=client,

@@ -83,6 +83,22 @@ def test_the_strongest_is_chosen_by_image_and_metric(seeing, blind):
   )
 
 
+def test_what_an_attacker_is_told_is_no_leak(seeing):
+  told = close(0.05, seed=3)
+  ignorant = attack_with(told, 'adaptive')
+  assert judge_round(strongest([ignorant]), NOBODY, seeing.scores, ()).name == 'leaked'
+  others = close(0.045, seed=4)
+  fair = attack_with(told, 'adaptive_region', other_update=others)
+  rows = strongest([attack_with(MEAN, other_update=MEAN), fair])
+  assert [row.quality['other_update'] for row in rows] == [
+    row.quality['other_update'] for row in fair.scores
+  ]
+  assert judge_round(strongest([fair]), NOBODY, seeing.scores, ()).name == 'not_beyond_guess'
+  identified = strongest_identification([fair])
+  assert (identified.correct, identified.control_correct) == (COUNT, COUNT)
+  assert identified.p_value == 1.0
+
+
 def test_an_image_that_one_attack_failed_on_may_be_seen_by_another(seeing):
   rows = strongest([attack_with(MEAN, failed=('client_03',)), seeing])
   assert {row.status for row in rows} == {'ok'}

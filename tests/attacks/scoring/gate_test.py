@@ -9,8 +9,13 @@ from attacks.scoring.scores import ImageScore
 from attacks.scoring.statistics import mean_interval
 
 
-def _row(attack, prior_only, mean_image=None, region=True):
-  values = {'attack': attack, 'prior_only': prior_only, 'mean_image': mean_image}
+def _row(attack, prior_only, mean_image=None, region=True, other_update=None):
+  values = {
+    'attack': attack,
+    'prior_only': prior_only,
+    'mean_image': mean_image,
+    'other_update': other_update,
+  }
   quality = {
     name: Quality(0.1, psnr, 0.5, *((0.1, psnr + 1, 0.5) if region else (None, None, None)))
     for name, psnr in values.items()
@@ -40,6 +45,12 @@ def test_better_control_is_one_for_the_whole_data_set():
   assert gate.better_control(rows) == 'mean_image'
   assert gate.margins(rows) == [9.0, 9.0]
   assert gate.margins(rows, per_image=True) == [2.0, 9.0]
+
+
+def test_what_an_attack_makes_of_another_update_is_a_guess_too():
+  rows = [_row(20.0, 10.0, 11.0, other_update=15.0), _row(22.0, 12.0, 11.5, other_update=18.0)]
+  assert gate.better_control(rows) == 'other_update'
+  assert gate.margins(rows) == [5.0, 4.0]
 
 
 def test_failed_images_count_as_no_margin_and_are_never_dropped():

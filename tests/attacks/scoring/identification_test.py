@@ -7,13 +7,15 @@ from attacks.scoring.identification import correlation_distance, identify, origi
 from tests.attacks import synthetic_run
 
 
-def _result(truths, attacks, controls=None):
+def _result(truths, attacks, controls=None, others=None):
   targets = []
   for index, truth in enumerate(truths):
     one = slice(index, index + 1)
     sets = {'attack': attacks[one]}
     if controls is not None:
       sets['prior_only'] = controls[one]
+    if others is not None:
+      sets['other_update'] = others[one]
     record = {'status': 'ok', 'labels': [], 'labels_source': 'known'}
     labels, region = np.zeros(1, np.int32), np.ones((1, *truth.shape[:2], 1))
     targets.append(results.Target(f'client_{index:02d}', record, sets, truth[None], labels, region))
@@ -65,6 +67,13 @@ def test_p_value_is_against_the_control():
   assert found.p_value == pytest.approx(expected)
 
 
+def test_the_control_that_picks_out_more_is_the_one():
+  truths = synthetic_run.photographs(4, 16, 3)
+  swapped, rolled = truths[[1, 0, 2, 3]], np.roll(truths, 1, axis=0)
+  assert _identify(truths, truths, rolled, swapped).control_correct == 2
+  assert _identify(truths, truths, swapped, rolled).control_correct == 2
+
+
 def test_flat_reconstructions_identify_nothing():
   truths = synthetic_run.photographs(3, 16, 1)
   found = _identify(truths, np.full_like(truths, 0.3))
@@ -100,7 +109,11 @@ def test_precision_counts_originals_among_the_k_nearest():
   assert [(p.k, p.correct) for p in found.precisions] == [(1, 1), (3, 2), (5, 3)]
   assert (found.correct, found.of, found.choices) == (1, 4, 8)
   ranks = _ranks(truths, truths, distractors=others, distance=_by_table(table))
-  assert ranks == {'attack': [1, 2, 4, 6], 'prior_only': [None] * 4}
+  assert ranks == {
+    'attack': [1, 2, 4, 6],
+    'prior_only': [None] * 4,
+    'other_update': [None] * 4,
+  }
 
 
 def test_a_tie_is_no_hit():
