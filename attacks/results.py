@@ -46,7 +46,7 @@ class TargetResult:
     iterations: Optimiser steps, over all restarts.
     seconds: Time spent, controls not counted.
     reconstructions: By name ('attack', 'prior_only', 'mean_image', and 'other_update' of an attack
-      that knows the defence): float32 [B, H, W, C] in [0, 1].
+      that is told the clients' regions): float32 [B, H, W, C] in [0, 1].
   """
 
   target: str

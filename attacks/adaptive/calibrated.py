@@ -179,9 +179,9 @@ def attack_calibrated(
     shared: Solvers for these rounds.
 
   Returns:
-    One result per client in `maps`; beside the controls of every attack there is 'other_update',
-    the same attack on the update of another client with this one's maps, which are all that it
-    tells of this one. It is absent where no other client has as many images.
+    One result per client in `maps`. One that is told the region maps has a control more than every
+    attack, 'other_update': the same attack on the update of another client with this one's maps,
+    which are all that it tells of this one. It is absent where no other client has as many images.
   """
   earlier = {} if earlier is None else earlier
   observations = [observation] if isinstance(observation, Observation) else list(observation)
@@ -198,7 +198,9 @@ def attack_calibrated(
   finished = []
   for place, result in enumerate(results):
     own = maps[result.target]
-    made = {'attack': result, OTHER_UPDATE: _another(results, place)}
+    made = {'attack': result}
+    if trial.knows_region:
+      made[OTHER_UPDATE] = _another(results, place)
     images = {
       name: _denoised(used, trial.level, denoiser, own)
       for name, used in made.items()

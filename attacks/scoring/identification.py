@@ -54,8 +54,9 @@ class Identification:
     choices: Images to pick from, each counted once however often it is there.
     control_correct: As `correct`, with a control in place of the attack: whichever of `CONTROLS`
       picks out more.
-    p_value: One-sided binomial test of `correct` against the larger of the control's rate and
-      1 / `choices`; 1 where there is nothing to test.
+    p_value: One-sided binomial test of `correct` against the largest of 1 / `choices`, the rate of
+      'prior_only' and (k + 1) / (n + 1) where 'other_update' picks out k of n; 1 where there is
+      nothing to test.
     control_of: Reconstructions of the control.
     precisions: IIP-k for each of `KS`; the first repeats `correct`.
   """
@@ -97,17 +98,20 @@ def identify(
   """
   choices = len(_gallery(attack, distractors))
   ranks = original_ranks(attack, scores, distractors, distance)
-  attacked, *controls = (
+  attacked, prior_only, other_update = (
     [rank for rank in ranks[set_name] if rank is not None]
     for set_name in (results.ATTACK, *CONTROLS)
   )
-  control = max(controls, key=lambda own: own.count(1))
+  control = max(prior_only, other_update, key=lambda own: own.count(1))
   precisions = tuple(
     Precision(k, sum(rank <= k for rank in attacked), sum(rank <= k for rank in control))
     for k in KS
   )
   first = precisions[0]
-  chance = max(1 / choices, first.control_correct / len(control) if control else 0.0)
+  chance = max(1 / choices, prior_only.count(1) / len(prior_only) if prior_only else 0.0)
+  if other_update:
+    # What the attack is told may show more than chance, which few draws may not: one more hit.
+    chance = max(chance, (other_update.count(1) + 1) / (len(other_update) + 1))
   p_value = 1.0
   if attacked:
     test = stats.binomtest(first.correct, len(attacked), chance, alternative='greater')

@@ -16,8 +16,8 @@ from tff_shadow.observations import AGGREGATE
 ATTACK = 'attack'
 # Of every attack.
 CONTROLS = ('prior_only', 'mean_image')
-# Of one that may be told something of the client besides its update: what it makes of that and of
-# the update of another client.
+# Of one that is told something of the client besides its update: what it makes of that and of the
+# update of another client.
 OTHER_UPDATE = 'other_update'
 GUESSES = (*CONTROLS, OTHER_UPDATE)
 # The public image that relative data leakage is measured against.

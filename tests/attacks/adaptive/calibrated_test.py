@@ -83,6 +83,9 @@ def test_another_clients_update_shows_what_the_maps_alone_tell(simulated):
     simulated.observation, trial, _CONFIG, paint, {names[0]: maps[names[0]]}
   )
   assert 'other_update' not in alone[0].reconstructions
+  ignorant = dataclasses.replace(trial, knows_region=False)
+  for result in attack_calibrated(simulated.observation, ignorant, _CONFIG, paint, maps):
+    assert 'other_update' not in result.reconstructions
 
 
 def test_the_first_candidate_is_the_attack_that_knows_of_no_noise(simulated):

@@ -74,6 +74,17 @@ def test_the_control_that_picks_out_more_is_the_one():
   assert _identify(truths, truths, swapped, rolled).control_correct == 2
 
 
+def test_a_control_of_few_draws_proves_little():
+  truths = synthetic_run.photographs(4, 16, 3)
+  found = _identify(truths, truths, None, np.roll(truths, 1, axis=0))
+  assert (found.correct, found.control_correct) == (4, 0)
+  expected = stats.binomtest(4, 4, 1 / 4, alternative='greater').pvalue
+  assert found.p_value == pytest.approx(expected)
+  found = _identify(truths, truths, None, truths[[1, 0, 2, 3]])
+  expected = stats.binomtest(4, 4, 3 / 5, alternative='greater').pvalue
+  assert found.p_value == pytest.approx(expected)
+
+
 def test_flat_reconstructions_identify_nothing():
   truths = synthetic_run.photographs(3, 16, 1)
   found = _identify(truths, np.full_like(truths, 0.3))
