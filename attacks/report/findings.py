@@ -31,7 +31,11 @@ METRIC_WORDS = {
   'ssim': 'SSIM',
   'region_ssim': 'region SSIM',
 }
-CONTROL_WORDS = {'prior_only': 'prior only', 'mean_image': 'mean image'}
+CONTROL_WORDS = {
+  'prior_only': 'prior only',
+  'mean_image': 'mean image',
+  'other_update': 'another update',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +224,8 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
   labels_inferred: {'correct', 'of'}; null where the attack was told the labels.
   label_accuracy: {'matched', 'multiset'} -> {'correct', 'of', 'share'}, of
     `attacks.scoring.label_accuracy`; null where no label was inferred.
-  metrics: {'attack', 'prior_only', 'mean_image'} -> metric (a field of `Quality`) -> interval over
-    the images that have it; the attack also has 'rdlv'.
+  metrics: `SETS` -> metric (a field of `Quality`) -> interval over the images that have it; the
+    attack also has 'rdlv'.
   lpips: {'net', 'weights_sha256'}; null where LPIPS was not measured.
   identified: The fields of `Identification`, by correlation.
   identified_by_lpips: Likewise by LPIPS; null where it was not measured. No verdict rests on it.

@@ -193,7 +193,7 @@ def _case(rank: str, score: ImageScore, target: results.Target) -> Case:
     score=score,
     original=pictures.image_uri(truth),
     reconstruction=uris.get(results.ATTACK),
-    controls={control: uris.get(control) for control in results.CONTROLS},
+    controls={control: uris.get(control) for control in results.GUESSES},
     error=None if attack is None else pictures.error_uri(attack, truth),
     region=pictures.region_path(region),
     height=truth.shape[0],

@@ -19,7 +19,7 @@ from attacks.scoring.metrics import (
 )
 from tff_shadow.errors import UserError
 
-SETS = (results.ATTACK, *results.CONTROLS)
+SETS = (results.ATTACK, *results.GUESSES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ImageScore:
     label_inferred_correct: Whether the attack inferred this image's label correctly; None where it
       was told the label or nothing is matched.
     matches: From set name to the index of the matched reconstruction in that set.
-    quality: From set name ('attack', 'prior_only', 'mean_image') to the metrics; a set without a
+    quality: From set name, one of `SETS`, to the metrics; a set without a
       usable image is absent.
   """
 

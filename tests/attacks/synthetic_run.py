@@ -56,11 +56,13 @@ def write_run(
   regions: bool = True,
   labels_source: str = 'inferred',
   blind: bool = False,
+  told: bool = False,
   seed: int = 0,
 ) -> pathlib.Path:
   """One image per target; the reconstructions are the truth with noise from low to high.
 
-  With `blind` they are the mean image with noise, so nothing of the truth.
+  With `blind` they are the mean image with noise, so nothing of the truth; with `told` another
+  client's update shows as much as the client's own.
   """
   truths = photographs(targets, size, channels, seed)
   masks = ellipse_regions(targets, size) if regions else np.ones_like(truths[..., :1])
@@ -81,6 +83,8 @@ def write_run(
       guess[index, ::8, ::8], truths.shape[1:]
     )[None].astype(np.float32)
     reconstructions[f'{name}/mean_image'] = mean_image[one].copy()
+    if told:
+      reconstructions[f'{name}/other_update'] = truths[one] * 0.98
     records.append(
       {
         'target': name,

@@ -8,6 +8,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from attacks.report import page, reading
+from attacks.scoring import scores
 from tests.attacks import synthetic_run
 from tests.attacks.scoring.lpips_reference import seeded_lpips
 from tff_shadow.errors import UserError
@@ -28,6 +29,21 @@ def written(tmp_path_factory):
 @pytest.fixture(scope='module')
 def text(written):
   return (written[0] / 'report.html').read_text(encoding='utf-8')
+
+
+def test_what_another_update_shows_is_a_guess(tmp_path):
+  synthetic_run.write_run(tmp_path / 'told', size=16, told=True)
+  run = reading.read_run(tmp_path / 'told')
+  (entry,) = page.write_report([run], tmp_path / 'report', 'Told', max_images=16)['attacks']
+  assert entry['better_control'] == 'other_update'
+  assert entry['verdict'] != 'leaked'
+  shown = (tmp_path / 'report' / 'report.html').read_text(encoding='utf-8')
+  # A picture of each image, and a row.
+  assert shown.count('Guess: another update') == 16 + 1
+  scores.write_scores(tmp_path / 'scores.csv', run.attacks[0].scores)
+  header, *rows = (tmp_path / 'scores.csv').read_text(encoding='utf-8').splitlines()
+  assert 'other_update_psnr' in header.split(',')
+  assert len(rows) == 16
 
 
 class _Parser(html.parser.HTMLParser):

@@ -57,7 +57,7 @@ def test_reads_a_run(run_dir):
   made = safetensors_numpy.load_file(run_dir / 'attacks/pixels/reconstructions.safetensors')
   assert [row.target for row in rows] == [f'client_{index:02d}' for index in range(4)]
   for row in rows:
-    for set_name in scores.SETS:
+    for set_name in (results.ATTACK, *results.CONTROLS):
       assert row.quality[set_name] == metrics.measure(
         made[f'{row.target}/{set_name}'][0],
         truth[f'{row.target}/images'][0],
@@ -153,7 +153,7 @@ def test_lpips_is_measured_for_every_set_where_it_is_given(run_dir, perceptual):
   truth = safetensors_numpy.load_file(run_dir / 'truth/round_00001.safetensors')
   made = safetensors_numpy.load_file(run_dir / 'attacks/pixels/reconstructions.safetensors')
   for row in rows:
-    for set_name in scores.SETS:
+    for set_name in (results.ATTACK, *results.CONTROLS):
       expected, spatial = perceptual(
         made[f'{row.target}/{set_name}'][0], truth[f'{row.target}/images'][0]
       )
@@ -239,7 +239,7 @@ def test_writes_lpips(run_dir, tmp_path, perceptual):
   with (tmp_path / 'scores.csv').open(newline='') as file:
     lines = list(csv.DictReader(file))
   for line, row in zip(lines, rows, strict=True):
-    for set_name in scores.SETS:
+    for set_name in (results.ATTACK, *results.CONTROLS):
       for metric in ('lpips', 'region_lpips'):
         expected = getattr(row.quality[set_name], metric)
         assert float(line[f'{set_name}_{metric}']) == pytest.approx(expected, rel=1e-5)
