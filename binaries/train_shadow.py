@@ -115,6 +115,9 @@ def main() -> None:
       f'--split={_SPLIT.value}: the inversion is measured on these images, which must be unseen;'
       ' set --inversion_split to another split'
     )
+  dataset = command.flag_values(data_flags)['dataset']
+  if _SPLIT.value == _DRAWN and dataset != 'chest_phantom':
+    raise UserError(f'--split=drawn: only chest_phantom can be drawn, not --dataset={dataset}')
   settings = GeneratorSettings(
     latent_size=_LATENT_SIZE.value,
     channels=_CHANNELS.value,
@@ -258,8 +261,6 @@ def _fits() -> dict[str, LatentFit]:
 def _images(data: FederatedData, split: str) -> np.ndarray:
   """uint8 [N, H, W, C]."""
   if split == _DRAWN:
-    if not data.name.startswith('chest_phantom'):
-      raise UserError(f'--split=drawn: only chest_phantom can be drawn, not {data.name}')
     films = draw_public_films(_DRAWN_IMAGES.value, image_size=data.image_shape[0], seed=_SEED.value)
     return np.repeat(films, data.image_shape[-1], axis=-1)
   if split == 'train':

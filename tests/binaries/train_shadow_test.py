@@ -127,6 +127,8 @@ _BAD = [
 
 def test_bad_flags_name_themselves_and_write_nothing(tmp_path):
   run_dir = tmp_path / 'run'
+  # Made by now, or TFDS would show beside the error how it makes them.
+  load('chest_phantom', image_size=32, partition=Partition.parse('iid:2'), seed=0, max_examples=4)
   cases = [[flag.replace('RUN', str(run_dir)) for flag in (*_FLAGS, *more)] for more, _ in _BAD]
   for (_, pattern), ended in zip(_BAD, run_all('train_shadow', cases), strict=True):
     assert_one_error_line(ended)
