@@ -188,7 +188,7 @@ def train_locally(
     tuple(optimizer.initialize(specs) for _ in models),
     accumulators,
   )
-  num_examples, _, sums = dataset.reduce(start, reduce_fn)
+  num_examples, _, sums = fold(dataset, start, reduce_fn)
   updates = []
   for weights in all_weights:
     update = tf.nest.map_structure(tf.subtract, initial_weights.trainable, weights.trainable)
@@ -203,6 +203,36 @@ def train_locally(
       update = collections.OrderedDict(trainable=update, non_trainable=statistics)
     updates.append(update)
   return updates, num_examples, sums
+
+
+def fold(dataset: tf.data.Dataset, state: Any, step: Callable[[Any, Any], Any]) -> Any:
+  """`dataset.reduce(state, step)`, inside a `tf.function`.
+
+  Each call of `reduce` has its function optimised anew, which takes as long as tens of steps of a
+  small model; a loop over an iterator is optimised once, with what is around it.
+
+  Args:
+    dataset: Batches.
+    state: A nest of tensors.
+    step: From state and batch to a state of the same structure.
+
+  Returns:
+    The last state.
+  """
+  iterator = iter(dataset)
+  structure = state
+
+  def body(batch, *flat):
+    state = step(tf.nest.pack_sequence_as(structure, flat), batch.get_value())
+    return iterator.get_next_as_optional(), *tf.nest.flatten(state)
+
+  _, *flat = tf.while_loop(
+    lambda batch, *_: batch.has_value(),
+    body,
+    [iterator.get_next_as_optional(), *tf.nest.flatten(state)],
+    parallel_iterations=1,  # Steps assign to variables.
+  )
+  return tf.nest.pack_sequence_as(structure, flat)
 
 
 def client_result(

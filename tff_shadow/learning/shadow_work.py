@@ -8,7 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.shadow_noise import squared_norm
-from tff_shadow.learning.client_work import ModelFn, client_result, train_locally
+from tff_shadow.learning.client_work import ModelFn, client_result, fold, train_locally
 from tff_shadow.learning.noise_settings import REGION, ShadowNoise
 from tff_shadow.shadow import RegionMap, build_region_map
 from tff_shadow.shadow.noise_keys import NOISE_KEY
@@ -151,7 +151,7 @@ class ShadowWork:
 
     zeros = tuple(tf.zeros_like(tensor) for tensor in initial_weights.trainable)
     start = (tf.constant(0), zeros, tf.constant(0))
-    _, squared, fell_back = dataset.repeat().take(probes).reduce(start, reduce_fn)
+    _, squared, fell_back = fold(dataset.repeat().take(probes), start, reduce_fn)
     factor = num_steps * float(self._noise.local_epochs) / probes
     return [factor * tensor for tensor in squared], fell_back
 
@@ -181,7 +181,7 @@ class ShadowWork:
       return count + 1.0, energy + squared_norm(parts)
 
     start = (tf.zeros(()), tf.zeros(()))
-    count, energy = dataset.take(probes).reduce(start, reduce_fn)
+    count, energy = fold(dataset.take(probes), start, reduce_fn)
     factor = float(self._noise.local_epochs) * self._rate
     return factor**2 * tf.math.divide_no_nan(energy, count)
 
