@@ -11,6 +11,7 @@ from attacks.parametrizations import Parametrization, SpectralParametrization
 from attacks.priors import (
   BatchNormStatistics,
   Box,
+  GaussianImages,
   GroupConsistency,
   ImageNorm,
   ImagePrior,
@@ -35,6 +36,7 @@ class AttackConfig:
     total_variation: A prior.
     image_norm: A prior; weight 0 for none.
     group_consistency: A prior that ties the restarts of a target together; weight 0 for none.
+    gaussian_images: A prior; None for none.
     batch_norm_statistics: A prior; weight 0 for none.
     box: Range of pixel values.
     hold_contrast: Whether the images keep the contrast of the public mean image where the update
@@ -73,6 +75,7 @@ class AttackConfig:
   group_consistency: GroupConsistency = dataclasses.field(
     default_factory=lambda: GroupConsistency(weight=0.0)
   )
+  gaussian_images: GaussianImages | None = None
   batch_norm_statistics: BatchNormStatistics = dataclasses.field(
     default_factory=lambda: BatchNormStatistics(weight=1.0, kind='relative', required=False)
   )
@@ -124,8 +127,13 @@ class AttackConfig:
   @property
   def image_priors(self) -> tuple[ImagePrior, ...]:
     """Those with a weight."""
-    priors = (self.total_variation, self.image_norm, self.group_consistency)
-    return tuple(prior for prior in priors if prior.weight)
+    priors = (
+      self.total_variation,
+      self.image_norm,
+      self.gaussian_images,
+      self.group_consistency,
+    )
+    return tuple(prior for prior in priors if prior is not None and prior.weight)
 
   def as_dict(self) -> dict[str, Any]:
     """All settings as plain JSON values."""

@@ -132,7 +132,9 @@ class _Attack:
     self._checkpoint_path = checkpoint_path
     self._checkpoint_every_secs = checkpoint_every_secs
     self._with_controls = with_controls
-    self._tv_weight = tf.constant(config.total_variation.weight, config.dtype)
+    self._prior_weights = {
+      prior.name: tf.constant(prior.weight, config.dtype) for prior in config.image_priors
+    }
     self.done = 0
 
   def groups(self, targets: Sequence[Target]) -> list[list[Target]]:
@@ -327,7 +329,7 @@ class _Attack:
       statistics=statistics,
       seeds=tf.constant(seeds),
       weights=weights,
-      tv_weight=self._tv_weight,
+      prior_weights=self._prior_weights,
     )
 
   def _seed(self, target: Target, restart: int) -> tuple[int, int]:
@@ -358,7 +360,9 @@ class _Attack:
       seeds = np.array([self._seed(*lane) for lane in lanes], np.int32)
       groups = tf.constant([group.index(target) for target, _ in lanes])
       state = control.start(np.stack([self._start(*lane) for lane in lanes]), seeds)
-      evidence = Evidence(groups, nothing, (), (), tf.constant(seeds), tv_weight=self._tv_weight)
+      evidence = Evidence(
+        groups, nothing, (), (), tf.constant(seeds), prior_weights=self._prior_weights
+      )
       state = control.advance(state, evidence, config.iterations)
       # The prior's weight may fall with the iterations, and with it the loss: the last images.
       images = control.images(state).numpy().astype(np.float32)

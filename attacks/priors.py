@@ -7,7 +7,7 @@ per lane, [R]. `BatchNormStatistics` is no image prior: it sees what a lane's fo
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import tensorflow as tf
 
@@ -207,6 +207,53 @@ class GroupConsistency:
 
 
 @dataclasses.dataclass(frozen=True)
+class GaussianImages:
+  """Squared Mahalanobis distance to a Gaussian that was fitted to images of the modality.
+
+  Beside the squared error of an update with white noise of variance s^2 it makes the objective
+  |U(x) - y|^2 / s^2 + (x - mean)' C^-1 (x - mean), whose minimum is the most likely image: the
+  Bayes-optimal attack where update and prior are Gaussian (Balunovic et al. 2022, "Bayesian
+  framework for gradient leakage", derive attacks on defences so).
+
+  Attributes:
+    gaussian: mean [d], orthonormal components [r, d], their variances [r] and the variance in all
+      other directions, `tff_shadow.privacy.GaussianPrior`, over the d = H W C values of an image.
+    weight: Its weight beside the matching loss.
+    source: What it was fitted to, for the record; priors of the same source and weight are equal.
+  """
+
+  gaussian: dataclasses.InitVar[Any]
+  weight: float
+  source: str = ''
+  name: str = dataclasses.field(default='gaussian_images', init=False)
+
+  def __post_init__(self, gaussian: Any):
+    """Keeps apart what is no setting, so that `dataclasses.asdict` gives plain values."""
+    object.__setattr__(self, '_gaussian', gaussian)
+
+  def __call__(
+    self,
+    images: tf.Tensor,
+    iteration: tf.Tensor,
+    iterations: int,
+    groups: tf.Tensor | None = None,
+  ) -> tf.Tensor:
+    """Weighted penalty [R], summed over the batch, of images [R, B, H, W, C]."""
+    gaussian = self._gaussian
+    mean, components, information = (
+      tf.constant(array, images.dtype)
+      for array in (gaussian.mean, gaussian.components, 1 / gaussian.variances)
+    )
+    remaining = tf.constant(1 / gaussian.remaining_variance, images.dtype)
+    centered = tf.reshape(images, (*images.shape[:2], -1)) - mean
+    along = tf.tensordot(centered, components, [[2], [1]])
+    distance = remaining * tf.reduce_sum(tf.square(centered), axis=(1, 2)) + tf.reduce_sum(
+      (information - remaining) * tf.square(along), axis=(1, 2)
+    )
+    return self.weight * distance
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchNormStatistics:
   """Squared distance of the batch statistics before each BatchNorm layer to those of the client.
 
@@ -268,12 +315,14 @@ class BatchNormStatistics:
     return self.weight * tf.add_n(distances)
 
 
-ImagePrior = TotalVariation | ImageNorm | GroupConsistency
-IMAGE_PRIORS: dict[str, type[ImagePrior]] = {
-  'total_variation': TotalVariation,
-  'image_norm': ImageNorm,
-  'group_consistency': GroupConsistency,
-}
+ImagePrior = TotalVariation | ImageNorm | GroupConsistency | GaussianImages
+
+
+def reweighted(prior: ImagePrior, weight: float | tf.Tensor) -> ImagePrior:
+  """The same prior with another weight."""
+  if isinstance(prior, GaussianImages):
+    return dataclasses.replace(prior, gaussian=prior._gaussian, weight=weight)
+  return dataclasses.replace(prior, weight=weight)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 
 from attacks.config import AttackConfig
+from attacks.priors import reweighted
 from attacks.simulator import ClientSimulator
 from attacks.solver import Solver
 from tff_shadow.observations import Observation
@@ -13,7 +14,7 @@ class SharedSolvers:
   """Simulators and solvers of rounds, whoever took part in them and whatever their updates are.
 
   Tracing a solver takes as long as hundreds of its steps on small images. Attacks share one that
-  differ only in their targets, their seed and the weight of the total variation.
+  differ only in their targets, their seed and the weights of total variation and Gaussian prior.
 
   Attributes:
     simulators: Of the clients' local training, one per round.
@@ -62,7 +63,10 @@ class SharedSolvers:
 
 
 def _key(config: AttackConfig, kind: Hashable) -> Hashable:
-  variation = config.total_variation
   # Whether there is such a prior is traced, its weight is not.
-  variation = dataclasses.replace(variation, weight=float(variation.weight > 0))
-  return dataclasses.replace(config, total_variation=variation, seed=0), kind
+  variation, gaussian = (
+    prior and reweighted(prior, float(prior.weight > 0))
+    for prior in (config.total_variation, config.gaussian_images)
+  )
+  config = dataclasses.replace(config, total_variation=variation, gaussian_images=gaussian, seed=0)
+  return config, kind

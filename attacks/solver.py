@@ -4,9 +4,8 @@ Several attacks run side by side as lanes: a lane is one restart on one target. 
 iteration, trace and call, and nothing else unless a prior ties them together.
 """
 
-import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -16,7 +15,7 @@ from attacks.contrast import with_contrast
 from attacks.local_steps import LocalSteps
 from attacks.matching import NoMatching
 from attacks.optimizers import Lbfgs
-from attacks.priors import TotalVariation
+from attacks.priors import reweighted
 from attacks.rectifiers import SurrogateRectifier
 from attacks.simulator import ClientSimulator
 
@@ -63,8 +62,8 @@ class Evidence(NamedTuple):
     seeds: int32 [R, 2], of each lane's own draws.
     weights: Per view, per trainable variable: [T, ...], what both gradients are multiplied by
       before they are compared; empty to compare them as they are.
-    tv_weight: Scalar, in place of the weight of the config's total variation, so that attacks which
-      differ in nothing else share a trace; None to take that of the config.
+    prior_weights: By the name of an image prior, a scalar in place of its weight in the config, so
+      that attacks which differ in nothing else share a trace.
   """
 
   target: tf.Tensor
@@ -73,7 +72,7 @@ class Evidence(NamedTuple):
   statistics: Any
   seeds: tf.Tensor
   weights: Any = ()
-  tv_weight: tf.Tensor | None = None
+  prior_weights: Mapping[str, tf.Tensor] = {}
 
 
 class LossAndGradient(NamedTuple):
@@ -236,8 +235,8 @@ class Solver:
       images = config.parametrization.images(parameters[_IMAGES])
       prior = tf.zeros(images.shape[:1], images.dtype)
       for image_prior in config.image_priors:
-        if isinstance(image_prior, TotalVariation) and evidence.tv_weight is not None:
-          image_prior = dataclasses.replace(image_prior, weight=evidence.tv_weight)
+        if image_prior.name in evidence.prior_weights:
+          image_prior = reweighted(image_prior, evidence.prior_weights[image_prior.name])
         prior += image_prior(images, iteration, config.iterations, evidence.target)
     if not self._matching:
       gradient = tape.gradient(prior, parameters, unconnected_gradients='zero')

@@ -3,14 +3,14 @@
 One round as in the frontier: 16 clients that send one step on one image. 'best' knows of no
 defence. 'calibrated' simulates the defence on public images (half of the validation split), chooses
 there how to match, how smooth to be and how much to denoise, by a network trained on the other half
-to take out region noise, and then attacks; with the clients' region maps given, or not. The truth
+to take out region noise, and how much to trust another that has learned there to give images back
+from updates, and then attacks; with the clients' region maps given, or not. The truth
 of the attacked clients decides nothing. The change of region PSNR is against the undefended round
 under the same attack, paired by image, with its 95 % interval.
 
 Rows are kept in --cache_dir as they come, so that an interrupted run continues.
 """
 
-import dataclasses
 import itertools
 import pathlib
 
@@ -18,8 +18,7 @@ import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
-from attacks.adaptive.attacker import AdaptiveAttacker
-from attacks.adaptive.denoiser import DenoiserSettings
+from attacks.adaptive.attacker import AdaptiveAttacker, Effort
 from attacks.adaptive.simulated_defense import region_map_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
@@ -57,7 +56,15 @@ _DENOISER_STEPS = flags.DEFINE_integer(
   'denoiser_steps', 1500, "Of the denoiser's training; 0 for no denoiser.", lower_bound=0
 )
 
+_INVERSION_CLIENTS = flags.DEFINE_integer(
+  'inversion_clients',
+  3000,
+  'Clients simulated to learn the way back from updates; 0 for none.',
+  lower_bound=0,
+)
+
 _BEST, _CALIBRATED = 'best', 'calibrated'
+_OF_PATCHES = ('mirror', 'turns', 'shifts', 'brightness')
 # A chest film is not turned over.
 _AUGMENTATIONS = {'chest_phantom': ('shifts', 'brightness')}
 _METRICS = ('psnr', 'ssim', 'region_psnr', 'region_ssim')
@@ -82,7 +89,9 @@ def main() -> None:
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
   defenses = [UNDEFENDED, *(parse_defense(text, baselines=True) for text in _DEFENSES.value)]
   share_cores(AttackConfig().lanes)
-  settings = (_ITERATIONS.value, _CALIBRATION_CLIENTS.value, _DENOISER_STEPS.value)
+  settings = [
+    flag.value for flag in (_ITERATIONS, _CALIBRATION_CLIENTS, _DENOISER_STEPS, _INVERSION_CLIENTS)
+  ]
   # Rows of other settings are other rows.
   name = f'adaptive-{"-".join(map(str, settings))}.csv'
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / name, _CACHE_COLUMNS)
@@ -105,17 +114,13 @@ def main() -> None:
 
 
 def _attacker(dataset: str, seed: int, public: Examples) -> AdaptiveAttacker:
-  denoiser = None
-  if _DENOISER_STEPS.value:
-    denoiser = DenoiserSettings(steps=_DENOISER_STEPS.value)
-    if dataset in _AUGMENTATIONS:
-      denoiser = dataclasses.replace(denoiser, augmentations=_AUGMENTATIONS[dataset])
-  return AdaptiveAttacker(
-    public,
-    AttackConfig(seed=seed, iterations=_ITERATIONS.value),
-    num_clients=_CALIBRATION_CLIENTS.value,
-    denoiser=denoiser,
+  effort = Effort(
+    _CALIBRATION_CLIENTS.value,
+    _DENOISER_STEPS.value,
+    _INVERSION_CLIENTS.value,
+    _AUGMENTATIONS.get(dataset, _OF_PATCHES),
   )
+  return AdaptiveAttacker(public, AttackConfig(seed=seed, iterations=_ITERATIONS.value), effort)
 
 
 def _attack(
@@ -131,7 +136,9 @@ def _attack(
   maps = {name: region_map(own) for name, own in rounds.truth.items()}
   made = attacker.attack([observation], list(maps), maps, shared=shared)
   for knows_region, own in zip(('no', 'yes'), made, strict=True):
-    chosen = f'{own.trial.candidate}, denoised {own.trial.level:g}'
+    chosen = (
+      f'{own.trial.candidate}, denoised {own.trial.level:g}, learned {own.trial.learned_share:g}'
+    )
     rows += _rows(rounds, own.results, _CALIBRATED, knows_region, chosen)
   return rows
 

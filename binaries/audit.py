@@ -68,6 +68,12 @@ _DENOISER_STEPS = flags.DEFINE_integer(
   "Of the training of that attacker's denoiser; by default as the budget says.",
   lower_bound=0,
 )
+_INVERSION_CLIENTS = flags.DEFINE_integer(
+  'inversion_clients',
+  None,
+  'Clients that it simulates to learn the way back from updates; by default as the budget says.',
+  lower_bound=0,
+)
 _MAX_CLIENTS = flags.DEFINE_integer(
   'max_clients',
   16,
@@ -82,7 +88,7 @@ _UNDEFENDED_RUN_DIR = flags.DEFINE_string(
 _AUGMENT = flags.DEFINE_list(
   'augment',
   ['shifts', 'brightness'],
-  "What leaves an image of this kind one, for the attacker's denoiser: "
+  'What leaves an image of this kind one, for what the attacker learns from public images: '
   f'{", ".join(AUGMENTATIONS)}.',
 )
 _TOLERATED_DB = flags.DEFINE_float(
@@ -331,7 +337,7 @@ def _tolerated() -> dict[str, float]:
 def _budget() -> Budget:
   given = {
     flag.name: flag.value
-    for flag in (_ITERATIONS, _CALIBRATION_CLIENTS, _DENOISER_STEPS)
+    for flag in (_ITERATIONS, _CALIBRATION_CLIENTS, _DENOISER_STEPS, _INVERSION_CLIENTS)
     if flag.value is not None
   }
   return dataclasses.replace(BUDGETS[_BUDGET.value], **given)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tensorflow_federated as tff
 
-from attacks.adaptive.attacker import AdaptiveAttack, AdaptiveAttacker
-from attacks.adaptive.denoiser import DenoiserSettings
+from attacks.adaptive.attacker import AdaptiveAttack, AdaptiveAttacker, Effort
 from attacks.adaptive.players import AttackersShadow
 from attacks.adaptive.simulated_defense import region_map_of
 from attacks.config import AttackConfig
@@ -46,11 +45,7 @@ def adaptive_attack(
     raise UserError(f'--knows: attacks single clients, not --targets={AGGREGATE}')
   recorded = run_directory.read_config(run_dir)
   data = load_data_of(run_dir, recorded)
-  denoiser = shadow = None
-  if knowledge.denoiser_steps:
-    denoiser = DenoiserSettings(
-      steps=knowledge.denoiser_steps, augmentations=knowledge.augmentations, seed=config.seed
-    )
+  shadow = None
   if generator:
     shadow = AttackersShadow.fitted(
       load_generator(generator, tuple(data.image_shape)),
@@ -60,8 +55,12 @@ def adaptive_attack(
   attacker = AdaptiveAttacker(
     data.validation,
     config,
-    num_clients=knowledge.calibration_clients,
-    denoiser=denoiser,
+    Effort(
+      knowledge.calibration_clients,
+      knowledge.denoiser_steps,
+      knowledge.inversion_clients,
+      knowledge.augmentations,
+    ),
     shadow=shadow,
     watch=watch,
   )

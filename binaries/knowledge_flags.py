@@ -13,8 +13,9 @@ _KNOWS = flags.DEFINE_enum(
   'nothing',
   ['nothing', 'defense', 'regions'],
   'Of the defence. defense: all its settings, but not its keys; it is played on public images (the'
-  ' validation split of the run), and matching, smoothness and denoising are chosen there. regions:'
-  ' besides, the region maps of the clients, which are read from the truth file.',
+  ' validation split of the run), and matching, smoothness, denoising and what is learned from'
+  ' updates are chosen there. regions: besides, the region maps of the clients, which are read from'
+  ' the truth file.',
 )
 _CALIBRATION_CLIENTS = flags.DEFINE_integer(
   'calibration_clients', 8, 'Clients of public images that it plays.', lower_bound=1
@@ -22,10 +23,16 @@ _CALIBRATION_CLIENTS = flags.DEFINE_integer(
 _DENOISER_STEPS = flags.DEFINE_integer(
   'denoiser_steps', 600, "Of its denoiser's training; 0 for no denoiser.", lower_bound=0
 )
+_INVERSION_CLIENTS = flags.DEFINE_integer(
+  'inversion_clients',
+  2000,
+  'Clients that it simulates to learn the way back from updates; 0 for none.',
+  lower_bound=0,
+)
 _AUGMENT = flags.DEFINE_list(
   'augment',
   ['shifts', 'brightness'],
-  'What leaves an image of this kind one, for the denoiser: ' + ', '.join(AUGMENTATIONS) + '.',
+  'What leaves an image of this kind one, for what it learns: ' + ', '.join(AUGMENTATIONS) + '.',
 )
 
 
@@ -37,12 +44,14 @@ class Knowledge:
     regions: Whether it is told the region maps of the clients.
     calibration_clients: Clients of public images that it plays.
     denoiser_steps: Of its denoiser's training; 0 for none.
-    augmentations: For the denoiser.
+    inversion_clients: That it simulates to learn the way back from updates; 0 for none.
+    augmentations: For what it learns.
   """
 
   regions: bool
   calibration_clients: int
   denoiser_steps: int
+  inversion_clients: int
   augmentations: tuple[str, ...]
 
 
@@ -58,9 +67,10 @@ def knowledge() -> Knowledge | None:
       _KNOWS.value == 'regions',
       _CALIBRATION_CLIENTS.value,
       _DENOISER_STEPS.value,
+      _INVERSION_CLIENTS.value,
       tuple(_AUGMENT.value),
     )
-  for flag in (_CALIBRATION_CLIENTS, _DENOISER_STEPS, _AUGMENT):
+  for flag in (_CALIBRATION_CLIENTS, _DENOISER_STEPS, _INVERSION_CLIENTS, _AUGMENT):
     if flag.present:
       raise UserError(f'--{flag.name}: needs --knows=defense or --knows=regions')
   return None

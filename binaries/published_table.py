@@ -25,8 +25,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from absl import flags
 
-from attacks.adaptive.attacker import AdaptiveAttacker
-from attacks.adaptive.denoiser import DenoiserSettings
+from attacks.adaptive.attacker import AdaptiveAttacker, Effort
 from attacks.adaptive.players import AttackersShadow
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
@@ -109,9 +108,8 @@ _LATENT_LEARNING_RATE = flags.DEFINE_float(
 )
 
 _COST_ROUNDS = 6
-_CALIBRATION_CLIENTS = 8
-# What leaves an image of any of the sets one.
-_AUGMENTATIONS = ('shifts', 'brightness')
+# The augmentations leave an image of any of the sets one.
+_EFFORT = Effort(8, 1500, 2000, ('shifts', 'brightness'))
 
 _KEY = ('dataset', 'seed', 'variant')
 _METRICS = ('psnr', 'ssim', 'region_psnr', 'region_ssim')
@@ -250,8 +248,7 @@ def _calibrated(dataset, seed, observation) -> list[TargetResult]:
   attacker = AdaptiveAttacker(
     public,
     dataclasses.replace(PRESETS['best'].build(), seed=seed),
-    num_clients=_CALIBRATION_CLIENTS,
-    denoiser=DenoiserSettings(augmentations=_AUGMENTATIONS),
+    _EFFORT,
     shadow=AttackersShadow.fitted(generator, public.float_images(), 1),
   )
   (attack,) = attacker.attack([observation], [own.client_id for own in observation.clients])

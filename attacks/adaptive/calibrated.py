@@ -2,8 +2,9 @@
 
 Which matching loss, how strong a prior and how much denoising is best depends on the noise, and no
 attacker has to guess it: with the defence simulated on public images, of which it knows the truth,
-it tries them all and takes what brings it closest there. The truth of the attacked clients decides
-nothing.
+it tries them all and takes what brings it closest there, also in what share to mix a search for a
+match with what a network has learned to make of an update. The truth of the attacked clients
+decides nothing.
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from attacks.adaptive.denoiser import RegionDenoiser
+from attacks.adaptive.learned_inversion import LearnedInversion
 from attacks.adaptive.simulated_defense import SimulatedRound
 from attacks.adaptive.weightings import WEIGHTINGS, weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, Matching, SquaredMatching
+from attacks.priors import reweighted
 from attacks.results import TargetResult
 from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import measure
@@ -26,6 +29,8 @@ from tff_shadow.observations import Observation
 
 # Deviations of noise that the denoiser is told, in image units; 0 leaves the images as they are.
 LEVELS = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5)
+# Of the learned inversion's images in the mixture with those of a search.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _UNWEIGHTED = 'none'
 
 
@@ -36,6 +41,9 @@ class Candidate:
   Attributes:
     matching: How updates are compared.
     tv_weight: Of the total variation.
+    gaussian_weight: Of the Gaussian prior of public images, times the number of weights. Beside the
+      squared error of an update that is white noise for the most part, 1 is the weight of Bayes'
+      rule; noise of ratio r to the update asks for r^2 / (1 + r^2).
     weighting: What is compared: 'none' for all entries alike, or one of `WEIGHTINGS`. What that
       has to guess follows from what the first candidate has reconstructed.
   """
@@ -43,6 +51,7 @@ class Candidate:
   matching: Matching
   tv_weight: float
   weighting: str = _UNWEIGHTED
+  gaussian_weight: float = 0.0
 
   @property
   def needs_guess(self) -> bool:
@@ -50,7 +59,11 @@ class Candidate:
     return self.weighting != _UNWEIGHTED and WEIGHTINGS[self.weighting].needs_guess
 
   def __str__(self) -> str:
-    parts = [self.matching.name, f'tv {self.tv_weight:g}']
+    parts = [self.matching.name]
+    if self.tv_weight:
+      parts.append(f'tv {self.tv_weight:g}')
+    if self.gaussian_weight:
+      parts.append(f'Gaussian prior {self.gaussian_weight:g}')
     return ' '.join(parts if self.weighting == _UNWEIGHTED else [*parts, self.weighting])
 
 
@@ -63,6 +76,9 @@ CANDIDATES = (
   Candidate(_BALANCED, 4.0),
   Candidate(SquaredMatching(), 1.5),
   Candidate(SquaredMatching(), 5.0),
+  Candidate(SquaredMatching(), 0.0, gaussian_weight=0.03),
+  Candidate(SquaredMatching(), 0.0, gaussian_weight=0.2),
+  Candidate(SquaredMatching(), 0.0, gaussian_weight=1.0),
 )
 # What else is worth trying, by the name of the defence or the shape of its noise. White noise
 # (percentile_gaussian, dp_sgd), rounding and clipping leave all entries alike.
@@ -98,12 +114,14 @@ class Trial:
   Attributes:
     candidate: The settings of the inversion.
     level: What the denoiser is told; 0 if the images are left as they are.
+    learned_share: Of the learned inversion's images in what comes out.
     knows_region: Whether the attack is told the clients' region maps, or only the mean public one.
     region_psnr: Mean over the public images, dB.
   """
 
   candidate: Candidate
   level: float
+  learned_share: float
   knows_region: bool
   region_psnr: float
 
@@ -112,17 +130,20 @@ def calibrate(
   simulated: SimulatedRound | Sequence[SimulatedRound],
   config: AttackConfig,
   denoiser: RegionDenoiser | None,
+  learned: LearnedInversion | None = None,
   candidates: Sequence[Candidate] | None = None,
   progress: Callable[[int, Trial], None] = lambda done, best: None,
   shared: SharedSolvers | None = None,
 ) -> list[Trial]:
-  """Tries all candidates, with all levels of denoising.
+  """Tries all candidates, with all levels of denoising and all shares of the learned inversion.
 
   Args:
     simulated: The attacker's own clients; in several rounds to attack as many jointly.
-    config: All other settings.
+    config: All other settings, `gaussian_images` among them, without which no candidate with a
+      Gaussian prior is tried.
     denoiser: Takes out what noise is left in the images; None for none. It must not have been
       trained on images of `simulated`.
+    learned: Gives images from updates; None for none. As the denoiser.
     candidates: `candidates_for` the round by default.
     progress: Called after each candidate with their number and the best trial so far.
     shared: Solvers for these rounds.
@@ -136,18 +157,28 @@ def calibrate(
   rounds = [simulated] if isinstance(simulated, SimulatedRound) else list(simulated)
   observations, simulated = [own.observation for own in rounds], rounds[0]
   shared = shared or SharedSolvers(observations, config.dtype)
+  guesses: dict[str, np.ndarray] = {}
   trials: list[Trial] = []
   first: list[TargetResult] = []
-  for done, candidate in enumerate(candidates or candidates_for(observations[0])):
+  candidates = candidates or candidates_for(observations[0])
+  if config.gaussian_images is None:
+    candidates = [candidate for candidate in candidates if not candidate.gaussian_weight]
+  for done, candidate in enumerate(candidates):
     results: list[TargetResult] = []
     for knows_region in (False, True):
       maps = simulated.maps if knows_region else dict.fromkeys(simulated.maps, simulated.mean_map)
       if not results or candidate.needs_guess:
         results = _invert(observations, candidate, config, first, maps, shared, controls=False)
+        guesses = guesses or _learned_images(observations, results, learned)
       for level in LEVELS if denoiser else LEVELS[:1]:
-        images = [_denoised(own, level, denoiser, maps[own.target]) for own in results]
-        own = _mean_region_psnr(results, images, simulated)
-        trials.append(Trial(candidate, level, knows_region, own))
+        found = [_denoised(own, level, denoiser, maps[own.target]) for own in results]
+        for share in SHARES if learned else SHARES[:1]:
+          images = [
+            _mixed(one, guesses.get(own.target), share)
+            for one, own in zip(found, results, strict=True)
+          ]
+          closeness = _mean_region_psnr(results, images, simulated)
+          trials.append(Trial(candidate, level, share, knows_region, closeness))
     first = first or results
     trials.sort(key=lambda trial: -trial.region_psnr)
     progress(done + 1, trials[0])
@@ -160,6 +191,7 @@ def attack_calibrated(
   config: AttackConfig,
   denoiser: RegionDenoiser | None,
   maps: Mapping[str, np.ndarray],
+  learned: LearnedInversion | None = None,
   earlier: dict[Candidate, list[TargetResult]] | None = None,
   shared: SharedSolvers | None = None,
 ) -> list[TargetResult]:
@@ -174,6 +206,7 @@ def attack_calibrated(
     maps: Of each client to attack, the region maps [B, H, W, 1] of its images, in the order in
       which they are reconstructed; `SimulatedRound.mean_map` of the public ones if the attack is
       not told them.
+    learned: As it was there.
     earlier: Takes inversions that do not depend on the maps, and gives them to another call on the
       same round.
     shared: Solvers for these rounds.
@@ -195,6 +228,7 @@ def attack_calibrated(
     return earlier[candidate]
 
   results = invert(trial.candidate)
+  guesses = _learned_images(observations, results, learned if trial.learned_share else None)
   finished = []
   for place, result in enumerate(results):
     own = maps[result.target]
@@ -202,7 +236,9 @@ def attack_calibrated(
     if trial.knows_region:
       made[OTHER_UPDATE] = _another(results, place)
     images = {
-      name: _denoised(used, trial.level, denoiser, own)
+      name: _mixed(
+        _denoised(used, trial.level, denoiser, own), guesses.get(used.target), trial.learned_share
+      )
       for name, used in made.items()
       if used is not None and used.status == 'ok'
     }
@@ -237,6 +273,14 @@ def _invert(
     matching=candidate.matching,
     total_variation=dataclasses.replace(config.total_variation, weight=candidate.tv_weight),
   )
+  if candidate.gaussian_weight:
+    weights = sum(array.size for array in observations[0].global_weights.trainable)
+    config = dataclasses.replace(
+      config,
+      gaussian_images=reweighted(config.gaussian_images, candidate.gaussian_weight / weights),
+    )
+  else:
+    config = dataclasses.replace(config, gaussian_images=None)
   weights = None
   if candidate.weighting != _UNWEIGHTED:
     rounds = [
@@ -258,6 +302,27 @@ def _denoised(result, level, denoiser, region_map) -> np.ndarray | None:
     return images
   regions = np.broadcast_to(region_map, (*images.shape[:3], 1))
   return denoiser(images, np.full(len(images), level, np.float32), regions)
+
+
+def _learned_images(
+  observations: Sequence[Observation],
+  results: Sequence[TargetResult],
+  learned: LearnedInversion | None,
+) -> dict[str, np.ndarray]:
+  """What the learned inversion makes of clients, told the labels of `results`; none without it."""
+  found = {}
+  for result in results if learned else ():
+    own = [seen.client(result.target) for seen in observations]
+    if result.status == 'ok' and all(map(learned.fits, own)):
+      found[result.target] = learned([client.update for client in own], result.labels)
+  return found
+
+
+def _mixed(found: np.ndarray | None, guess: np.ndarray | None, share: float) -> np.ndarray | None:
+  """Images with a share of those that were learned, in the order of the images."""
+  if not share or found is None or guess is None or not np.isfinite(guess).all():
+    return found
+  return (1 - share) * found + share * in_order(guess, found)
 
 
 def _mean_region_psnr(results, images, simulated: SimulatedRound) -> float:

@@ -83,7 +83,7 @@ def simulate_round(
     own = public.take(chosen[index * like.num_images : (index + 1) * like.num_images])
     truth[name] = Truth(own.float_images(), own.labels, own.float_regions())
     maps[name] = region_map(truth[name])
-    keys[name] = _noise_key(observation, seed, index)
+    keys[name] = noise_key(observation, seed, index)
   clients = [
     dataclasses.replace(like, client_id=name, update=update, dropped=False)
     for name, update in player.updates(truth, steps, keys).items()
@@ -92,7 +92,8 @@ def simulate_round(
   return SimulatedRound(played, truth, maps)
 
 
-def _noise_key(observation: Observation, seed: int, index: int) -> tuple[int, int]:
+def noise_key(observation: Observation, seed: int, index: int) -> tuple[int, int]:
+  """The key of the noise of a simulated client, the same in all rounds if the defence keeps it."""
   fresh = 0 if observation.defense.get('frozen') else observation.round_num
   state = np.random.SeedSequence([seed, index, fresh]).generate_state(2)
   return tuple(map(int, state.astype(np.int32)))

@@ -13,16 +13,18 @@ class Budget:
     iterations: Optimiser steps per restart of each attack.
     calibration_clients: Clients that the adaptive attacker plays itself; 0 for no such attacker.
     denoiser_steps: Of the training of its denoiser; 0 for none.
+    inversion_clients: That it simulates to learn the way back from updates; 0 for none.
   """
 
   presets: tuple[str, ...]
   iterations: int
   calibration_clients: int
   denoiser_steps: int
+  inversion_clients: int
 
 
 BUDGETS = {
-  'quick': Budget(('best',), 150, 0, 0),
-  'default': Budget(('best',), 300, 8, 600),
-  'thorough': Budget(('best', 'inverting_gradients', 'deep_image_prior'), 500, 16, 2000),
+  'quick': Budget(('best',), 150, 0, 0, 0),
+  'default': Budget(('best',), 300, 8, 600, 2000),
+  'thorough': Budget(('best', 'inverting_gradients', 'deep_image_prior'), 500, 16, 2000, 4000),
 }

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-from attacks.adaptive.attacker import AdaptiveAttacker, Watch
-from attacks.adaptive.denoiser import DenoiserSettings
+from attacks.adaptive.attacker import AdaptiveAttacker, Effort, Watch
 from attacks.adaptive.players import AttackersShadow
 from attacks.adaptive.simulated_defense import region_map_of
 from attacks.audit.budget import Budget
@@ -67,7 +66,7 @@ class Suite:
       budget: What is made.
       directory: Where results are kept; those in it are not made again.
       public: Images of the modality, with labels and regions, that no client trains on.
-      augmentations: Of `DenoiserSettings`, that leave an image of the modality one.
+      augmentations: Of `Effort`, that leave an image of the modality one.
       seed: Decides everything.
       lanes: See `AttackConfig`.
       watch: Shows progress.
@@ -77,16 +76,16 @@ class Suite:
     self._budget = budget
     self._directory = directory
     config = AttackConfig(iterations=budget.iterations, lanes=lanes, seed=seed)
-    denoiser = None
-    if budget.denoiser_steps:
-      denoiser = DenoiserSettings(
-        steps=budget.denoiser_steps, augmentations=tuple(augmentations), seed=seed
-      )
+    effort = Effort(
+      budget.calibration_clients,
+      budget.denoiser_steps,
+      budget.inversion_clients,
+      tuple(augmentations),
+    )
     self._attacker = AdaptiveAttacker(
       public,
       config,
-      num_clients=budget.calibration_clients,
-      denoiser=denoiser,
+      effort,
       shadow=shadow,
       watch=watch,
       directory=cache_directory or directory,

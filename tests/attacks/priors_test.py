@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,10 +9,13 @@ from attacks.priors import (
   VARIATION_KINDS,
   BatchNormStatistics,
   Box,
+  GaussianImages,
   GroupConsistency,
   ImageNorm,
   TotalVariation,
+  reweighted,
 )
+from tff_shadow.privacy import fit_gaussian_prior
 
 
 def _images(*shape, seed=0, dtype=np.float64):
@@ -244,6 +249,48 @@ class TestBatchNormStatistics:
       BatchNormStatistics(1.0)([], [])
     with pytest.raises(ValueError, match='1 layers simulated, 0 given'):
       BatchNormStatistics(1.0)([(tf.ones(1), tf.ones(1))], [])
+
+
+class TestGaussianImages:
+  @pytest.fixture
+  def prior(self):
+    return GaussianImages(fit_gaussian_prior(_images(6, 3, 4, 2)), weight=0.3, source='noise')
+
+  def test_is_the_squared_mahalanobis_distance(self, prior):
+    gaussian = fit_gaussian_prior(_images(6, 3, 4, 2))
+    images = _images(2, 3, 3, 4, 2, seed=1)
+    centered = images.reshape(2, 3, -1) - gaussian.mean
+    expected = 0.3 * np.einsum('rbi,ij,rbj->r', centered, gaussian.information(), centered)
+    np.testing.assert_allclose(prior(images, tf.constant(0), 10), expected, rtol=1e-9)
+
+  def test_gradient_equals_differences(self, prior):
+    images, direction = _images(2, 3, 3, 4, 2, seed=1), _images(2, 3, 3, 4, 2, seed=2) - 0.5
+
+    def penalty(values):
+      return tf.reduce_sum(prior(values, tf.constant(0), 10))
+
+    x = tf.constant(images)
+    with tf.GradientTape() as tape:
+      tape.watch(x)
+      value = penalty(x)
+    slope = np.sum(tape.gradient(value, x) * direction)
+    ahead, behind = (float(penalty(tf.constant(images + s * direction))) for s in (1e-5, -1e-5))
+    assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+
+  def test_settings_are_plain_and_tell_priors_apart(self, prior):
+    assert dataclasses.asdict(prior) == {
+      'weight': 0.3,
+      'source': 'noise',
+      'name': 'gaussian_images',
+    }
+    heavier = reweighted(prior, 0.6)
+    images = _images(1, 1, 3, 4, 2, seed=1)
+    np.testing.assert_allclose(
+      heavier(images, tf.constant(0), 10), 2 * prior(images, tf.constant(0), 10)
+    )
+    assert heavier != prior
+    assert reweighted(heavier, 0.3) == prior
+    assert reweighted(TotalVariation(0.1, kind='norm'), 0.2) == TotalVariation(0.2, kind='norm')
 
 
 def test_box_projects():

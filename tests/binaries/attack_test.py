@@ -133,6 +133,7 @@ _WRONG = [
   (('--knows=defense',), 'config.json is missing'),
   (('--knows=defense', '--labels=0'), '--knows: goes neither with --analytic'),
   (('--denoiser_steps=3',), '--denoiser_steps: needs --knows'),
+  (('--inversion_clients=3',), '--inversion_clients: needs --knows'),
 ]
 
 

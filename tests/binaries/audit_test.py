@@ -93,7 +93,13 @@ def test_an_audit_has_all_its_parts(summary, run_dir):
 
 
 def test_who_knows_the_defence_may_attack_alone(run_dir):
-  settings = ['--iterations=5', '--calibration_clients=2', '--denoiser_steps=2', '--xla=off']
+  settings = [
+    '--iterations=5',
+    '--calibration_clients=2',
+    '--denoiser_steps=2',
+    '--inversion_clients=8',
+    '--xla=off',
+  ]
   command = [f'--run_dir={run_dir}', '--name=knowing', '--knows=regions', *settings]
   done = _run('attack', *command)
   assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from attacks.adaptive.weightings import weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, SquaredMatching
+from attacks.priors import GaussianImages
 from attacks.shared_solvers import SharedSolvers
 from attacks.simulator import ClientSimulator
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
@@ -28,6 +29,7 @@ from tff_shadow.learning import (
   TopK,
 )
 from tff_shadow.observations import WeightArrays
+from tff_shadow.privacy import fit_gaussian_prior
 
 _CONFIG = AttackConfig(iterations=20, xla='off')
 
@@ -50,7 +52,11 @@ def test_the_best_trial_is_first_and_can_be_repeated(simulated):
   candidates = (Candidate(CosineMatching(balance=0.5), 0.15), Candidate(SquaredMatching(), 1.5))
   seen = []
   trials = calibrate(
-    simulated, _CONFIG, _Halfway(), candidates, lambda done, best: seen.append((done, best))
+    simulated,
+    _CONFIG,
+    _Halfway(),
+    candidates=candidates,
+    progress=lambda done, best: seen.append((done, best)),
   )
   assert len(trials) == 2 * 2 * len(calibrated.LEVELS)
   assert [t.region_psnr for t in trials] == sorted((t.region_psnr for t in trials), reverse=True)
@@ -64,7 +70,7 @@ def test_the_best_trial_is_first_and_can_be_repeated(simulated):
 
 
 def test_another_clients_update_shows_what_the_maps_alone_tell(simulated):
-  trial = calibrated.Trial(CANDIDATES[0], 0.12, True, 0.0)
+  trial = calibrated.Trial(CANDIDATES[0], 0.12, 0.0, True, 0.0)
   names = ['public_00', 'public_01']
   maps = {name: simulated.maps[name] for name in names}
 
@@ -88,8 +94,54 @@ def test_another_clients_update_shows_what_the_maps_alone_tell(simulated):
     assert 'other_update' not in result.reconstructions
 
 
+class _Knowing:
+  """Stands in for a learned inversion: gives grey images, by the client's first weights."""
+
+  def __init__(self, observation, grey):
+    self._names = {id(client.update): client.client_id for client in observation.clients}
+    self._grey = grey
+    self.labels = []
+
+  def fits(self, client):
+    return client.client_id != 'public_02'
+
+  def __call__(self, updates, labels):
+    self.labels.append(tuple(labels))
+    return np.full((1, 8, 8, 1), self._grey[self._names[id(updates[0])]], np.float32)
+
+
+def test_what_was_learned_is_mixed_with_what_was_found(simulated):
+  learned = _Knowing(simulated.observation, {'public_00': 0.2, 'public_01': 0.8})
+  candidates = CANDIDATES[:1]
+  trials = calibrate(simulated, _CONFIG, None, learned, candidates)
+  assert {trial.learned_share for trial in trials} == set(calibrated.SHARES)
+  plain = attack_observation(simulated.observation, _CONFIG, list(simulated.maps))
+  inferred = [result.labels for result in plain]
+  assert learned.labels == inferred[:2]
+  trial = calibrated.Trial(CANDIDATES[0], 0.0, 0.75, False, 0.0)
+  found = attack_calibrated(simulated.observation, trial, _CONFIG, None, simulated.maps, learned)
+  for own, before, grey in zip(found[:2], plain, (0.2, 0.8), strict=False):
+    expected = 0.25 * before.reconstructions['attack'] + 0.75 * grey
+    np.testing.assert_allclose(own.reconstructions['attack'], expected, atol=1e-5)
+  # Of a client unlike those that were learned from, what was found alone.
+  for own, before in zip(found[2:], plain[2:], strict=True):
+    np.testing.assert_array_equal(own.reconstructions['attack'], before.reconstructions['attack'])
+
+
+def test_a_gaussian_prior_is_tried_where_there_is_one(simulated):
+  prior = GaussianImages(fit_gaussian_prior(_public().float_images()), weight=1.0)
+  candidates = [Candidate(SquaredMatching(), 0.0, gaussian_weight=1.0), CANDIDATES[0]]
+  config = dataclasses.replace(_CONFIG, iterations=4)
+  without = calibrate(simulated, config, None, candidates=candidates)
+  assert {trial.candidate for trial in without} == {CANDIDATES[0]}
+  config = dataclasses.replace(config, gaussian_images=prior)
+  tried = calibrate(simulated, config, None, candidates=candidates)
+  assert {trial.candidate for trial in tried} == set(candidates)
+  assert 'l2 Gaussian prior 1' in {str(trial.candidate) for trial in tried}
+
+
 def test_the_first_candidate_is_the_attack_that_knows_of_no_noise(simulated):
-  trial = calibrated.Trial(CANDIDATES[0], 0.0, False, 0.0)
+  trial = calibrated.Trial(CANDIDATES[0], 0.0, 0.0, False, 0.0)
   maps = {'public_01': simulated.mean_map}
   (found,) = attack_calibrated(simulated.observation, trial, _CONFIG, None, maps)
   (plain,) = attack_observation(simulated.observation, _CONFIG, ['public_01'])
@@ -160,7 +212,7 @@ def test_entries_that_were_not_sent_are_not_compared(simulated):
 def test_rounds_are_attacked_jointly(simulated):
   candidate = Candidate(SquaredMatching(), 5.0, 'without_last_kernel')
   config = dataclasses.replace(_CONFIG, iterations=4)
-  trial = calibrate([simulated, simulated], config, None, [candidate])[0]
+  trial = calibrate([simulated, simulated], config, None, candidates=[candidate])[0]
   alone, twice = (
     attack_calibrated(seen, trial, config, None, simulated.maps)
     for seen in (simulated.observation, [simulated.observation] * 2)

@@ -67,6 +67,7 @@ def audited(attacks, undefended=(), failed=(), control=None, bounds=(), **docume
       'iterations': 1,
       'calibration_clients': 0,
       'denoiser_steps': 0,
+      'inversion_clients': 0,
     },
     tolerated={'psnr': 1.0, 'region_psnr': 1.0, 'ssim': 0.05, 'region_ssim': 0.05},
     guarantee='no formal guarantee: none',

@@ -11,7 +11,7 @@ from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, 
 from tff_shadow.observations import Truth
 
 _BUDGET = dataclasses.replace(
-  BUDGETS['default'], iterations=6, calibration_clients=2, denoiser_steps=2
+  BUDGETS['default'], iterations=6, calibration_clients=2, denoiser_steps=2, inversion_clients=8
 )
 
 

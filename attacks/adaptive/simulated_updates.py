@@ -1,0 +1,243 @@
+"""Many clients of public images, simulated without and with a defence, and what is seen of them.
+
+What is seen of an update is its projection on the leading directions in which undefended updates of
+public images differ, each entry in units of the noise: for white noise a matched filter.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from attacks.adaptive.players import AttackersShadow, Player, build_player
+from attacks.adaptive.simulated_defense import noise_key
+from attacks.local_steps import LocalSteps, local_steps
+from tff_shadow.data import Examples
+from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
+from tff_shadow.shadow.augmentation import augment
+
+# Of the updates that directions are taken from: 1 GiB of float32.
+_MAX_BASIS_ENTRIES = 2**28
+# An entry without any noise counts as one with this share of the mean variance.
+_LEAST_NOISE = 1e-2
+# Directions of less energy than this share of the largest are rounding.
+_LEAST_ENERGY = 1e-9
+# Clients that are played at a time; fewer for large models.
+_CHUNK = 64
+# Of the images, and of the clients.
+_HELD_OUT_SHARE = 0.2
+
+
+class SimulatedClients:
+  """Clients of varied public images, drawn anew whenever they are needed.
+
+  Attributes:
+    labels: int32 [N, B], of each client's images.
+    held_out: bool [N], whether a client's images are none of those that the others have; the last
+      fifth of the clients.
+  """
+
+  def __init__(
+    self,
+    public: Examples,
+    like: ClientObservation,
+    count: int,
+    augmentations: Sequence[str],
+    seed: int,
+  ):
+    """Draws whose images they have.
+
+    Args:
+      public: Images of the modality with labels and regions.
+      like: Whose number of images they have.
+      count: N.
+      augmentations: Of `tff_shadow.shadow.augmentation.AUGMENTATIONS`.
+      seed: Decides everything.
+    """
+    self._both = np.concatenate([public.float_images(), public.float_regions()], axis=-1)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(public))
+    num_held = int(_HELD_OUT_SHARE * len(public))
+    self.held_out = np.arange(count) >= (1 - _HELD_OUT_SHARE * (num_held > 0)) * count
+    self._chosen = np.where(
+      self.held_out[:, None],
+      order[rng.integers(0, max(num_held, 1), (count, like.num_images))],
+      order[rng.integers(num_held, len(public), (count, like.num_images))],
+    )
+    self.labels = public.labels[self._chosen]
+    self._augmentations = augmentations
+    self.seed = seed
+    entries = sum(array.size for array in like.update.trainable)
+    self._chunk = min(_CHUNK, max(1, _MAX_BASIS_ENTRIES // 8 // entries))
+
+  def __len__(self) -> int:
+    return len(self._chosen)
+
+  def images(self) -> np.ndarray:
+    """float32 [N, B H W C], those of a client in an order that can be learned.
+
+    By label, and among those of a label by brightness: nobody knows that of a client.
+    """
+    chunks = self.chunks(len(self))
+    return np.stack([_ordered(own).reshape(-1) for truths in chunks for own in truths.values()])
+
+  def chunks(self, count: int) -> Iterator[dict[int, Truth]]:
+    """The first `count`, by their numbers, some at a time."""
+    for first in range(0, count, self._chunk):
+      numbers = np.arange(first, min(first + self._chunk, count))
+      # All of a chunk, so that a client is the same whether or not the others are asked for.
+      chosen = self._chosen[first : first + self._chunk]
+      flat = self._both[chosen.reshape(-1)]
+      seed = tf.constant([self.seed, first])
+      varied = augment(tf.constant(flat), self._augmentations, seed).numpy()
+      varied = varied.reshape(*chosen.shape, *varied.shape[1:])
+      yield {
+        int(number): Truth(own[..., :-1], self.labels[number], own[..., -1:])
+        for number, own in zip(numbers, varied, strict=False)
+      }
+
+
+class SimulatedUpdates:
+  """Of one round.
+
+  Attributes:
+    clean: [clients, k], what is seen of undefended updates.
+    noise: [defended clients, k], by how much defended ones differ from them.
+    loudness: [clients], of the noise of each, as far as it follows from the norm of the update;
+      the geometric mean is 1.
+  """
+
+  def __init__(
+    self,
+    observation: Observation,
+    like: ClientObservation,
+    clients: SimulatedClients,
+    *,
+    num_defended: int,
+    num_basis: int,
+    num_features: int,
+    shadow: AttackersShadow | None,
+    progress: Callable[[float, str], None],
+  ):
+    """Plays the clients.
+
+    Args:
+      observation: The round, under its defence.
+      like: Whose steps they take.
+      clients: Who.
+      num_defended: How many of them play under the defence too, for the noise.
+      num_basis: How many of them give the directions; fewer for large models.
+      num_features: k at most.
+      shadow: With which the published defence is played.
+      progress: Called with the share that is done, in [0, 1], and what is.
+
+    Raises:
+      UserError: If the defence cannot be played.
+    """
+    shares = bool(like.update.non_trainable)
+    undefended = dataclasses.replace(observation, defense={'name': 'none'})
+    players = {
+      'defended': build_player(observation, shares, shadow),
+      'clean': build_player(undefended, shares),
+    }
+    steps = local_steps(like, observation.client_training)
+
+    def play(kind: str, count: int) -> Iterator[np.ndarray]:
+      done = 0
+      for truths in clients.chunks(count):
+        keys = {number: noise_key(observation, clients.seed, number) for number in truths}
+        yield _played(players[kind], truths, steps, keys)
+        done += len(truths)
+        progress(done / len(clients), f'{kind} clients')
+
+    num_defended = min(num_defended, len(clients))
+    clean, defended = play('clean', len(clients)), play('defended', num_defended)
+    first = next(clean)
+    num_basis = min(num_basis, len(clients), max(3, _MAX_BASIS_ENTRIES // first.shape[1]))
+    basis = _at_least(num_basis, first, clean)
+    sent = _at_least(min(num_basis, num_defended), next(defended), defended)
+    paired = min(len(basis), len(sent))
+    differences = sent[:paired] - basis[:paired]
+    noise_norms = _log_norms(differences)
+    self._scale = _inverse_deviations(differences, noise_norms)
+    is_noised = bool(differences.any())
+    del differences
+    self._center = basis.mean(axis=0)
+    scaled = (basis - self._center) * self._scale
+    energies, vectors = np.linalg.eigh(_products(scaled))
+    kept = np.argsort(-energies)[:num_features]
+    kept = kept[energies[kept] > _LEAST_ENERGY * energies.max()]
+    self._projection = scaled.T @ (vectors[:, kept] / np.sqrt(energies[kept])).astype(np.float32)
+    del scaled
+    parts = [(self._features(own), _log_norms(own)) for own in (basis, *clean)]
+    self.clean, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sent = np.concatenate([self._features(own) for own in (sent, *defended)])
+    self.noise = sent - self.clean[: len(sent)]
+    # Noise of a ratio grows with the update, and noise of a scale does not.
+    slope = np.polyfit(norms[:paired], noise_norms, 1)[0] if is_noised else 0.0
+    self.loudness = np.exp(slope * (norms - norms.mean()))
+
+  def features_of(self, update: WeightArrays) -> np.ndarray:
+    """[k], what is seen of a client's update."""
+    return self._features(_flat(update))[0]
+
+  def _features(self, updates: np.ndarray) -> np.ndarray:
+    """[N, k] of updates [N, d]."""
+    return (updates - self._center) * self._scale @ self._projection
+
+
+def _products(rows: np.ndarray) -> np.ndarray:
+  """Inner products [N, N] of rows [N, d] in float64, some columns at a time."""
+  blocks = np.array_split(rows, 1 + rows.shape[1] // 4096, axis=1)
+  return sum(block @ block.T for block in (own.astype(np.float64) for own in blocks))
+
+
+def _at_least(count: int, first: np.ndarray, more: Iterator[np.ndarray]) -> np.ndarray:
+  """Rows of `first` and of so many of `more` that there are `count`."""
+  rows = [first]
+  while sum(map(len, rows)) < count:
+    rows.append(next(more))
+  return np.concatenate(rows)
+
+
+def _played(
+  player: Player,
+  truths: Mapping[int, Truth],
+  steps: LocalSteps,
+  keys: Mapping[int, tuple[int, int]],
+) -> np.ndarray:
+  """[N, d], what clients send."""
+  return np.concatenate([_flat(sent) for sent in player.updates(truths, steps, keys).values()])
+
+
+def _flat(update: WeightArrays) -> np.ndarray:
+  """[1, d], weights and statistics."""
+  arrays = (*update.trainable, *(update.non_trainable or ()))
+  return np.concatenate([np.ravel(array) for array in arrays]).astype(np.float32)[None]
+
+
+def _inverse_deviations(noises: np.ndarray, log_norms: np.ndarray) -> np.ndarray:
+  """Of each entry [d] of noises [N, d], each client's in units of its norm; 1 without any noise.
+
+  How far the variances seem to differ by chance alone is taken out (James and Stein 1961).
+  """
+  variance = np.zeros(noises.shape[1])
+  for noise, norm in zip(noises, log_norms, strict=True):
+    variance += np.square(noise * np.exp(-norm), dtype=np.float64) / len(noises)
+  if not variance.any():
+    return np.ones(noises.shape[1], np.float32)
+  logs = np.log(variance + _LEAST_NOISE * variance.mean())
+  logs -= logs.mean()
+  # The logarithm of a mean of N squares of a normal has the variance 2 / N.
+  kept = max(0.0, 1 - 2 / len(noises) / max(logs.var(), 1e-12))
+  return np.exp(-kept * logs / 2).astype(np.float32)
+
+
+def _log_norms(rows: np.ndarray) -> np.ndarray:
+  """[N], of rows [N, d]."""
+  return np.log(np.linalg.norm(rows, axis=1) + 1e-30)
+
+
+def _ordered(own: Truth) -> np.ndarray:
+  return own.images[np.lexsort((own.images.mean(axis=(1, 2, 3)), own.labels))]
