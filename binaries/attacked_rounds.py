@@ -73,6 +73,13 @@ def parse_strength(text: str) -> tuple[str, float]:
   return kind, NoiseStrength('scale', value).value
 
 
+def fits(shape: str, kind: str) -> bool:
+  """Whether tables have noise of a shape with a kind of strength; other scales are no multiples."""
+  return {'scale': shape in ('correlated', 'decoy'), 'images': shape == 'correlated'}.get(
+    kind, True
+  )
+
+
 def parse_baseline(name: str, parameters: str) -> BaselineDefense:
   """The baseline with PARAMETER:VALUE+..., its others at their defaults.
 
@@ -134,8 +141,8 @@ def parse_defense(text: str, *, baselines: bool = False) -> tuple[str, str]:
     kind, _ = parse_strength(strength)
   except ValueError as error:
     raise UserError(f'--defenses={text}: the strength {error}') from error
-  if kind in ('scale', 'images') and shape != 'correlated':
-    raise UserError(f'--defenses={text}: {kind} is a strength of correlated noise alone')
+  if not fits(shape, kind):
+    raise UserError(f'--defenses={text}: {kind} is no strength of {shape} noise here')
   return shape, strength
 
 
@@ -152,7 +159,7 @@ def train(
   """Trains `model` with a baseline, or with noise whose keys follow from the seed."""
   if isinstance(defense, ShadowNoise):
     secrets = {client_id: experiment_secret(settings.seed, client_id) for client_id in data.clients}
-    defense = ShadowDefense(defense, frozen, secrets)
+    defense = ShadowDefense(defense, frozen, secrets, data.validation)
   settings = dataclasses.replace(settings, defense=defense)
   TrainingRun(data, model, settings, run_dir, save_every_rounds=settings.rounds).train(
     resume=False, report=report

@@ -46,10 +46,11 @@ _DEFENDED = {
   'correlated_local_training': ShadowNoise('correlated', _RATIO, propagation='local_training'),
   'correlated_images': ShadowNoise('correlated', _SCALE, propagation='images'),
   'correlated_images_given_region': ShadowNoise('correlated', _SCALE, _GIVEN, 'images'),
+  'decoy': ShadowNoise('decoy', NoiseStrength('scale', 3.0)),
 }
 # Some probe as many batches however many there are.
 _DEFENDED_LARGE = {
-  name: _DEFENDED[name] for name in ('isotropic_image_ratio', 'diagonal', 'correlated')
+  name: _DEFENDED[name] for name in ('isotropic_image_ratio', 'diagonal', 'correlated', 'decoy')
 }
 _LOCAL = ClientTraining('sgd', 0.05, 0.0, 8, 1, None)
 
@@ -101,7 +102,10 @@ def bench_rounds(clients: int, images: int, noises: dict[str, ShadowNoise], suff
   defended = {}
   for name, noise in noises.items():
     process = build_shadow_fed_avg(
-      **arguments, noise=noise, shadow_model_fn=lambda: model_from_config(config)
+      **arguments,
+      noise=noise,
+      shadow_model_fn=lambda: model_from_config(config),
+      decoys=data.validation,
     )
     secrets = {client_id: draw_secret() for client_id in data.clients}
     settings = TrainingSettings(1, _LOCAL, defense=ShadowDefense(noise, True, secrets))

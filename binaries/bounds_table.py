@@ -68,6 +68,8 @@ def main() -> None:
 
 def _parse_defense(text: str) -> tuple[str, str]:
   shape, strength = parse_defense(text)
+  if shape == 'decoy':
+    raise UserError(f'--defenses={text}: there are no bounds of decoy noise')
   if parse_strength(strength)[0] == 'scale':
     raise UserError(f'--defenses={text}: the strength must be a ratio or images:S')
   return shape, strength

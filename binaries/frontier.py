@@ -36,6 +36,7 @@ from binaries.attacked_rounds import (
   UNDEFENDED,
   AttackedRounds,
   defense_of,
+  fits,
   parse_baselines,
   parse_strength,
   train,
@@ -70,8 +71,9 @@ _FRESHNESS = flags.DEFINE_list('freshness', ['frozen', 'fresh'], 'frozen, fresh.
 _STRENGTHS = flags.DEFINE_list(
   'strengths',
   ['0.1', '0.3', '1.0', '3.0', 'images:0.05', 'images:0.1'],
-  'Noise over update norm, or image_ratio:R, over the norm of what one image adds; or scale:S and'
-  ' images:S, in image units, for correlated noise alone.',
+  'Noise over update norm, or image_ratio:R, over the norm of what one image adds; or scale:S, of'
+  ' correlated noise in image units and of decoy noise in those of what one public image adds; or'
+  ' images:S, of correlated noise in the images.',
 )
 _BASELINES = flags.DEFINE_list(
   'baselines',
@@ -186,7 +188,7 @@ def _compute_protection(cache: RowCache, table: Sequence[dict]) -> None:
 def _noises() -> list[tuple[str, str]]:
   """Pairs (shape, strength); the scale of the other shapes is in other units."""
   pairs = itertools.product(_SHAPES.value, _STRENGTHS.value)
-  return [(a, b) for a, b in pairs if a == 'correlated' or 'ratio' in parse_strength(b)[0]]
+  return [(a, b) for a, b in pairs if fits(a, parse_strength(b)[0])]
 
 
 def _baselines() -> list[tuple[str, str]]:

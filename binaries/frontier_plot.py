@@ -17,6 +17,7 @@ _COLORS = {
   ('diagonal', 'image_ratio'): '#bcbd22',
   ('correlated', 'scale'): '#55a868',
   ('correlated', 'images'): '#8172b3',
+  ('decoy', 'scale'): '#17becf',
 }
 # Of what is no noise of a shape.
 _BASELINE_MARKERS = 'sD^vPX'

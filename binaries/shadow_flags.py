@@ -2,17 +2,22 @@
 
 from absl import flags
 
+from binaries import command
 from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
+from tff_shadow.aggregators.shadow_noise import DECOY_FLOOR, DEFAULT_FLOOR
+from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.learning import PROPAGATIONS, ShadowDefense, ShadowNoise
 from tff_shadow.shadow import KINDS, SaliencyConfig
+from tff_shadow.shadow.augmentation import AUGMENTATIONS
 
 _NOISE_SHAPE = flags.DEFINE_enum(
   'noise_shape',
   'correlated',
   NOISE_SHAPES,
   'isotropic: the same for every weight. diagonal: more on weights that carry the region.'
-  ' correlated: as the update moves when the region does.',
+  ' correlated: as the update moves when the region does. decoy: as the updates of public images,'
+  ' those of the validation split, differ.',
 )
 _NOISE_STRENGTH_KIND = flags.DEFINE_enum(
   'noise_strength_kind',
@@ -37,6 +42,20 @@ _PROPAGATION = flags.DEFINE_enum(
   'How far the shadow follows the region: into each local step, or through the whole local training'
   ' (trains two more copies). Or images: correlated noise of an absolute strength is put into the'
   ' images themselves. By default images where it can be, else per_step.',
+)
+_NOISE_FLOOR = flags.DEFINE_float(
+  'noise_floor',
+  None,
+  "Share of the noise's energy that is the same for every weight, whatever the shape, in (0, 1); by"
+  f' default {DEFAULT_FLOOR}, of decoy noise {DECOY_FLOOR}.',
+)
+_DECOYS = flags.DEFINE_integer(
+  'decoys', 32, 'Images in each of the two batches that make decoy noise.', lower_bound=1
+)
+_DECOY_AUGMENT = flags.DEFINE_list(
+  'decoy_augment',
+  ['shifts', 'brightness'],
+  'How they are varied: ' + ', '.join(AUGMENTATIONS) + '.',
 )
 _PROBES = flags.DEFINE_integer('probes', 8, 'Draws for the diagonal shape.', lower_bound=1)
 _SALIENCY = flags.DEFINE_enum(
@@ -63,6 +82,9 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
   Raises:
     UserError: If a flag is out of range, or they do not go together.
   """
+  if _NOISE_FLOOR.value is not None and not 0 < _NOISE_FLOOR.value < 1:
+    raise UserError(f'--noise_floor={_NOISE_FLOOR.value}: must be above 0 and below 1')
+  command.check_choices('decoy_augment', _DECOY_AUGMENT.value, AUGMENTATIONS)
   try:
     strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)
   except ValueError as error:
@@ -79,17 +101,23 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
       ),
       propagation=_PROPAGATION.value or ('images' if in_images else 'per_step'),
       probes=_PROBES.value,
+      floor=_NOISE_FLOOR.value,
+      decoys=_DECOYS.value,
+      decoy_augmentations=tuple(_DECOY_AUGMENT.value),
       local_epochs=local_epochs,
     )
   except ValueError as error:
     raise UserError(f'--defense=shadow: {error}') from error
 
 
-def shadow_defense(noise: ShadowNoise, secrets: dict[str, bytes]) -> ShadowDefense:
+def shadow_defense(
+  noise: ShadowNoise, secrets: dict[str, bytes], public: Examples
+) -> ShadowDefense:
   """The defence that the flags say.
 
   Args:
     noise: `shadow_noise(...)`.
     secrets: Each client's, of which its noise keys are made.
+    public: Images for decoy noise.
   """
-  return ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets)
+  return ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets, public)

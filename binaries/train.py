@@ -186,7 +186,7 @@ def main() -> None:
   if noise or (published and published.map_kind == 'white'):
     secrets = _client_secrets(run_dir / _SECRETS, list(data.clients))
   if noise:
-    defense = shadow_flags.shadow_defense(noise, secrets)
+    defense = shadow_flags.shadow_defense(noise, secrets, data.validation)
   elif published:
     defense = published_flags.published_defense(published, data, seed=_SEED.value, secrets=secrets)
   settings = dataclasses.replace(settings, defense=defense)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
 from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
 from attacks.adaptive.learned_inversion import InversionSettings, LearnedInversion
-from attacks.adaptive.players import AttackersShadow
+from attacks.adaptive.players import AttackersShadow, Equipment
 from attacks.adaptive.simulated_defense import simulate_round
 from attacks.config import AttackConfig
 from attacks.priors import GaussianImages
@@ -135,7 +135,8 @@ class AdaptiveAttacker:
       public: Images of the modality with labels and regions, of no attacked client.
       config: All settings that are not tried; the seed decides everything.
       effort: How much it makes of the public images.
-      shadow: With which the published defence is played.
+      shadow: With which the published defence is played. The public images are the decoys of decoy
+        noise.
       watch: Shows progress.
       directory: Where trained networks are kept; None to keep none.
     """
@@ -144,7 +145,7 @@ class AdaptiveAttacker:
     prior = _fitted_prior(self._learned.float_images(), effort.augmentations, config.seed)
     self._config = dataclasses.replace(config, gaussian_images=prior)
     self._effort = effort
-    self._shadow = shadow
+    self._equipment = Equipment(shadow, public)
     self._watch = watch
     self._directory = directory
     self._denoiser: RegionDenoiser | None = None
@@ -182,7 +183,7 @@ class AdaptiveAttacker:
     # The same clients in each round.
     simulated = [
       simulate_round(
-        seen, like, self._played, num_clients=count, seed=config.seed, shadow=self._shadow
+        seen, like, self._played, num_clients=count, seed=config.seed, equipment=self._equipment
       )
       for seen in observations
     ]
@@ -233,7 +234,7 @@ class AdaptiveAttacker:
       return None
     with self._watch(f'{name}: learned inversion', settings.clients) as update:
       return LearnedInversion(
-        observations, like, self._learned, settings, shadow=self._shadow, progress=update
+        observations, like, self._learned, settings, equipment=self._equipment, progress=update
       )
 
 

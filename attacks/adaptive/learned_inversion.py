@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.covariance import ledoit_wolf
 
-from attacks.adaptive.players import AttackersShadow
+from attacks.adaptive.players import NO_EQUIPMENT, Equipment
 from attacks.adaptive.simulated_updates import SimulatedClients, SimulatedUpdates
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
@@ -91,7 +91,7 @@ class LearnedInversion:
     public: Examples,
     settings: InversionSettings,
     *,
-    shadow: AttackersShadow | None = None,
+    equipment: Equipment = NO_EQUIPMENT,
     progress: Callable[[int, str], None] = lambda done, detail: None,
   ):
     """Simulates the clients and trains the network.
@@ -101,7 +101,7 @@ class LearnedInversion:
       like: Whose numbers of images and steps the clients have.
       public: Images of the modality with labels and regions, of no attacked client.
       settings: See there.
-      shadow: With which the published defence is played.
+      equipment: With which the defence is played.
       progress: Called with how far it is, from 0 to `settings.clients`, and with what it does.
 
     Raises:
@@ -131,7 +131,7 @@ class LearnedInversion:
           num_defended=settings.defended_clients,
           num_basis=settings.basis_clients,
           num_features=settings.features,
-          shadow=shadow,
+          equipment=equipment,
           progress=show,
         )
       )

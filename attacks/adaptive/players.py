@@ -59,6 +59,21 @@ class AttackersShadow(NamedTuple):
     return cls(generator, *standardization(public_images), rounds)
 
 
+class Equipment(NamedTuple):
+  """With what an attacker plays defences that need more than their settings.
+
+  Attributes:
+    shadow: For the published defence.
+    decoys: The public images of decoy noise.
+  """
+
+  shadow: AttackersShadow | None = None
+  decoys: Examples | None = None
+
+
+NO_EQUIPMENT = Equipment()
+
+
 class _OwnSecrets(dict):
   """A secret for whoever is asked for."""
 
@@ -169,13 +184,24 @@ class _BaselinePlayer(Player):
 class _ShadowPlayer(Player):
   """Of shadow noise of any shape and propagation."""
 
+  def __init__(self, observation: Observation, shares_statistics: bool, decoys: Examples | None):
+    self._decoys = decoys
+    super().__init__(observation, shares_statistics)
+
   def _build(self, model, defense):
     settings = {name: value for name, value in defense.items() if name not in ('name', 'frozen')}
     settings['strength'] = NoiseStrength(**settings['strength'])
     settings['saliency'] = SaliencyConfig(**settings['saliency'])
     self._noise = ShadowNoise(**settings)
+    if self._noise.needs_decoys and self._decoys is None:
+      raise UserError('decoy noise is simulated with its public images, and none were given')
     self._work = ShadowWork(
-      self._model_fn, lambda: model, self._optimizer, self._noise, self._shares_statistics
+      self._model_fn,
+      lambda: model,
+      self._optimizer,
+      self._noise,
+      self._shares_statistics,
+      self._decoys,
     )
 
   def _examples(self, truth, key):
@@ -262,30 +288,31 @@ class _PublishedPlayer(_BaselinePlayer):
 
 
 _PLAYERS: dict[str, type[Player]] = {
-  'shadow': _ShadowPlayer,
   'none': _BaselinePlayer,
   **dict.fromkeys(BASELINES, _BaselinePlayer),
 }
 
 
 def build_player(
-  observation: Observation, shares_statistics: bool, shadow: AttackersShadow | None = None
+  observation: Observation, shares_statistics: bool, equipment: Equipment = NO_EQUIPMENT
 ) -> Player:
   """The player of the defence of `observation`; see `Player`.
 
   Args:
     observation: The round.
     shares_statistics: Whether the clients send the change of their BatchNorm statistics.
-    shadow: With which the published defence is played.
+    equipment: See there.
 
   Raises:
     UserError: If there is none, or the settings of the defence are none.
   """
   name = observation.defense['name']
   if name == 'published':
-    if shadow is None:
+    if equipment.shadow is None:
       raise UserError("the defence 'published' is simulated with a generator, and none was given")
-    return _PublishedPlayer(observation, shares_statistics, shadow)
+    return _PublishedPlayer(observation, shares_statistics, equipment.shadow)
+  if name == 'shadow':
+    return _ShadowPlayer(observation, shares_statistics, equipment.decoys)
   if name not in _PLAYERS:
     raise UserError(f'observation: there is no simulation of the defence {name!r}')
   return _PLAYERS[name](observation, shares_statistics)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attacks.adaptive.players import AttackersShadow, build_player
+from attacks.adaptive.players import NO_EQUIPMENT, Equipment, build_player
 from attacks.local_steps import local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.data import Examples
@@ -51,7 +51,7 @@ def simulate_round(
   *,
   num_clients: int,
   seed: int,
-  shadow: AttackersShadow | None = None,
+  equipment: Equipment = NO_EQUIPMENT,
 ) -> SimulatedRound:
   """Plays the round of `observation` with clients like one of it, on public images.
 
@@ -65,12 +65,12 @@ def simulate_round(
     public: Images of the modality with labels and regions, none of them of an attacked client.
     num_clients: How many to play.
     seed: Decides images and noise, but for that of DP-SGD, which takes no key.
-    shadow: With which the published defence is played.
+    equipment: With which it is played.
 
   Raises:
     UserError: If the defence is none that this attacker knows, or there are too few images.
   """
-  player = build_player(observation, bool(like.update.non_trainable), shadow)
+  player = build_player(observation, bool(like.update.non_trainable), equipment)
   needed = num_clients * like.num_images
   if len(public) < needed:
     raise UserError(f'{len(public)} public images are too few: {needed} are needed')

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from attacks.adaptive.players import AttackersShadow, Player, build_player
+from attacks.adaptive.players import Equipment, Player, build_player
 from attacks.adaptive.simulated_defense import noise_key
 from attacks.local_steps import LocalSteps, local_steps
 from tff_shadow.data import Examples
@@ -117,7 +117,7 @@ class SimulatedUpdates:
     num_defended: int,
     num_basis: int,
     num_features: int,
-    shadow: AttackersShadow | None,
+    equipment: Equipment,
     progress: Callable[[float, str], None],
   ):
     """Plays the clients.
@@ -129,7 +129,7 @@ class SimulatedUpdates:
       num_defended: How many of them play under the defence too, for the noise.
       num_basis: How many of them give the directions; fewer for large models.
       num_features: k at most.
-      shadow: With which the published defence is played.
+      equipment: With which the defence is played.
       progress: Called with the share that is done, in [0, 1], and what is.
 
     Raises:
@@ -138,7 +138,7 @@ class SimulatedUpdates:
     shares = bool(like.update.non_trainable)
     undefended = dataclasses.replace(observation, defense={'name': 'none'})
     players = {
-      'defended': build_player(observation, shares, shadow),
+      'defended': build_player(observation, shares, equipment),
       'clean': build_player(undefended, shares),
     }
     steps = local_steps(like, observation.client_training)

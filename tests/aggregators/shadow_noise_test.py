@@ -12,7 +12,7 @@ from tff_shadow.aggregators import (
   shadow_noise_factory,
   shaped_update_type,
 )
-from tff_shadow.aggregators.shadow_noise import noised_update
+from tff_shadow.aggregators.shadow_noise import default_floor, noised_update
 
 _RATIO = NoiseStrength('ratio', 0.5)
 _UPDATE_TYPE = tff.types.to_type(
@@ -197,6 +197,10 @@ class TestRatio:
     ratio = (noises**2).sum(axis=1).mean() / (update.astype(float) ** 2).sum()
     assert np.sqrt(ratio) == pytest.approx(0.3, rel=0.02)
 
+  def test_there_is_no_bound_for_decoy_noise(self):
+    with pytest.raises(ValueError, match='region_psnr'):
+      shadow_noise_factory('decoy', NoiseStrength('region_psnr', 10.0))
+
   @pytest.mark.parametrize('shape', ['isotropic', 'diagonal'])
   def test_energy_against_that_of_an_image(self, shape):
     field = None if shape == 'isotropic' else _squared_sensitivities()
@@ -270,10 +274,11 @@ class TestScale:
     noises = _noises(_vector(60, 1), 'diagonal', squared, NoiseStrength('scale', 0.02), floor=0.2)
     assert (noises**2).mean() == pytest.approx(0.02**2 / 0.8, rel=0.03)
 
-  def test_correlated_is_the_noise_in_image_units(self):
+  @pytest.mark.parametrize('shape', ['correlated', 'decoy'])
+  def test_correlated_and_decoy_scale_the_unit_noise(self, shape):
     update, direction = _vector(60, 1), 0.1 * _vector(60, 2)
     strength = NoiseStrength('scale', 0.7)
-    noises = _noises(update, 'correlated', direction, strength, floor=0.1)
+    noises = _noises(update, shape, direction, strength, floor=0.1)
     along = noises @ direction / (direction @ direction)
     assert along.mean() == pytest.approx(0.7, rel=0.01)
     energy = 0.49 * float(direction @ direction)
@@ -357,7 +362,7 @@ class TestRegionPsnr:
     covariance = masked @ (scale * jacobian @ np.diag(region**2) @ jacobian.T) @ masked.T
     assert np.trace(covariance) / (region**2).sum() == pytest.approx(10**-0.8, rel=1e-5)
 
-  @pytest.mark.parametrize('shape', NOISE_SHAPES)
+  @pytest.mark.parametrize('shape', ['isotropic', 'diagonal', 'correlated'])
   def test_noise_has_the_variance_of_the_formula(self, shape):
     update, squared, floor = _vector(60, 1), _squared_sensitivities(), 0.1
     sensitivity_energy = np.float32(squared.sum())
@@ -390,7 +395,7 @@ class TestRegionPsnr:
 
 
 class TestFallBack:
-  @pytest.mark.parametrize('shape', ['diagonal', 'correlated'])
+  @pytest.mark.parametrize('shape', ['diagonal', 'correlated', 'decoy'])
   @pytest.mark.parametrize('bad', [0.0, np.nan, np.inf])
   @pytest.mark.parametrize(
     ('strength', 'ratio'), [(_RATIO, 0.5), (NoiseStrength('scale', 0.1), 1.0)]
@@ -436,7 +441,7 @@ class TestKeys:
     def noise(key):
       sent, _ = noised_update(_value([update], field, key), shape, NoiseStrength('ratio', 1.0), 0.5)
       noise = np.asarray(sent[0]) - update
-      if shape == 'correlated':
+      if shape in ('correlated', 'decoy'):
         noise -= field[0] * (noise @ field[0]) / (field[0] @ field[0])
       return noise
 
@@ -487,7 +492,8 @@ class TestExecution:
     observation = output.measurements['inner']['observation']
     logged = observation['updates']
     assert list(logged) == ['a', 'b']
-    expected = [noised_update(value, shape, _RATIO, 0.01) for value in values]
+    floor = default_floor(shape)
+    expected = [noised_update(value, shape, _RATIO, floor) for value in values]
     for k, (sent, _) in enumerate(expected):
       row = _flat(tf.nest.map_structure(lambda tensor, k=k: tensor[k], logged))
       np.testing.assert_allclose(row, _flat(sent), atol=1e-6)

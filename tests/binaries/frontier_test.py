@@ -99,7 +99,9 @@ def test_rows_are_joined_and_drawn(tmp_path):
 def test_bad_defenses_of_the_adaptive_table():
   wrong = {
     'diagonal/-1': 'strength must be',
-    'diagonal/images:0.1': 'correlated noise alone',
+    'diagonal/images:0.1': 'images is no strength of diagonal noise',
+    'diagonal/scale:0.1': 'scale is no strength of diagonal noise',
+    'decoy/images:0.1': 'images is no strength of decoy noise',
     'square/1.0': 'use some of isotropic, diagonal, correlated, percentile_gaussian',
     'top_k/0.1': 'use top_k/fraction:VALUE',
     'top_k/fraction:2': 'fraction must be above 0 and at most 1, found 2.0',
@@ -112,6 +114,7 @@ def test_bad_defenses_of_the_adaptive_table():
 
 def test_baselines_by_one_parameter():
   assert parse_defense('soteria/percentile:80', baselines=True) == ('soteria', 'percentile:80')
+  assert parse_defense('decoy/scale:3') == ('decoy', 'scale:3')
   with pytest.raises(UserError, match='--defenses=top_k: use some of isotropic, diagonal, corr'):
     parse_defense('top_k/fraction:0.1')  # There are no bounds of it.
   assert parse_baseline('soteria', 'percentile:80') == Soteria(80.0)

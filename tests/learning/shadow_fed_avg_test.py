@@ -7,7 +7,13 @@ import tensorflow_federated as tff
 
 from tff_shadow.aggregators import NoiseStrength, observation_tap_factory
 from tff_shadow.aggregators.shadow_noise import stateless_normal_like
-from tff_shadow.learning import build_weighted_fed_avg, keras_model_fn, model_weights
+from tff_shadow.data import Examples
+from tff_shadow.learning import (
+  ShadowDefense,
+  build_weighted_fed_avg,
+  keras_model_fn,
+  model_weights,
+)
 from tff_shadow.learning.keras_task import restore_eager_keras
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
 from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
@@ -58,6 +64,13 @@ def _examples(num_examples=8, client='client_00', round_num=None, seed=1):
     noise_key=keys,
     region=regions,
   )
+
+
+def _public(num_examples=3, side=8):
+  rng = np.random.default_rng(5)
+  images = rng.integers(0, 256, (num_examples, side, side, 1)).astype(np.uint8)
+  labels = rng.integers(0, 2, num_examples).astype(np.int32)
+  return Examples(images, labels, np.ones_like(images))
 
 
 def _dataset(examples, fields=('x', 'y', 'noise_key'), batch_size=4):
@@ -134,13 +147,15 @@ def _one_round(process, weights, datasets):
 
 class TestTypes:
   @pytest.mark.parametrize(
-    ('shape', 'propagation'), [_ALL[0], _ALL[2], _ALL[3], ('correlated', 'images')]
+    ('shape', 'propagation'),
+    [_ALL[0], _ALL[2], _ALL[3], ('correlated', 'images'), ('decoy', 'per_step')],
   )
   def test_only_the_noised_update_and_scalars_leave_a_client(self, shape, propagation):
     model = _model()
     plain = build_weighted_fed_avg(keras_model_fn(model, _SHAPE), _SGD)
     kind = 'scale' if propagation == 'images' else 'ratio'
-    process = _process(model, _noise(shape, propagation, kind, saliency=_GIVEN, probes=2))
+    noise = _noise(shape, propagation, kind, saliency=_GIVEN, probes=2)
+    process = _process(model, noise, decoys=_public() if shape == 'decoy' else None)
 
     def leaves(computation):
       form = tff.backends.mapreduce.get_map_reduce_form_for_computation(computation)
@@ -196,6 +211,27 @@ class TestArguments:
     with pytest.raises(ValueError, match="'images' needs correlated noise"):
       _noise('correlated', 'images', 'image_ratio')
 
+  def test_decoy_noise(self):
+    noise = _noise('decoy', kind='scale', value=3.0)
+    _process(_model(), noise, decoys=_public())
+    momentum = tff.learning.optimizers.build_sgdm(_RATE, 0.9)
+    for expected, model, sharing, arguments in (
+      ('needs decoys', _model(), 'local', {}),
+      ('needs decoys', _model(), 'local', {'decoys': _public(0)}),
+      (r'shape \(8, 8, 1\), found \(9, 9, 1\)', _model(), 'local', {'decoys': _public(side=9)}),
+      ('decoy noise needs SGD', _model(), 'local', {'decoys': _public(), 'optimizer': momentum}),
+      ('decoy noise does not see', _model('batch'), 'aggregate', {'decoys': _public()}),
+    ):
+      with pytest.raises(ValueError, match=expected):
+        _process(model, noise, sharing, **arguments)
+    with pytest.raises(ValueError, match="'region_psnr' needs a bound"):
+      _noise('decoy', kind='region_psnr', value=10.0)
+
+  def test_decoys_need_more_of_a_floor(self):
+    assert _noise('decoy').floor > 0.9 > 0.05 > _noise('correlated').floor > 0
+    assert _noise('decoy', floor=0.5).floor == 0.5
+    assert ShadowDefense(_noise('decoy'), True, {}).public_settings()['floor'] > 0.9
+
   def test_local_training_must_be_repeatable(self):
     inputs = tf.keras.Input(_SHAPE)
     dropped = tf.keras.layers.Dropout(0.5, name='drop')(tf.keras.layers.Flatten()(inputs))
@@ -221,6 +257,8 @@ class TestArguments:
       {'propagation': 'never'},
       {'probes': 0},
       {'local_epochs': 0},
+      {'decoys': 0},
+      {'decoy_augmentations': ('blur',)},
       {'epsilon': 0.0},
       {'epsilon': float('inf')},
       {'epsilon': float('nan')},
@@ -286,6 +324,39 @@ class TestExecution:
     # Of one image and one step both are the same, but for the epochs.
     by_update, by_image = (sent[k, 0.3][1] - clean[1] for k in ('ratio', 'image_ratio'))
     np.testing.assert_allclose(by_image, epochs * by_update, rtol=1e-3, atol=1e-6)
+
+  @pytest.mark.parametrize('kind', ['scale', 'ratio'])
+  def test_decoy_noise_is_a_sum_of_the_gradients_of_public_images(self, kind):
+    # Two steps of four images in each of three epochs, so that no factor is 1.
+    model, examples, public = _model(), _examples(8), _public()
+    weights = model_weights(model)
+    client = _dataset(examples).repeat(3)
+    sent = {}
+    for value in (0.0, 2.0):
+      settings = {'local_epochs': 3, 'floor': 1e-9, 'decoys': 8, 'decoy_augmentations': ()}
+      noise = _noise('decoy', kind=kind, value=value, **settings)
+      output = _one_round(_process(model, noise, tap=True, decoys=public), weights, [client])
+      sent[value], _ = _sent(output)
+    noise = sent[2.0] - sent[0.0]
+    # No statistic of the training counts the public images.
+    assert output.metrics['client_work']['train']['num_examples'] == 24
+    restore_eager_keras(model)
+    model.set_weights(_in_keras_order(model, weights))
+    loss_fn = classification_loss(model)
+    singles = []
+    for image, label in zip(public.float_images(), public.labels, strict=True):
+      with tf.GradientTape() as tape:
+        loss = loss_fn([label], model(image[None], training=True))
+      singles.append(_flat(tape.gradient(loss, model.trainable_variables)))
+    shares, *_ = np.linalg.lstsq(np.array(singles).T, noise, rcond=None)
+    np.testing.assert_allclose(shares @ singles, noise, atol=1e-3 * np.abs(noise).max())
+    if kind == 'ratio':
+      assert np.linalg.norm(noise) == pytest.approx(2.0 * np.linalg.norm(sent[0.0]), rel=1e-3)
+      return
+    # How often each was drawn for one batch of eight, less how often for the other.
+    counts = shares / (2.0 * 3 * _RATE / 4) * 8 / np.sqrt(8 / 2)
+    np.testing.assert_allclose(counts, np.round(counts), atol=0.01)
+    assert abs(counts.sum()) < 0.01 < np.abs(counts).max()
 
   def test_correlated_noise_is_the_difference_of_two_trainings(self):
     model, examples, epsilon = _model(), _examples(), 0.2
@@ -421,10 +492,10 @@ class TestExecution:
     expected = scale * np.sqrt(sensitivity) * normal
     np.testing.assert_allclose(sent - clean, expected, atol=1e-3 * np.abs(expected).max())
 
-  @pytest.mark.parametrize('shape', ['diagonal', 'correlated'])
+  @pytest.mark.parametrize('shape', ['diagonal', 'correlated', 'decoy'])
   def test_frozen_and_fresh_keys(self, shape):
     model = _model()
-    process = _process(model, _noise(shape, probes=2), tap=True)
+    process = _process(model, _noise(shape, probes=2), tap=True, decoys=_public())
     state = process.set_model_weights(process.initialize(), model_weights(model))
 
     def sent(*args):

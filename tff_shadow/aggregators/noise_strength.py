@@ -6,8 +6,8 @@ from typing import Literal
 
 import tensorflow as tf
 
-NoiseShape = Literal['isotropic', 'diagonal', 'correlated']
-NOISE_SHAPES: tuple[NoiseShape, ...] = ('isotropic', 'diagonal', 'correlated')
+NoiseShape = Literal['isotropic', 'diagonal', 'correlated', 'decoy']
+NOISE_SHAPES: tuple[NoiseShape, ...] = ('isotropic', 'diagonal', 'correlated', 'decoy')
 StrengthKind = Literal['ratio', 'image_ratio', 'scale', 'region_psnr']
 STRENGTH_KINDS: tuple[StrengthKind, ...] = ('ratio', 'image_ratio', 'scale', 'region_psnr')
 
@@ -31,9 +31,11 @@ class NoiseStrength:
         one image and one step both are the same.
       'scale': absolute. Isotropic and diagonal: standard deviation per weight (root mean square).
         Correlated: tau, the noise in image units (images in [0, 1]) that the update carries.
+        Decoy: as many times as what one public image adds to an update differs from the mean of
+        what they add (root mean square).
       'region_psnr': dB. The least noise for which no unbiased attacker can reconstruct the region
         with a PSNR above this, by the Cramer-Rao bound of the linearised update; see
-        `squared_scale`.
+        `squared_scale`. There is none for decoy noise.
     value: See above.
   """
 
@@ -71,7 +73,8 @@ class NoiseStrength:
   ) -> tf.Tensor:
     """The factor of the squared unit noise of `shape`.
 
-    Unit noise is N(0, 1) per weight (isotropic), N(0, S_j) (diagonal) or J(m v) (correlated).
+    Unit noise is N(0, 1) per weight (isotropic), N(0, S_j) (diagonal), J(m v) (correlated) or the
+    difference of the gradients of two random batches of public images (decoy).
 
     For 'region_psnr' let e = 10^(-PSNR/10) be the mean squared error over the region to be
     guaranteed. With M = diag(m) and Fisher information I = J^T Sigma^-1 J of the images, any
@@ -86,7 +89,7 @@ class NoiseStrength:
       image_energy: Mean over images of the squared norm of what one adds to the update; used for
         'image_ratio'.
       shape_energy: Expected squared norm of the unit noise: the number of weights, sum_j S_j, or
-        |J(m v)|^2.
+        for the other two that of the draw itself.
       sensitivity_energy: sum_j S_j^2; used for isotropic noise with 'region_psnr'.
       region_energy: tr(M^2): sum over images, pixels and channels of m^2.
       region_fourth_moment: tr(M^4).
@@ -99,7 +102,7 @@ class NoiseStrength:
       energy = update_energy if self.kind == 'ratio' else image_energy
       return tf.math.divide_no_nan(self.value**2 * energy, shape_energy)
     if self.kind == 'scale':
-      if shape == 'correlated':
+      if shape in ('correlated', 'decoy'):
         return tf.constant(self.value**2, tf.float32)
       return tf.math.divide_no_nan(self.value**2 * num_weights, shape_energy)
     error = 10.0 ** (-self.value / 10.0)

@@ -11,7 +11,15 @@ from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_
 from tff_shadow.aggregators.noise_strength import NOISE_SHAPES, NoiseShape, NoiseStrength
 
 # Share of the noise's energy that is isotropic: a direction without noise leaks whatever it holds.
+# Of decoy noise it is most: a part of each image lies outside of all that the public ones span, and
+# whoever knows them can take their noise away.
 DEFAULT_FLOOR = 0.01
+DECOY_FLOOR = 0.99
+
+
+def default_floor(shape: NoiseShape) -> float:
+  """The share of the energy of noise of `shape` that is isotropic unless something else is said."""
+  return DECOY_FLOOR if shape == 'decoy' else DEFAULT_FLOOR
 
 
 def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.types.StructType:
@@ -24,8 +32,8 @@ def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.ty
       used with 'image_ratio'.
     region_energy, region_fourth_moment: float32, sum of m^2 and of m^4 over the region maps.
     sensitivity_energy: float32, sum_j S_j^2; only used for isotropic noise of a target bound.
-    shape: 'diagonal': S_j^2, a structure like the update, not negative. 'correlated': J(m v), a
-      structure like the update. 'isotropic': empty.
+    shape: 'diagonal': S_j^2, a structure like the update, not negative. 'correlated', 'decoy': the
+      unit noise itself, a structure like the update. 'isotropic': empty.
   """
   fields = collections.OrderedDict(
     update=update_type,
@@ -44,7 +52,7 @@ def shadow_noise_factory(
   strength: NoiseStrength,
   inner: Factory | None = None,
   *,
-  floor: float = DEFAULT_FLOOR,
+  floor: float | None = None,
 ) -> Factory:
   """Returns a factory that noises each client's update, on the client, and aggregates with `inner`.
 
@@ -73,17 +81,20 @@ def shadow_noise_factory(
   of clients whose shape fell back. Weighted if `inner` is.
 
   Args:
-    shape: 'isotropic', 'diagonal' or 'correlated'.
+    shape: One of `NOISE_SHAPES`.
     strength: See `NoiseStrength`.
     inner: Aggregates the noised updates; the weighted mean by default.
-    floor: Share of the noise's energy that is isotropic, in (0, 1); unused for 'isotropic'.
+    floor: Share of the noise's energy that is isotropic, in (0, 1); unused for 'isotropic'. By
+      default `default_floor(shape)`.
 
   Raises:
-    ValueError: For an unknown shape or a floor out of range.
+    ValueError: For an unknown shape, a floor out of range, or 'region_psnr' of decoy noise.
     TypeError: If `inner` is no factory.
   """
   if shape not in NOISE_SHAPES:
     raise ValueError(f'shape must be one of {NOISE_SHAPES}, found {shape!r}')
+  check_strength(shape, strength)
+  floor = default_floor(shape) if floor is None else floor
   if not 0.0 < floor < 1.0:
     raise ValueError(f'floor must be above 0 and below 1, found {floor}')
 
@@ -98,6 +109,12 @@ def shadow_noise_factory(
     return ClientSide(add_noise, update_type, _measure)
 
   return client_side_factory(build, inner)
+
+
+def check_strength(shape: NoiseShape, strength: NoiseStrength) -> None:
+  """Raises ValueError for a strength that noise of this shape cannot have."""
+  if shape == 'decoy' and strength.kind == 'region_psnr':
+    raise ValueError("'region_psnr' needs a bound of the region error, and decoy noise has none")
 
 
 def _measure(statistics) -> collections.OrderedDict:

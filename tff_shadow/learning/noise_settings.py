@@ -7,8 +7,9 @@ from typing import Literal
 import tensorflow as tf
 
 from tff_shadow.aggregators import NoiseShape, NoiseStrength
-from tff_shadow.aggregators.shadow_noise import DEFAULT_FLOOR
+from tff_shadow.aggregators.shadow_noise import check_strength, default_floor
 from tff_shadow.shadow import SaliencyConfig
+from tff_shadow.shadow.augmentation import AUGMENTATIONS
 from tff_shadow.shadow.noise_keys import NOISE_KEY
 
 REGION = 'region'
@@ -23,7 +24,11 @@ class ShadowNoise:
   Attributes:
     shape: 'isotropic': the same for every weight. 'diagonal': variances by how much of the region
       each weight of the update carries. 'correlated': how the update itself moves when the region
-      does, n ~ J(m v), so that the noise lies where the region's information lies.
+      does, n ~ J(m v), so that the noise lies where the region's information lies. 'decoy': what
+      the updates of two batches of other, public images differ by, so that the noise lies where
+      images of the modality tell themselves apart: with the covariance of the signal, which of all
+      noises of one energy leaves the best linear attacker of Gaussian images the least. It needs no
+      region, and its shape is public.
     strength: See `NoiseStrength`.
     saliency: Where the region is.
     propagation: How J is taken. 'per_step': exact derivative of each local step's gradient, without
@@ -40,10 +45,13 @@ class ShadowNoise:
       again if there are fewer, so that their cost does not grow with the client's data. Also how
       many images 'image_ratio' is measured on.
     epsilon: Of the central difference, in image units.
-    floor: Share of the noise's energy that is isotropic; none with 'images', where the update has
-      nothing else in it that noise would have to cover.
-    local_epochs: How often a client's data repeats each image; only 'region_psnr' and 'image_ratio'
-      need it.
+    floor: Share of the noise's energy that is isotropic, by default 1 %, of decoy noise 99 %; none
+      with 'images', where the update has nothing else in it that noise would have to cover.
+    local_epochs: How often a client's data repeats each image; only 'region_psnr', 'image_ratio'
+      and decoy noise need it.
+    decoys: Public images in each of the two batches whose gradients make decoy noise.
+    decoy_augmentations: How they are varied, of `tff_shadow.shadow.augmentation.AUGMENTATIONS`, so
+      that nobody knows all of them.
   """
 
   shape: NoiseShape
@@ -52,11 +60,15 @@ class ShadowNoise:
   propagation: Propagation = 'per_step'
   probes: int = 8
   epsilon: float = 0.1
-  floor: float = DEFAULT_FLOOR
+  floor: float | None = None
   local_epochs: int = 1
+  decoys: int = 32
+  decoy_augmentations: tuple[str, ...] = ('shifts', 'brightness')
 
   def __post_init__(self):
-    """Raises ValueError for settings that fit no noise."""
+    """Fills the floor in; raises ValueError for settings that fit no noise."""
+    if self.floor is None:
+      object.__setattr__(self, 'floor', default_floor(self.shape))
     if self.propagation not in PROPAGATIONS:
       raise ValueError(f'propagation must be one of {PROPAGATIONS}, found {self.propagation!r}')
     if self.in_images and (self.shape != 'correlated' or self.strength.is_relative):
@@ -64,8 +76,14 @@ class ShadowNoise:
         "propagation 'images' needs correlated noise of strength 'scale' or 'region_psnr', found"
         f' {self.shape} of {self.strength.kind!r}'
       )
-    if self.probes < 1 or self.local_epochs < 1:
-      raise ValueError('probes and local_epochs must be at least 1')
+    if self.probes < 1 or self.local_epochs < 1 or self.decoys < 1:
+      raise ValueError('probes, local_epochs and decoys must be at least 1')
+    check_strength(self.shape, self.strength)
+    if not set(self.decoy_augmentations) <= set(AUGMENTATIONS):
+      raise ValueError(
+        f'decoy_augmentations must be some of {tuple(AUGMENTATIONS)}, found'
+        f' {self.decoy_augmentations}'
+      )
     if not 0 < self.epsilon < float('inf'):
       raise ValueError(f'epsilon must be finite and above 0, found {self.epsilon}')
 
@@ -84,7 +102,7 @@ class ShadowNoise:
   @property
   def needs_shadow(self) -> bool:
     """Whether region maps and derivatives are computed at all."""
-    return self.shape != 'isotropic' or self.strength.kind == 'region_psnr'
+    return self.shape in ('diagonal', 'correlated') or self.strength.kind == 'region_psnr'
 
   @property
   def probes_batches(self) -> bool:
@@ -95,6 +113,11 @@ class ShadowNoise:
   def measures_images(self) -> bool:
     """Whether it is measured, before the training, what single images add to the update."""
     return self.strength.kind == 'image_ratio'
+
+  @property
+  def needs_decoys(self) -> bool:
+    """Whether the clients need public images."""
+    return self.shape == 'decoy'
 
   @property
   def training_draws(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.learning.baselines import BaselineDefense
 from tff_shadow.learning.noise_settings import ShadowNoise
@@ -20,11 +21,13 @@ class ShadowDefense:
       rounds that a server observes; frozen noise does not.
     secrets: Each client's secret, from which its keys come. A server that knows it can subtract the
       noise.
+    decoys: Public images, for decoy noise.
   """
 
   noise: ShadowNoise
   frozen: bool
   secrets: dict[str, bytes]
+  decoys: Examples | None = None
 
   def public_settings(self) -> dict[str, Any]:
     """What an attacker may know: everything but the secrets."""

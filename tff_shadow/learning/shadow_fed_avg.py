@@ -7,6 +7,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import shadow_noise_factory, shaped_update_type
+from tff_shadow.data import Examples
 from tff_shadow.learning.client_work import ModelFn, wire_client_work
 from tff_shadow.learning.fed_avg import compose, initial_weights
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
@@ -26,6 +27,7 @@ def build_shadow_fed_avg(
   model_aggregator: tff.aggregators.WeightedAggregationFactory | None = None,
   metrics_aggregator: Callable[..., Any] | None = None,
   batch_norm_sharing: BatchNormSharing = 'aggregate',
+  decoys: Examples | None = None,
 ) -> tff.learning.templates.LearningProcess:
   """Builds FedAvg with shadow noise: `build_weighted_fed_avg` plus `noise` and `shadow_model_fn`.
 
@@ -47,6 +49,8 @@ def build_shadow_fed_avg(
     model_aggregator: Aggregates the noised updates; the weighted mean by default.
     metrics_aggregator: As in TFF.
     batch_norm_sharing: See `build_weighted_fed_avg`.
+    decoys: Public images of the modality with labels, for decoy noise; every client gets them with
+      the computation, so a few hundred.
 
   Returns:
     A `LearningProcess`. Its client work also reports `maps_fell_back`, the number of images whose
@@ -54,14 +58,19 @@ def build_shadow_fed_avg(
     aggregator's noise_to_signal and cosine are 0 and 1, for nothing is added to the update.
 
   Raises:
-    ValueError: For an unknown `batch_norm_sharing`, if 'per_step' or 'image_ratio' cannot be used
-      with the optimiser, or 'per_step' with the shared statistics, or 'local_training' with a model
-      that draws at random.
+    ValueError: For an unknown `batch_norm_sharing`, if 'per_step', 'image_ratio' or decoy noise
+      cannot be used with the optimiser, or 'per_step' or decoy noise with the shared statistics, or
+      'local_training' with a model that draws at random, or if decoy noise has no decoys, or such
+      as do not fit the model.
   """
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   if noise.needs_shadow and noise.propagation == 'per_step':
     _check_plain_sgd("propagation 'per_step'", "'local_training'", client_optimizer_fn)
-    _check_statistics(share_statistics)
+    _check_statistics(share_statistics, "propagation 'per_step'", "'local_training', or ")
+  elif noise.needs_decoys:
+    _check_plain_sgd('decoy noise', "'isotropic'", client_optimizer_fn)
+    _check_statistics(share_statistics, 'decoy noise', '')
+    _check_decoys(decoys, model_fn)
   elif noise.measures_images:
     _check_plain_sgd("strength 'image_ratio'", "'ratio'", client_optimizer_fn)
   if noise.training_draws and noise.propagation == 'local_training':
@@ -75,6 +84,7 @@ def build_shadow_fed_avg(
     client_weighting,
     share_statistics,
     metrics_aggregator or tff.learning.metrics.sum_then_finalize,
+    decoys,
   )
   return compose(
     model_fn,
@@ -99,12 +109,21 @@ def _check_plain_sgd(
     )
 
 
-def _check_statistics(share_statistics: bool) -> None:
+def _check_statistics(share_statistics: bool, what: str, otherwise: str) -> None:
   if share_statistics:
     raise ValueError(
-      "propagation 'per_step' does not see the BatchNorm statistics that are sent; use"
-      " 'local_training', or batch_norm_sharing 'local' or 'frozen'"
+      f'{what} does not see the BatchNorm statistics that are sent; use'
+      f" {otherwise}batch_norm_sharing 'local' or 'frozen'"
     )
+
+
+def _check_decoys(decoys: Examples | None, model_fn: ModelFn) -> None:
+  if decoys is None or not len(decoys):
+    raise ValueError('decoy noise needs decoys: public images of the modality, with labels')
+  with tf.Graph().as_default():
+    expected = tuple(tf.nest.flatten(model_fn().input_spec)[0].shape[1:])
+  if decoys.images.shape[1:] != expected:
+    raise ValueError(f'decoys must be images of shape {expected}, found {decoys.images.shape[1:]}')
 
 
 def _check_repeatable(shadow_model_fn: Callable[[], tf.keras.Model]) -> None:
@@ -131,6 +150,7 @@ def _build_client_work(
   client_weighting,
   share_statistics,
   metrics_aggregator,
+  decoys,
 ):
   """Returns the client work and the type of a plain update."""
   with tf.Graph().as_default():
@@ -145,7 +165,7 @@ def _build_client_work(
 
   @tff.tensorflow.computation(weights_type, data_type)
   def client_update(initial_weights, dataset):
-    work = ShadowWork(model_fn, shadow_model_fn, optimizer, noise, share_statistics)
+    work = ShadowWork(model_fn, shadow_model_fn, optimizer, noise, share_statistics, decoys)
 
     @tf.function
     def train(initial_weights, dataset):

@@ -8,8 +8,11 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.shadow_noise import squared_norm
+from tff_shadow.data import Examples
 from tff_shadow.learning.client_work import ModelFn, client_result, fold, train_locally
+from tff_shadow.learning.decoys import DecoyBatches
 from tff_shadow.learning.noise_settings import REGION, ShadowNoise
+from tff_shadow.models import batch_norm_layers
 from tff_shadow.shadow import RegionMap, build_region_map
 from tff_shadow.shadow.noise_keys import NOISE_KEY
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
@@ -25,6 +28,7 @@ class ShadowWork:
     optimizer: tff.learning.optimizers.Optimizer,
     noise: ShadowNoise,
     share_statistics: bool,
+    decoys: Examples | None = None,
   ):
     """Makes the variables; see `build_shadow_fed_avg` for the arguments."""
     self._optimizer = optimizer
@@ -33,7 +37,14 @@ class ShadowWork:
     pairs = noise.training_draws if noise.propagation == 'local_training' else 0
     self._models = [model_fn() for _ in range(1 + 2 * pairs)]
     # Apart from the others, so that no batch counts twice in the metrics.
-    self._probe_model = model_fn() if noise.probes_batches or noise.measures_images else None
+    probes = noise.probes_batches or noise.measures_images or noise.needs_decoys
+    self._probe_model = model_fn() if probes else None
+    self._decoys = None
+    if noise.needs_decoys:
+      mixes_batches = bool(batch_norm_layers(shadow_model_fn()))
+      self._decoys = DecoyBatches(
+        decoys, noise.decoys, noise.decoy_augmentations, mixes_batches=mixes_batches
+      )
     self._shadow = None
     self._region_map: RegionMap | None = None
     if noise.needs_shadow:
@@ -97,6 +108,10 @@ class ShadowWork:
     added_shape, _ = self._noise.added
     if added_shape == 'correlated':
       direction = direction or self._differences(updates)[0]
+      shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
+    elif added_shape == 'decoy':
+      images_per_step = tf.cast(num_examples, tf.float32) / num_steps
+      direction = self._decoy_difference(initial_weights, key, images_per_step)
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
     elif self._noise.needs_shadow and not self._noise.in_images:
       if self._noise.probes_batches:
@@ -184,6 +199,20 @@ class ShadowWork:
     count, energy = fold(dataset.take(probes), start, reduce_fn)
     factor = float(self._noise.local_epochs) * self._rate
     return factor**2 * tf.math.divide_no_nan(energy, count)
+
+  def _decoy_difference(self, initial_weights, key, images_per_step):
+    """Decoy noise of scale 1: of the covariance of what one image of a batch adds to the update."""
+    self._reset_probe_model(initial_weights)
+    difference = self._decoys.difference(
+      lambda images, labels: self._derivatives(
+        self._probe_model, collections.OrderedDict(y=labels), images
+      )[0],
+      key,
+      images_per_step,
+      initial_weights.trainable,
+    )
+    factor = float(self._noise.local_epochs) * self._rate / images_per_step
+    return [factor * tensor for tensor in difference]
 
   def _reset_probe_model(self, initial_weights):
     for variables, values in (

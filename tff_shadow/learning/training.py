@@ -194,6 +194,7 @@ class TrainingRun:
       return build_shadow_fed_avg(
         **arguments,
         noise=settings.shadow_defense.noise,
+        decoys=settings.shadow_defense.decoys,
         shadow_model_fn=lambda: model_from_config(config),
       )
     except ValueError as error:

@@ -16,11 +16,11 @@ AUGMENTATIONS = {
 _SHIFT, _ZOOM, _BRIGHTNESS, _CONTRAST = 0.1, 0.15, 0.05, 0.1
 
 
-def check_augmentations(names: Sequence[str], flag: str = '--augment') -> None:
+def check_augmentations(names: Sequence[str]) -> None:
   """Raises `UserError` for a name that is not in `AUGMENTATIONS`."""
   for name in names:
     if name not in AUGMENTATIONS:
-      raise UserError(f'{flag}={name}: use a list of {", ".join(AUGMENTATIONS)}, or nothing')
+      raise UserError(f'--augment={name}: use a list of {", ".join(AUGMENTATIONS)}, or nothing')
 
 
 def augment(images: tf.Tensor, names: Sequence[str], seed: tf.Tensor) -> tf.Tensor:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from attacks.adaptive.players import AttackersShadow, build_player
+from attacks.adaptive.players import AttackersShadow, Equipment, build_player
 from attacks.local_steps import local_steps
 from tests.attacks.observed_rounds import small_model
 from tests.conftest import make_generator
@@ -66,18 +66,21 @@ def test_sends_what_a_real_client_sends(tiny_data, tmp_path, defense, batch_norm
 
 
 @pytest.mark.parametrize(
-  ('propagation', 'batch_norm'), [('per_step', False), ('local_training', True)]
+  ('shape', 'propagation', 'batch_norm'),
+  [
+    ('correlated', 'per_step', False),
+    ('correlated', 'local_training', True),
+    ('decoy', 'per_step', False),
+  ],
 )
 def test_with_the_client_s_keys_shadow_noise_is_the_same(
-  tiny_data, tmp_path, monkeypatch, propagation, batch_norm
+  tiny_data, tmp_path, monkeypatch, shape, propagation, batch_norm
 ):
-  noise = ShadowNoise(
-    'correlated', NoiseStrength('scale', 0.1), SaliencyConfig(kind='given'), propagation
-  )
+  noise = ShadowNoise(shape, NoiseStrength('scale', 0.1), SaliencyConfig(kind='given'), propagation)
   secrets = {name: experiment_secret(7, name) for name in tiny_data.clients}
-  defense = ShadowDefense(noise, True, secrets)
+  defense = ShadowDefense(noise, True, secrets, tiny_data.validation)
   observation, truth = _round(tiny_data, tmp_path, defense, batch_norm)
-  player = build_player(observation, batch_norm)
+  player = build_player(observation, batch_norm, Equipment(decoys=tiny_data.validation))
   everything = tiny_data.clients[_CLIENT].float_images()
   indices = [int(np.flatnonzero((everything == one).all((1, 2, 3)))) for one in truth.images]
   examples = player._examples
@@ -99,7 +102,7 @@ def test_with_the_client_s_generator_published_noise_is_the_same(tiny_data, tmp_
   scale = (0.4,), (0.2,)
   defense = PublishedDefense(settings, generator, *scale)
   observation, truth = _round(tiny_data, tmp_path, defense, True)
-  player = build_player(observation, True, AttackersShadow(generator, *scale, rounds=1))
+  player = build_player(observation, True, Equipment(AttackersShadow(generator, *scale, rounds=1)))
   _assert_sends_the_same(observation, truth, player, True)
   (undefended,) = (
     build_player(dataclasses.replace(observation, defense={'name': 'none'}), True)
@@ -118,4 +121,15 @@ def test_the_published_defence_needs_a_generator(tiny_data, tmp_path):
     build_player(observation, False)
   shadow = AttackersShadow(make_generator(tuple(tiny_data.image_shape)), (0.4,), (0.2,), 1)
   with pytest.raises(UserError, match='published'):
-    build_player(observation, False, shadow)
+    build_player(observation, False, Equipment(shadow))
+
+
+def test_decoy_noise_needs_decoys(tiny_data, tmp_path):
+  noise = ShadowNoise('decoy', NoiseStrength('scale', 0.1), SaliencyConfig(kind='given'))
+  secrets = {name: experiment_secret(7, name) for name in tiny_data.clients}
+  with pytest.raises(UserError, match='decoys'):
+    _round(tiny_data, tmp_path / 'none', ShadowDefense(noise, True, secrets), False)
+  defense = ShadowDefense(noise, True, secrets, tiny_data.validation)
+  observation, _ = _round(tiny_data, tmp_path / 'some', defense, False)
+  with pytest.raises(UserError, match='public images'):
+    build_player(observation, False)

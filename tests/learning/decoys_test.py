@@ -1,0 +1,104 @@
+"""Draws of decoy noise against the gradients of the images that they are made of."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tff_shadow.data import Examples
+from tff_shadow.learning.decoys import DecoyBatches
+
+_SIDE = 4
+_WEIGHTS = [np.zeros((_SIDE * _SIDE, 2), np.float32), np.zeros(2, np.float32)]
+
+
+def _public(count=6, seed=0):
+  rng = np.random.default_rng(seed)
+  images = rng.integers(0, 256, (count, _SIDE, _SIDE, 1)).astype(np.uint8)
+  return Examples(images, rng.integers(0, 2, count).astype(np.int32), np.ones_like(images))
+
+
+def _mean_gradient(images, labels):
+  """Linear in the image, with a part for the label."""
+  hot = tf.one_hot(labels, 2)
+  pixels = tf.reshape(images, [-1, _SIDE * _SIDE])
+  count = tf.cast(tf.shape(labels)[0], tf.float32)
+  return [tf.matmul(pixels, hot, transpose_a=True) / count, tf.reduce_mean(hot, 0)]
+
+
+def _draws(decoys, num, mean_gradient=_mean_gradient, images_per_step=1.0):
+  @tf.function
+  def one(key):
+    draw = decoys.difference(mean_gradient, key, tf.constant(images_per_step), _WEIGHTS)
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in draw], 0)
+
+  keys = np.random.default_rng(9).integers(-(2**31), 2**31, (num, 2)).astype(np.int32)
+  return tf.map_fn(one, keys, fn_output_signature=tf.float32).numpy().astype(np.float64)
+
+
+def _single_gradients(public):
+  hot = np.eye(2)[public.labels]
+  pixels = public.float_images().reshape(len(public), -1)
+  return np.concatenate([(pixels[:, :, None] * hot[:, None]).reshape(len(public), -1), hot], 1)
+
+
+@pytest.mark.parametrize(
+  ('size', 'mixes_batches', 'images_per_step'), [(32, False, 1.0), (1, False, 8.0), (24, True, 8.0)]
+)
+def test_has_the_covariance_of_one_image(size, mixes_batches, images_per_step):
+  public = _public()
+  decoys = DecoyBatches(public, size, (), mixes_batches=mixes_batches)
+  draws = _draws(decoys, 4000, images_per_step=images_per_step)
+  singles = _single_gradients(public)
+  expected = np.cov(singles.T, bias=True)
+  energy = np.trace(expected)
+  np.testing.assert_allclose(draws.mean(0), 0.0, atol=5 * np.sqrt(expected.max() / 4000))
+  # Of five directions, so the standard error of the energy is near 1 %.
+  assert (draws**2).sum(1).mean() == pytest.approx(energy, rel=0.06)
+  np.testing.assert_allclose(draws.T @ draws / 4000, expected, atol=0.1 * expected.max())
+  # Nothing but the images' own differences.
+  centred = singles - singles.mean(0)
+  outside = draws - draws @ np.linalg.pinv(centred) @ centred
+  assert (outside**2).sum() < 1e-9 * (draws**2).sum()
+
+
+@pytest.mark.parametrize(
+  ('mixes_batches', 'images_per_step', 'sizes'),
+  [(False, 8.0, [12] * 2), (True, 8.0, [8] * 4), (True, 3.6, [4] * 6), (True, 0.2, [1] * 24)],
+)
+def test_batches_are_the_client_s_where_the_model_mixes_them(mixes_batches, images_per_step, sizes):
+  seen = []
+
+  def mean_gradient(images, labels):
+    tf.py_function(lambda count: seen.append(int(count)), [tf.shape(labels)[0]], [])
+    return _mean_gradient(images, labels)
+
+  decoys = DecoyBatches(_public(), 12, (), mixes_batches=mixes_batches)
+  _draws(decoys, 1, mean_gradient, images_per_step)
+  assert seen == sizes
+
+
+def test_all_of_the_key_counts():
+  decoys = DecoyBatches(_public(20), 8, ('shifts', 'brightness'), mixes_batches=False)
+
+  def draw(key):
+    weights = decoys.difference(_mean_gradient, tf.constant(key), tf.constant(1.0), _WEIGHTS)
+    return weights[0].numpy()
+
+  np.testing.assert_array_equal(draw([5, 6]), draw([5, 6]))
+  for other in ([5, 7], [6, 6], [6, 5]):
+    assert np.abs(draw(other) - draw([5, 6])).max() > 0.01
+
+
+def test_images_are_varied():
+  public = _public()
+  plain, varied = (
+    _draws(DecoyBatches(public, 8, names, mixes_batches=False), 300)
+    for names in ((), ('mirror', 'turns'))
+  )
+  assert np.linalg.matrix_rank(plain, tol=1e-3) == len(public) - 1
+  assert np.linalg.matrix_rank(varied, tol=1e-3) > len(public)
+
+
+def test_needs_images():
+  with pytest.raises(ValueError, match='public images'):
+    DecoyBatches(_public(0), 8, (), mixes_batches=False)

@@ -1,0 +1,93 @@
+"""Public images whose gradients are the noise that hides a client's own."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tff_shadow.data import Examples
+from tff_shadow.shadow.augmentation import augment
+
+# From images and labels to the gradients of their mean loss.
+MeanGradient = Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]
+
+
+class DecoyBatches:
+  """Draws pairs of batches and takes the difference of their gradients; built where it runs."""
+
+  def __init__(
+    self,
+    public: Examples,
+    size: int,
+    augmentations: Sequence[str],
+    *,
+    mixes_batches: bool,
+  ):
+    """Keeps the images, as 8 bits.
+
+    Args:
+      public: Images of the modality that are no secret, with labels.
+      size: Of a batch.
+      augmentations: How the images are varied.
+      mixes_batches: Whether the gradient of a batch is not the mean of those of its images, as with
+        BatchNorm: then there are as many pairs of batches as large as the client's own as make
+        `size` images.
+
+    Raises:
+      ValueError: If there are no images.
+    """
+    if not len(public):
+      raise ValueError('decoy noise needs public images')
+    self._images = np.asarray(public.images)
+    self._labels = np.asarray(public.labels, np.int32)
+    self._size = size
+    self._augmentations = tuple(augmentations)
+    self._mixes_batches = mixes_batches
+
+  def difference(
+    self,
+    mean_gradient: MeanGradient,
+    key: tf.Tensor,
+    images_per_step: tf.Tensor,
+    weights: Sequence[tf.Tensor],
+  ) -> list[tf.Tensor]:
+    """A draw of mean 0 with the covariance of the gradient of one image; works in a graph.
+
+    With gA and gB the mean gradients of two batches of n images each, drawn with replacement, it is
+    sqrt(n / 2) (gA - gB): near to normal, for it is the sum of many.
+
+    Args:
+      mean_gradient: See there.
+      key: int32 [2]; decides the images.
+      images_per_step: In the client's own batches, float32.
+      weights: Whose gradients these are.
+
+    Returns:
+      One tensor for each of `weights`.
+    """
+    size = tf.constant(self._size)
+    pairs = tf.constant(1)
+    if self._mixes_batches:
+      size = tf.maximum(1, tf.cast(tf.round(images_per_step), tf.int32))
+      pairs = -(-tf.constant(self._size) // size)
+
+    def add_pair(pair, *total):
+      first, second = (mean_gradient(*self._batch(key, 2 * pair + k, size)) for k in range(2))
+      return pair + 1, *(t + a - b for t, a, b in zip(total, first, second, strict=True))
+
+    _, *total = tf.while_loop(
+      lambda pair, *_: pair < pairs,
+      add_pair,
+      [tf.constant(0), *(tf.zeros_like(tensor) for tensor in weights)],
+      parallel_iterations=1,
+    )
+    scale = tf.sqrt(tf.cast(size, tf.float32) / 2.0 / tf.cast(pairs, tf.float32))
+    return [scale * tensor for tensor in total]
+
+  def _batch(self, key, number, size):
+    # The first two are the aggregator's. All 64 bits count: 32 an attacker could try one by one.
+    own = tf.random.experimental.stateless_split(key, 3)[2]
+    seeds = tf.random.experimental.stateless_split(own + tf.stack([0, number]), 2)
+    chosen = tf.random.stateless_uniform([size], seeds[0], 0, len(self._labels), tf.int32)
+    images = tf.cast(tf.gather(self._images, chosen), tf.float32) / 255.0
+    return augment(images, self._augmentations, seeds[1]), tf.gather(self._labels, chosen)
