@@ -66,6 +66,10 @@ GATE_SETS := chest_phantom fundus_patches histology_patches
 # `make frontier`, whose trainings converge. Hours; a second call continues.
 AUDITED_SETS := $(GATE_SETS)
 AUDITED_SEEDS := 0 1 2
+# Patches stay patches when they are turned, for whoever learns from public ones.
+PATCH_VARIATIONS := --augment=mirror,turns,shifts,brightness
+variations-fundus_patches := $(PATCH_VARIATIONS)
+variations-histology_patches := $(PATCH_VARIATIONS)
 # 54 images over the seeds.
 AUDITED_CLIENTS := 18
 NOISE := --defense=shadow --saliency=given --noise_strength_kind
@@ -84,6 +88,9 @@ defense-diag_image30 := $(call image_ratio,diagonal,30)
 defense-iso_image100 := $(call image_ratio,isotropic,100)
 defense-iso_image300 := $(call image_ratio,isotropic,300)
 defense-correlated := $(call ratio,correlated,1)
+# Three times what one public image adds; with the floor, thirty times as much of plain noise.
+defense-decoy = $(NOISE)=scale --noise_shape=decoy --noise_strength=3 $(FRESH) \
+  $(subst --augment,--decoy_augment,$(variations-$(1)))
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
 defense-top_k := --defense=top_k
@@ -125,7 +132,7 @@ audited-%: $(STAMP)
 	  $(call defense-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*)
 	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* --cache_dir=runs/audited/cache \
 	  --max_clients=$(if $(call part,4,$*),6,$(AUDITED_CLIENTS)) --lanes=$(AUDITED_CLIENTS) \
-	  $(call bounds-of,$(call part,3,$*)) \
+	  $(call bounds-of,$(call part,3,$*)) $(variations-$(call part,1,$*)) \
 	  $(call audit-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*/audits/audit)
 
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
@@ -190,10 +197,9 @@ bench: $(STAMP)
 # A generator per embedded set, and how well it reconstructs unseen images: results/generator.csv.
 # A few minutes each; a second call continues what Ctrl-C stopped.
 GENERATORS := chest_phantom fundus_patches histology_patches histology_patches_64
-PATCH_VARIATIONS := --augment=mirror,turns,shifts,brightness
 flags-chest_phantom := --dataset=chest_phantom --split=drawn
-flags-fundus_patches := --dataset=fundus_patches $(PATCH_VARIATIONS)
-flags-histology_patches := --dataset=histology_patches $(PATCH_VARIATIONS)
+flags-fundus_patches := --dataset=fundus_patches $(variations-fundus_patches)
+flags-histology_patches := --dataset=histology_patches $(variations-histology_patches)
 flags-histology_patches_64 := $(flags-histology_patches) --image_size=64 --batch_size=8 --steps=1200
 
 generator: $(STAMP) $(GENERATORS:%=generator-%)
