@@ -48,8 +48,10 @@ def bounds_of(
   ):
     variable.assign(array)
   with watch('bounds', 1) as update:
-    release = LinearisedRelease(model, [truth[name] for name in clients], public_images)
-    errors = release.errors(observation.defense['shape'], strength)
+    defense = observation.defense
+    attacked = [truth[name] for name in clients]
+    release = LinearisedRelease(model, attacked, public_images, defense['floor'])
+    errors = release.errors(defense['shape'], strength)
     update(1, '')
   unbiased, prior = map(region_psnr, errors)
   bounds = [
@@ -78,6 +80,8 @@ def bounds_of(
 def _linearised_strength(defense: Mapping[str, Any]) -> str | None:
   """As `LinearisedRelease` takes it; None if it knows no such defence."""
   if defense['name'] != 'shadow' or defense['saliency']['kind'] != 'given':
+    return None
+  if defense['shape'] == 'decoy':
     return None
   kind, value = defense['strength']['kind'], defense['strength']['value']
   if defense['propagation'] == 'images' and kind == 'scale':

@@ -26,14 +26,22 @@ from tff_shadow.privacy import (
 class LinearisedRelease:
   """Gradients that clients send of one image each, under the noises of the adaptive table."""
 
-  def __init__(self, model: tf.keras.Model, clients: Sequence[Truth], public_images: np.ndarray):
+  def __init__(
+    self,
+    model: tf.keras.Model,
+    clients: Sequence[Truth],
+    public_images: np.ndarray,
+    floor: float = DEFAULT_FLOOR,
+  ):
     """Fits the prior; J is computed when noise on the update first needs it.
 
     Args:
       model: With the weights that the round starts from.
       clients: What each trained on, one image of the same shape each.
       public_images: [N, H, W, C] in [0, 1], at least three.
+      floor: Share of the energy of noise on the update that is isotropic.
     """
+    self._floor = floor
     self._model = model
     self._clients = list(clients)
     self._prior = fit_gaussian_prior(public_images).information()
@@ -45,7 +53,7 @@ class LinearisedRelease:
     """Least mean squared region errors, averaged over the clients.
 
     Args:
-      shape: Of the noise, one of `NOISE_SHAPES`.
+      shape: Of the noise, one of `NOISE_SHAPES`, but for decoy noise.
       strength: As `binaries.attacked_rounds.parse_strength` reads it: a ratio, or images:S.
 
     Returns:
@@ -53,8 +61,10 @@ class LinearisedRelease:
       region), and of those that know the prior (van Trees).
 
     Raises:
-      ValueError: For scale:S, an absolute strength of noise on the update.
+      ValueError: For scale:S, an absolute strength of noise on the update, and for decoy noise.
     """
+    if shape == 'decoy':
+      raise ValueError('there are no bounds of decoy noise')
     kind, value = parse_strength(strength)
     if kind == 'scale':
       raise ValueError(f'strength must be a ratio or images:S, found {strength}')
@@ -90,7 +100,7 @@ class LinearisedRelease:
       for client in self._clients:
         self._add(client)
     information = self._information[floor]
-    return information / DEFAULT_FLOOR if shape == 'correlated' else information
+    return information / self._floor if shape == 'correlated' else information
 
   def _add(self, client: Truth) -> None:
     jacobian = gradient_jacobian(self._model, client.images, client.labels)
@@ -102,14 +112,14 @@ class LinearisedRelease:
       squared += squared_map[column] * np.square(jacobian[:, column], dtype=np.float64)
     shares = {
       'isotropic': np.full(num_weights, 1 / num_weights),
-      'diagonal': (1 - DEFAULT_FLOOR) * np.sqrt(squared) / np.sqrt(squared).sum()
-      + DEFAULT_FLOOR / num_weights,
+      'diagonal': (1 - self._floor) * np.sqrt(squared) / np.sqrt(squared).sum()
+      + self._floor / num_weights,
     }
     for shape, share in shares.items():
       own = update_information(jacobian, energy * share) / len(self._clients)
       self._information[shape] = self._information[shape] + own
     # Tau of correlated noise of ratio 1.
-    self._scales.append(float(np.sqrt((1 - DEFAULT_FLOOR) * energy / squared.sum())))
+    self._scales.append(float(np.sqrt((1 - self._floor) * energy / squared.sum())))
 
   def _gradient_energy(self, client: Truth) -> float:
     loss_fn = classification_loss(self._model)

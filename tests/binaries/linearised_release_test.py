@@ -3,12 +3,13 @@ import pytest
 
 from binaries.linearised_release import LinearisedRelease
 from tests.attacks.observed_rounds import small_model, smooth_images
-from tff_shadow.aggregators import NOISE_SHAPES
 from tff_shadow.observations import Truth
 from tff_shadow.privacy import region_psnr
 
+_SHAPES = ('isotropic', 'diagonal', 'correlated')
 
-def _release(model):
+
+def _release(model, **kwargs):
   regions = np.zeros((2, 1, 8, 8, 1), np.float32)
   regions[0, :, 2:6, 2:6] = 1
   regions[1, :, 1:4, 3:7] = 0.5
@@ -16,7 +17,7 @@ def _release(model):
     Truth(image[None], np.array([label], np.int32), region)
     for label, (image, region) in enumerate(zip(smooth_images(2), regions, strict=True))
   ]
-  return LinearisedRelease(model, clients, smooth_images(20, seed=1))
+  return LinearisedRelease(model, clients, smooth_images(20, seed=1), **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +25,7 @@ def release():
   return _release(small_model(activation='tanh'))
 
 
-@pytest.mark.parametrize('shape', NOISE_SHAPES)
+@pytest.mark.parametrize('shape', _SHAPES)
 def test_noise_of_twice_the_ratio_costs_an_unbiased_attacker_6_db(release, shape):
   weak, strong = (
     [region_psnr(error) for error in release.errors(shape, s)] for s in ('0.2', '0.4')
@@ -38,7 +39,7 @@ def test_noise_of_twice_the_ratio_costs_an_unbiased_attacker_6_db(release, shape
 
 def test_more_noise_leaves_the_prior(release):
   known = release.errors('isotropic', '1e6')[1]
-  for shape in NOISE_SHAPES:
+  for shape in _SHAPES:
     unbiased, prior = release.errors(shape, '1e4')
     assert prior == pytest.approx(known, rel=0.01)
     assert unbiased > known
@@ -52,6 +53,16 @@ def test_noise_in_the_images_is_bounded_whatever_the_model(release):
   assert weak[1] < strong[1] < strong[0]
 
 
-def test_absolute_scales_are_refused(release):
+def test_with_nothing_but_the_floor_noise_is_isotropic(release):
+  bare = _release(small_model(activation='tanh'), floor=0.9999)
+  expected = release.errors('isotropic', '0.2')
+  for shape in _SHAPES:
+    assert bare.errors(shape, '0.2') == pytest.approx(expected, rel=0.03)
+  assert release.errors('correlated', '0.2') != pytest.approx(expected, rel=0.1)
+
+
+def test_decoy_noise_and_absolute_scales_are_refused(release):
   with pytest.raises(ValueError, match='found scale:'):
     release.errors('correlated', 'scale:0.1')
+  with pytest.raises(ValueError, match='decoy'):
+    release.errors('decoy', '0.1')

@@ -31,6 +31,8 @@ _SHADOW = {
       {**_SHADOW, 'shape': 'isotropic', 'strength': {'kind': 'ratio', 'value': 1.0}},
       'covariance',
     ),
+    ({**_SHADOW, 'shape': 'decoy', 'saliency': {'kind': 'gradcam_pp'}}, 'without clipping'),
+    ({**_SHADOW, 'shape': 'decoy', 'strength': {'kind': 'ratio', 'value': 1.0}}, 'covariance'),
     ({'name': 'dp_sgd', 'noise_multiplier': 0.0, 'clip_norm': 1.0}, 'without clipping'),
   ],
 )

@@ -72,11 +72,10 @@ def _unproven(defense: Mapping[str, Any]) -> Unproven:
     return name
   if name != 'shadow':
     return 'no clipping'
+  # Noise in proportion to the update tells its norm; of a public shape and an absolute scale it
+  # lacks the clipping that would bound what one update can change.
+  if defense['shape'] in ('isotropic', 'decoy') and defense['strength']['kind'] == 'scale':
+    return 'no clipping'
   if defense['saliency']['kind'] not in ('given', 'uniform'):
     return 'private region'
-  if defense['propagation'] == 'images':
-    return 'image noise'
-  # Isotropic noise in proportion to the update tells its norm; of an absolute scale it lacks the
-  # clipping that would bound what one update can change.
-  isotropic = defense['shape'] == 'isotropic' and defense['strength']['kind'] == 'scale'
-  return 'no clipping' if isotropic else 'private noise shape'
+  return 'image noise' if defense['propagation'] == 'images' else 'private noise shape'
