@@ -19,8 +19,9 @@ from attacks.config import AttackConfig
 from attacks.priors import GaussianImages
 from attacks.results import TargetResult
 from attacks.shared_solvers import SharedSolvers
+from attacks.targets import Targets
 from tff_shadow.data import Examples
-from tff_shadow.observations import ClientObservation, Observation
+from tff_shadow.observations import ClientObservation, Observation, WeightArrays
 from tff_shadow.privacy import fit_gaussian_prior
 from tff_shadow.shadow.augmentation import augment
 
@@ -187,7 +188,7 @@ class AdaptiveAttacker:
       )
       for seen in observations
     ]
-    learned = self._trained_inversion(observations, like, name)
+    learned = self._trained_inversion(observations, like, name, shared)
     total = len(candidates_for(observations[0]))
     with self._watch(f'{name}: {total} settings on public images', total) as update:
       trials = calibrate(
@@ -227,14 +228,32 @@ class AdaptiveAttacker:
     return self._denoiser
 
   def _trained_inversion(
-    self, observations: Sequence[Observation], like: ClientObservation, name: str
+    self,
+    observations: Sequence[Observation],
+    like: ClientObservation,
+    name: str,
+    shared: SharedSolvers,
   ) -> LearnedInversion | None:
     settings = self._effort.inversion(self._config.seed)
     if settings is None:
       return None
+    targets = Targets(observations, self._config, shared.simulators)
+    # The rule that the attacked clients' labels are inferred by.
+    target = targets.find(like.client_id, None)
+
+    def infer(update: WeightArrays) -> np.ndarray:
+      client = dataclasses.replace(like, update=update)
+      return targets.labels(target._replace(clients=(client,))).values
+
     with self._watch(f'{name}: learned inversion', settings.clients) as update:
       return LearnedInversion(
-        observations, like, self._learned, settings, equipment=self._equipment, progress=update
+        observations,
+        like,
+        self._learned,
+        settings,
+        infer=infer,
+        equipment=self._equipment,
+        progress=update,
       )
 
 

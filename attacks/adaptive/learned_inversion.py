@@ -12,7 +12,9 @@ simulated defended ones, louder where the update is longer if it is so there; fe
 enough, and the network cannot learn them by heart. Of clients whose images it has not seen follows
 when it was at its best. What an image does to a gradient depends on its
 label, most plainly by its sign, and the label is easily inferred: there is a linear estimate for
-each label, or combination of labels in a batch, to begin with.
+each label, or combination of labels in a batch, to begin with. Strong noise hides labels too, so
+the network is trained with labels that are taken for others as often as those of simulated defended
+clients are.
 """
 
 import dataclasses
@@ -91,6 +93,7 @@ class LearnedInversion:
     public: Examples,
     settings: InversionSettings,
     *,
+    infer: Callable[[WeightArrays], Sequence[int]] | None = None,
     equipment: Equipment = NO_EQUIPMENT,
     progress: Callable[[int, str], None] = lambda done, detail: None,
   ):
@@ -101,6 +104,8 @@ class LearnedInversion:
       like: Whose numbers of images and steps the clients have.
       public: Images of the modality with labels and regions, of no attacked client.
       settings: See there.
+      infer: The labels [B] that an attacker infers from an update of the first round; by default it
+        is told them.
       equipment: With which the defence is played.
       progress: Called with how far it is, from 0 to `settings.clients`, and with what it does.
 
@@ -131,6 +136,7 @@ class LearnedInversion:
           num_defended=settings.defended_clients,
           num_basis=settings.basis_clients,
           num_features=settings.features,
+          infer=None if index else infer,
           equipment=equipment,
           progress=show,
         )
@@ -146,7 +152,7 @@ class LearnedInversion:
       noise @ self._directions,
       np.mean([own.loudness for own in self._rounds], axis=0),
       clients.images(),
-      np.array([self._kinds.index(labels) for labels in clients.labels]),
+      self._kinds.as_inferred(clients.labels, self._rounds[0].inferred, settings.seed),
       clients.held_out,
       lambda step: progress(settings.clients, f'training, step {step}'),
     )
@@ -181,7 +187,7 @@ class LearnedInversion:
       noise: [n, k], by how much the defended ones of the first n differ.
       loudness: [N], of the noise.
       images: [N, D].
-      kinds: int [N], of their labels.
+      kinds: int [N], of their labels as they are inferred.
       held_out: bool [N], who is not trained on.
       progress: Called with steps.
     """
@@ -189,7 +195,9 @@ class LearnedInversion:
     noise = noise / loudness[: len(noise), None]
     mean_noise = noise.mean(axis=0)
     covariance = ledoit_wolf(noise)[0] if noise.any() else np.zeros((noise.shape[1],) * 2)
-    groups = [kinds == kind for kind in range(len(self._kinds))]
+    own = [kinds == kind for kind in range(len(self._kinds))]
+    # What is never inferred stands for nothing in particular.
+    groups = [group if group.any() else np.ones_like(group) for group in own]
     self._centers = np.stack([clean[own].mean(axis=0) for own in groups])
     self._mean_images = np.stack([images[own].mean(axis=0) for own in groups])
     clean = clean - self._centers[kinds]
@@ -275,6 +283,26 @@ class _Kinds:
   def index(self, labels: Sequence[int]) -> int:
     """Which one labels [B] are in any order, or come nearest to."""
     return int(np.argmin(np.count_nonzero(self._known != np.sort(labels), axis=1)))
+
+  def as_inferred(self, labels: np.ndarray, inferred: np.ndarray, seed: int) -> np.ndarray:
+    """Which one each of labels [N, B] is taken for, drawn as it was inferred [n, B] of the first n.
+
+    Args:
+      labels: See above.
+      inferred: See above; n is at most N.
+      seed: Decides the draws.
+
+    Returns:
+      int [N].
+    """
+    true, taken = (np.array([self.index(one) for one in rows]) for rows in (labels, inferred))
+    drawn = true.copy()
+    rng = np.random.default_rng(seed)
+    for kind in np.unique(true[: len(taken)]):
+      as_what = taken[true[: len(taken)] == kind]
+      own = true == kind
+      drawn[own] = rng.choice(as_what, np.count_nonzero(own))
+    return drawn
 
 
 def _best_linear(

@@ -5,14 +5,14 @@ public images differ, each entry in units of the noise: for white noise a matche
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from attacks.adaptive.players import Equipment, Player, build_player
+from attacks.adaptive.players import Equipment, build_player
 from attacks.adaptive.simulated_defense import noise_key
-from attacks.local_steps import LocalSteps, local_steps
+from attacks.local_steps import local_steps
 from tff_shadow.data import Examples
 from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
 from tff_shadow.shadow.augmentation import augment
@@ -106,6 +106,7 @@ class SimulatedUpdates:
     noise: [defended clients, k], by how much defended ones differ from them.
     loudness: [clients], of the noise of each, as far as it follows from the norm of the update;
       the geometric mean is 1.
+    inferred: int32 [defended clients, B], what an attacker takes their labels for.
   """
 
   def __init__(
@@ -117,6 +118,7 @@ class SimulatedUpdates:
     num_defended: int,
     num_basis: int,
     num_features: int,
+    infer: Callable[[WeightArrays], Sequence[int]] | None,
     equipment: Equipment,
     progress: Callable[[float, str], None],
   ):
@@ -129,6 +131,8 @@ class SimulatedUpdates:
       num_defended: How many of them play under the defence too, for the noise.
       num_basis: How many of them give the directions; fewer for large models.
       num_features: k at most.
+      infer: From a defended update to the labels that an attacker takes its images to have; None
+        for one who is told them.
       equipment: With which the defence is played.
       progress: Called with the share that is done, in [0, 1], and what is.
 
@@ -143,15 +147,21 @@ class SimulatedUpdates:
     }
     steps = local_steps(like, observation.client_training)
 
+    num_defended = min(num_defended, len(clients))
+    self.inferred = clients.labels[:num_defended].copy()
+
     def play(kind: str, count: int) -> Iterator[np.ndarray]:
       done = 0
       for truths in clients.chunks(count):
         keys = {number: noise_key(observation, clients.seed, number) for number in truths}
-        yield _played(players[kind], truths, steps, keys)
+        sent = players[kind].updates(truths, steps, keys)
+        if kind == 'defended' and infer is not None:
+          for number, update in sent.items():
+            self.inferred[number] = infer(update)
+        yield np.concatenate([_flat(update) for update in sent.values()])
         done += len(truths)
         progress(done / len(clients), f'{kind} clients')
 
-    num_defended = min(num_defended, len(clients))
     clean, defended = play('clean', len(clients)), play('defended', num_defended)
     first = next(clean)
     num_basis = min(num_basis, len(clients), max(3, _MAX_BASIS_ENTRIES // first.shape[1]))
@@ -199,16 +209,6 @@ def _at_least(count: int, first: np.ndarray, more: Iterator[np.ndarray]) -> np.n
   while sum(map(len, rows)) < count:
     rows.append(next(more))
   return np.concatenate(rows)
-
-
-def _played(
-  player: Player,
-  truths: Mapping[int, Truth],
-  steps: LocalSteps,
-  keys: Mapping[int, tuple[int, int]],
-) -> np.ndarray:
-  """[N, d], what clients send."""
-  return np.concatenate([_flat(sent) for sent in player.updates(truths, steps, keys).values()])
 
 
 def _flat(update: WeightArrays) -> np.ndarray:

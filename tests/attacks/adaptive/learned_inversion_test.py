@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks.adaptive.learned_inversion import InversionSettings, LearnedInversion
+from attacks.adaptive.learned_inversion import InversionSettings, LearnedInversion, _Kinds
 from attacks.adaptive.players import build_player
 from attacks.adaptive.simulated_updates import _inverse_deviations
 from attacks.local_steps import local_steps
@@ -114,6 +114,45 @@ def test_fresh_noise_of_several_rounds_tells_more_than_of_one():
     learned = LearnedInversion(rounds[:count], defended.clients[0], _examples(public), settings)
     reached.append(psnr(_found(learned, sent[:count], labels), fresh))
   assert reached[1] > reached[0] + 1
+
+
+def test_labels_that_are_taken_for_others_mislead_only_who_believes_in_them():
+  images, _ = _gaussian_images(2, seed=5)
+  observation = play_round(_linear_model(), [(image[None], [k]) for k, image in enumerate(images)])
+  defended = _defended(observation, 'isotropic', value=0.3)
+  public, _ = _gaussian_images(300, seed=1)
+  settings = InversionSettings(clients=300, defended_clients=100, steps=100, width=16)
+  fresh, _ = _gaussian_images(60, seed=2)
+  labels = np.arange(60, dtype=np.int32) % 2
+  sent = _sent(defended, fresh, labels)
+
+  def other_label(update):
+    return [int(np.argmin(update.trainable[1]))]  # A step moves its own label's bias up.
+
+  reached = {}
+  for name, infer, used in (
+    ('told', None, labels),
+    ('swapped', other_label, 1 - labels),
+    ('believing', None, 1 - labels),
+  ):
+    learned = LearnedInversion(
+      [defended], defended.clients[0], _examples(public), settings, infer=infer
+    )
+    reached[name] = psnr(_found(learned, [sent], used), fresh)
+  assert reached['swapped'] == pytest.approx(reached['told'], abs=0.3)
+  assert reached['believing'] < reached['told'] - 1
+
+
+def test_kinds_are_confused_as_often_as_they_were():
+  labels = (np.arange(4000) % 2)[:, None].astype(np.int32)
+  inferred = labels[:1000].copy()
+  inferred[0:600:2] = 1  # 300 of the 500 zeros.
+  kinds = _Kinds(labels)
+  taken = kinds.as_inferred(labels, inferred, seed=3)
+  assert np.mean(taken[labels[:, 0] == 0]) == pytest.approx(0.6, abs=0.04)
+  np.testing.assert_array_equal(taken[labels[:, 0] == 1], 1)
+  np.testing.assert_array_equal(taken, kinds.as_inferred(labels, inferred, seed=3))
+  np.testing.assert_array_equal(kinds.as_inferred(labels, labels[:50], seed=3), labels[:, 0])
 
 
 def test_is_the_same_for_the_same_seed():
