@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
@@ -231,6 +232,10 @@ class _Audit:
     self._cache = cache
     self._public_images = public.float_images()
     self._distractors = list(self._public_images)
+    self._class_means = {
+      int(label): self._public_images[public.labels == label].mean(axis=0)
+      for label in np.unique(public.labels)
+    }
 
   def one_round(self, seen: Seen) -> RoundEvidence:
     observation, truth, clients = seen
@@ -305,7 +310,11 @@ class _Audit:
   def _scored(
     self, attacked: list[Attacked], truth: Mapping[str, Truth]
   ) -> tuple[list[Scored], list[Attacked]]:
-    made = [score_attacked(own, truth, self._distractors) for own in attacked if not own.problem]
+    made = [
+      score_attacked(own, truth, self._distractors, self._class_means)
+      for own in attacked
+      if not own.problem
+    ]
     return made, [own for own in attacked if own.problem]
 
 

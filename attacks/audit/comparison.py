@@ -10,7 +10,7 @@ import numpy as np
 
 from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_ranges
 from attacks.report.findings import VERDICTS
-from attacks.scoring.results import read_json
+from attacks.scoring.results import CLASS_MEAN, read_json
 from attacks.scoring.statistics import Interval, mean_interval
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedSettings
@@ -28,6 +28,7 @@ COLUMNS = (
   'region_psnr',
   'region_ssim',
   'control_region_psnr',
+  'class_region_psnr',
   'ci95_low',
   'ci95_high',
   'region_psnr_change',
@@ -110,6 +111,7 @@ def compare(
 
   psnr, ssim, region_psnr, region_ssim: Means over images; of 'strongest' each image by the attack
     that came closest.
+  class_region_psnr: Of the mean public image of each image's class.
   ci95_low, ci95_high: Of region_psnr minus control_region_psnr, paired by image.
   region_psnr_change: Against the same rounds without the defence and under the strongest attack,
     with its interval, of 'strongest' alone.
@@ -240,6 +242,7 @@ def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
       'attack': name,
       'knows_noise': 'yes' if name.startswith(_KNOWING) else 'no',
       'control_region_psnr': _mean(control),
+      'class_region_psnr': _mean(_pooled(found, CLASS_MEAN, 'region_psnr')),
       'images': len(pooled['psnr']),
     }
     row |= _interval(_difference(pooled['region_psnr'], control), 'ci95_low', 'ci95_high')
@@ -254,9 +257,8 @@ def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
 
 
 def _attacks(entry: Mapping[str, Any]) -> list[str]:
-  return [
-    name for name in entry['per_image']['values'] if name not in (STRONGEST, UNDEFENDED, GUESS)
-  ]
+  others = (STRONGEST, UNDEFENDED, GUESS, CLASS_MEAN)
+  return [name for name in entry['per_image']['values'] if name not in others]
 
 
 def _pooled(entries, name: str, metric: str) -> list[float | None]:

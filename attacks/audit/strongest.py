@@ -7,6 +7,7 @@ not profit likewise.
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,7 +41,10 @@ class Scored(NamedTuple):
 
 
 def score_attacked(
-  attacked: Attacked, truth: Mapping[str, Truth], distractors: Sequence[np.ndarray]
+  attacked: Attacked,
+  truth: Mapping[str, Truth],
+  distractors: Sequence[np.ndarray],
+  class_means: Mapping[int, np.ndarray] = types.MappingProxyType({}),
 ) -> Scored:
   """Scores an attack that was made.
 
@@ -48,8 +52,9 @@ def score_attacked(
     attacked: With results.
     truth: Of its clients.
     distractors: Images [H, W, C] that originals are picked out of, beside all attacked ones.
+    class_means: From a class to the mean [H, W, C] of public images of it, as far as there are any.
   """
-  targets = tuple(_target(own, truth[own.target]) for own in attacked.results)
+  targets = tuple(_target(own, truth[own.target], class_means) for own in attacked.results)
   result = results.AttackResult(pathlib.Path(), attacked.name, {}, targets)
   rows = score(result)
   return Scored(attacked, result, rows, identify(result, rows, distractors))
@@ -71,8 +76,9 @@ def strongest(attacks: Sequence[Scored]) -> list[ImageScore]:
     found = [row.quality[results.ATTACK] for row in rows if results.ATTACK in row.quality]
     quality = {name: rows[0].quality[name] for name in results.CONTROLS if name in rows[0].quality}
     for row in rows:
-      if results.OTHER_UPDATE in row.quality:
-        quality[results.OTHER_UPDATE] = row.quality[results.OTHER_UPDATE]
+      for name in (results.OTHER_UPDATE, results.CLASS_MEAN):
+        if name in row.quality:
+          quality[name] = row.quality[name]
     if found:
       quality[results.ATTACK] = _best_of(found)
     usable = next((row for row in rows if row.status == 'ok'), rows[0])
@@ -115,8 +121,12 @@ def _best_of(found: Sequence[Quality]) -> Quality:
   return Quality(**values)
 
 
-def _target(own: TargetResult, truth: Truth) -> results.Target:
+def _target(
+  own: TargetResult, truth: Truth, class_means: Mapping[int, np.ndarray]
+) -> results.Target:
   made = {name: images for name, images in own.reconstructions.items() if images is not None}
+  if all(int(label) in class_means for label in truth.labels):
+    made[results.CLASS_MEAN] = np.stack([class_means[int(label)] for label in truth.labels])
   if own.status != 'ok':
     made.pop(results.ATTACK, None)
   return results.Target(

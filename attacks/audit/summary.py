@@ -69,6 +69,9 @@ def summarise_round(
   strongest: metric -> interval, each image by the attack that came closest.
   guess: metric -> interval of the better control, by the mean of that metric.
   margin: metric -> interval of strongest minus guess, paired by image.
+  class_mean: metric -> interval of the mean public image of each image's class, which takes no more
+    of the update than its label; of no images where that is not known.
+  beyond_class: metric -> interval of strongest minus class_mean, paired by image.
   worst: The image with the greatest margin of region PSNR: client, image, label, and its values.
   leaked_images: As `findings.leaked_images`.
   undefended: As 'strongest', of the round without the defence; null if it has none.
@@ -81,8 +84,8 @@ def summarise_round(
   groups: Rows of `_groups`.
   per_client: Rows of `_clients`.
   per_image: 'images', CLIENT/NUMBER of each, and 'values': from `STRONGEST`, `UNDEFENDED`, `GUESS`
-    (one control for all metrics) and the name of each attack to metric -> one value an image, null
-    where there is none.
+    (one control for all metrics), 'class_mean' and the name of each attack to metric -> one value
+    an image, null where there is none.
   bounds: See `RoundEvidence`; and 'measured', of the attack that came closest to the same clients,
     the region PSNR of its mean squared error over their images.
   """
@@ -103,6 +106,8 @@ def summarise_round(
     'strongest': _means(scores, results.ATTACK),
     'guess': {metric: _guess(scores, metric) for metric in METRICS},
     'margin': _margins(scores),
+    'class_mean': _means(scores, results.CLASS_MEAN),
+    'beyond_class': _beyond_class(scores),
     'worst': _worst(scores),
     'leaked_images': leaked_images(scores),
     'undefended': _means(clean, results.ATTACK) if clean else None,
@@ -165,6 +170,18 @@ def _means(scores: Sequence[ImageScore], set_name: str) -> dict[str, Any]:
 def _guess(scores: Sequence[ImageScore], metric: str) -> dict[str, Any]:
   control = gate.better_control(scores, metric)
   return interval_json(mean_interval(values(scores, control, metric) if control else []))
+
+
+def _beyond_class(scores: Sequence[ImageScore]) -> dict[str, Any]:
+  """Images that either lacks are left out."""
+  found = {}
+  for metric in METRICS:
+    pairs = [
+      (row.value(results.ATTACK, metric), row.value(results.CLASS_MEAN, metric)) for row in scores
+    ]
+    known = [a - b for a, b in pairs if a is not None and b is not None]
+    found[metric] = interval_json(mean_interval(known))
+  return found
 
 
 def _change(
@@ -264,6 +281,8 @@ def _per_image(
   scores: Sequence[ImageScore], clean: Sequence[ImageScore], attacks: Sequence[Scored]
 ) -> dict[str, Any]:
   sets = {STRONGEST: (scores, results.ATTACK), **_guesses(scores)}
+  if any(results.CLASS_MEAN in row.quality for row in scores):
+    sets[results.CLASS_MEAN] = (scores, results.CLASS_MEAN)
   if clean:
     sets[UNDEFENDED] = (clean, results.ATTACK)
   sets |= {attack.attacked.name: (attack.scores, results.ATTACK) for attack in attacks}

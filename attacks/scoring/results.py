@@ -20,6 +20,8 @@ CONTROLS = ('prior_only', 'mean_image')
 # update of another client.
 OTHER_UPDATE = 'other_update'
 GUESSES = (*CONTROLS, OTHER_UPDATE)
+# What the class alone shows: the mean of other images of it. No guess, for it takes the label.
+CLASS_MEAN = 'class_mean'
 # The public image that relative data leakage is measured against.
 PRIOR = 'mean_image'
 # Rounding may leave [0, 1] by this much; more means that the file is not what it claims.
@@ -43,8 +45,8 @@ class Target:
   Attributes:
     name: The client id.
     record: The target's entry in result.json.
-    reconstructions: From set name ('attack' or one of `GUESSES`) to [N, H, W, C] in [0, 1]; may
-      hold non-finite images; a set that the attack did not write is absent.
+    reconstructions: From set name ('attack', one of `GUESSES` or `CLASS_MEAN`) to [N, H, W, C] in
+      [0, 1]; may hold non-finite images; a set that the attack did not write is absent.
     images: The true images [M, H, W, C] in [0, 1].
     labels: int [M].
     regions: [M, H, W, 1] in [0, 1].

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from attacks.audit import comparison, comparison_page
-from tests.attacks.audit.made_up import COUNT, attack_with, audited, close
+from tests.attacks.audit.made_up import CLASS_MEANS, COUNT, attack_with, audited, close
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedDefense, PublishedSettings
 from tff_shadow.shadow.latents import LatentFit
@@ -24,7 +24,8 @@ _DEVIATIONS = {'none': 0.02, 'shadow': 0.3, 'top_k': 0.1}
 
 def _write(directory, defense, seed, f1, epsilon=None, rounds=5):
   clean = attack_with(close(_DEVIATIONS['none'], seed))
-  own = attack_with(close(_DEVIATIONS[defense['name']], seed + 10), 'best')
+  means = CLASS_MEANS if defense['name'] == 'top_k' else None
+  own = attack_with(close(_DEVIATIONS[defense['name']], seed + 10), 'best', class_means=means)
   other = attack_with(close(0.5, seed + 20), 'adaptive')
   _, summary = audited(
     [own, other],
@@ -76,6 +77,9 @@ def test_seeds_are_pooled_and_attacks_told_apart(rows):
   assert noise['epsilon'] == ''
   assert by_kind['top_k', 'strongest']['epsilon'] == 2.0
   assert by_kind['none', 'strongest']['region_psnr_change'] == ''
+  assert noise['class_region_psnr'] == ''  # Audits may be older than that.
+  top_k = by_kind['top_k', 'strongest']
+  assert top_k['control_region_psnr'] < top_k['class_region_psnr']
 
 
 def test_a_run_of_other_training_says_nothing_of_the_cost(audits, tmp_path):

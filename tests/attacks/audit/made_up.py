@@ -17,10 +17,11 @@ TRUTH = {
   for k in range(COUNT)
 }
 MEAN = np.broadcast_to(IMAGES.mean(axis=0), IMAGES.shape).astype(np.float32)
+CLASS_MEANS = {label: IMAGES[label::2].mean(axis=0) for label in (0, 1)}
 NOBODY = Identification(correct=0, of=COUNT, choices=COUNT, control_correct=0, p_value=1.0)
 
 
-def attack_with(images, name='best', failed=(), other_update=None):
+def attack_with(images, name='best', failed=(), other_update=None, class_means=None):
   """An attack whose reconstructions are `images`, one a client."""
   found = []
   for k, client in enumerate(TRUTH):
@@ -44,7 +45,8 @@ def attack_with(images, name='best', failed=(), other_update=None):
         reconstructions=made,
       )
     )
-  return score_attacked(Attacked(name, tuple(found), ('It knows a thing.',)), TRUTH, ())
+  attacked = Attacked(name, tuple(found), ('It knows a thing.',))
+  return score_attacked(attacked, TRUTH, (), class_means or {})
 
 
 def close(deviation=0.02, seed=0):

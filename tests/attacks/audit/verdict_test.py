@@ -10,7 +10,17 @@ from attacks.audit.strongest import (
 from attacks.audit.suite import Attacked
 from attacks.audit.summary import round_ranges, round_words
 from attacks.audit.verdict import judge_round
-from tests.attacks.audit.made_up import COUNT, MEAN, NOBODY, attack_with, audited, close
+from attacks.scoring.metrics import measure
+from tests.attacks.audit.made_up import (
+  CLASS_MEANS,
+  COUNT,
+  MEAN,
+  NOBODY,
+  TRUTH,
+  attack_with,
+  audited,
+  close,
+)
 
 
 @pytest.fixture(scope='module')
@@ -126,6 +136,33 @@ def test_the_summary_compares_images_in_pairs(seeing):
   assert entry['attacks'][0]['labels'] == {'correct': COUNT, 'of': COUNT}
 
 
+def test_what_the_class_alone_shows_is_told_apart_and_is_no_guess(seeing, blind):
+  plain, _ = audited([blind], control=seeing)
+  assert plain['class_mean']['psnr']['n'] == plain['beyond_class']['psnr']['n'] == 0
+  # An attack that shows the class and no more.
+  images = np.stack([CLASS_MEANS[k % 2] for k in range(COUNT)])
+  classes = [attack_with(images, name, class_means=CLASS_MEANS) for name in ('best', 'adaptive')]
+  entry, audit = audited([blind, *classes], control=seeing)
+  expected = [measure(*triple).region_psnr for triple in _with_regions(images)]
+  assert entry['class_mean']['region_psnr']['mean'] == pytest.approx(np.mean(expected))
+  assert entry['per_image']['values']['class_mean']['region_psnr'] == pytest.approx(expected)
+  own = entry['per_image']['values']['strongest']['region_psnr']
+  beyond = entry['beyond_class']['region_psnr']
+  assert beyond['mean'] == pytest.approx(np.mean(own) - np.mean(expected))
+  assert entry['guess'] == plain['guess']
+  assert 'Mean public image of its class' in render(audit)
+  known_in_part = attack_with(images, class_means={0: CLASS_MEANS[0]})
+  entry, audit = audited([known_in_part], control=seeing)
+  assert entry['class_mean']['psnr']['n'] == COUNT // 2
+
+
+def _with_regions(images):
+  return [
+    (image, truth.images[0], truth.regions[0])
+    for image, truth in zip(images, TRUTH.values(), strict=True)
+  ]
+
+
 def test_an_attack_that_could_not_be_made_is_told(blind, seeing):
   entry, _ = audited([blind], failed=[Attacked('dlg', (), (), 'no labels')], control=seeing)
   assert entry['verdict'] == 'inconclusive'
@@ -136,6 +173,7 @@ def test_an_attack_that_could_not_be_made_is_told(blind, seeing):
 def test_the_page_shows_images_only_in_its_annex(seeing, blind):
   _, audit = audited([seeing], undefended=[seeing])
   page = render(audit)
+  assert 'Mean public image of its class' not in page
   assert page.count('data:image/png') == 2  # The plot, light and dark.
   assert 'small &lt;b&gt;' in page
   assert 'Images leaked' in page
