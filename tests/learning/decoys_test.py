@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tff_shadow.data import Examples
 from tff_shadow.learning.decoys import DecoyBatches
@@ -97,6 +99,22 @@ def test_images_are_varied():
   )
   assert np.linalg.matrix_rank(plain, tol=1e-3) == len(public) - 1
   assert np.linalg.matrix_rank(varied, tol=1e-3) > len(public)
+
+
+@given(
+  st.lists(st.floats(1e-3, 10), min_size=2, max_size=6), st.integers(0, 2**16), st.floats(0.1, 10)
+)
+def test_noise_of_the_covariance_of_the_signal_leaves_a_linear_attacker_least(
+  variances, seed, energy
+):
+  signal = np.diag(variances)
+  root = np.random.default_rng(seed).standard_normal((len(variances), len(variances) + 1))
+  other = root @ root.T
+  errors = [
+    np.trace(signal) - np.trace(signal @ np.linalg.solve(signal + noise, signal))
+    for noise in (energy * noise / np.trace(noise) for noise in (signal, other))
+  ]
+  assert errors[0] >= errors[1] - 1e-9
 
 
 def test_needs_images():

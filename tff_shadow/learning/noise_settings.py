@@ -27,7 +27,7 @@ class ShadowNoise:
       does, n ~ J(m v), so that the noise lies where the region's information lies. 'decoy': what
       the updates of two batches of other, public images differ by, so that the noise lies where
       images of the modality tell themselves apart: with the covariance of the signal, which of all
-      noises of one energy leaves the best linear attacker of Gaussian images the least. It needs no
+      noises of one energy leaves the best linear attacker least of what an image adds. It needs no
       region, and its shape is public.
     strength: See `NoiseStrength`.
     saliency: Where the region is.
