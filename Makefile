@@ -184,6 +184,8 @@ frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier
 	$(BIN)/python -m binaries.frontier $(STRONG) --baselines= \
 	  --strengths=10.0,30.0,image_ratio:30.0,image_ratio:100.0,image_ratio:300.0
+	$(BIN)/python -m binaries.frontier --freshness=fresh --shapes=decoy --strengths=scale:3.0 \
+	  --baselines=
 	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
 	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(subst $(space),$(comma),$(BY_GROUP))
 
