@@ -326,9 +326,10 @@ def _undefended_test(audit: Audit, audits: Sequence[Audit]) -> Mapping[str, floa
 def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
   """A booktabs table of the strongest attacks."""
   head = (
-    'Data set & Defence & Region PSNR & Guess & Change & F1 & F1 undefended & Bound \\\\ \\midrule'
+    'Data set & Defence & Region PSNR & Guess & Class & Change & F1 & F1 undefended & Bound'
+    ' \\\\ \\midrule'
   )
-  lines = ['\\begin{tabular}{llrrrrrr}', '\\toprule', head]
+  lines = ['\\begin{tabular}{llrrrrrrr}', '\\toprule', head]
   for row in rows:
     if row['attack'] == STRONGEST:
       change = _number(row['region_psnr_change'], 1)
@@ -339,6 +340,7 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
         _escaped(label_of(row['defense'], row['strength'])),
         _number(row['region_psnr'], 1),
         _number(row['control_region_psnr'], 1),
+        _number(row['class_region_psnr'], 1),
         change,
         _number(row['f1'], 3),
         _number(row['f1_undefended'], 3),

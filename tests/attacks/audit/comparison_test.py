@@ -137,6 +137,8 @@ def test_the_page_and_the_table_show_all_defences(rows):
   latex = comparison.as_latex(rows)
   assert latex.count('\\\\') == 1 + 3
   assert 'top\\_k' in latex
+  columns = len(latex.splitlines()[0].partition('{tabular}{')[2].rstrip('}'))
+  assert {line.count(' & ') for line in latex.splitlines() if '&' in line} == {columns - 1}
 
 
 def test_what_cannot_be_compared_is_told(audits, tmp_path):
