@@ -22,6 +22,7 @@ from tff_shadow.learning import (
   TrainingRun,
   TrainingSettings,
 )
+from tff_shadow.learning.decoys import decoy_pool
 from tff_shadow.observations import (
   Observation,
   Truth,
@@ -159,7 +160,7 @@ def train(
   """Trains `model` with a baseline, or with noise whose keys follow from the seed."""
   if isinstance(defense, ShadowNoise):
     secrets = {client_id: experiment_secret(settings.seed, client_id) for client_id in data.clients}
-    defense = ShadowDefense(defense, frozen, secrets, data.validation)
+    defense = ShadowDefense(defense, frozen, secrets, decoy_pool(data.validation))
   settings = dataclasses.replace(settings, defense=defense)
   TrainingRun(data, model, settings, run_dir, save_every_rounds=settings.rounds).train(
     resume=False, report=report

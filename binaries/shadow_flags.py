@@ -8,6 +8,7 @@ from tff_shadow.aggregators.shadow_noise import DECOY_FLOOR, DEFAULT_FLOOR
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.learning import PROPAGATIONS, ShadowDefense, ShadowNoise
+from tff_shadow.learning.decoys import decoy_pool
 from tff_shadow.shadow import KINDS, SaliencyConfig
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 
@@ -118,6 +119,6 @@ def shadow_defense(
   Args:
     noise: `shadow_noise(...)`.
     secrets: Each client's, of which its noise keys are made.
-    public: Images for decoy noise.
+    public: Images, of which decoy noise is made.
   """
-  return ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets, public)
+  return ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets, decoy_pool(public))

@@ -21,6 +21,7 @@ from attacks.results import TargetResult
 from attacks.shared_solvers import SharedSolvers
 from attacks.targets import Targets
 from tff_shadow.data import Examples
+from tff_shadow.learning.decoys import decoy_pool
 from tff_shadow.observations import ClientObservation, Observation, WeightArrays
 from tff_shadow.privacy import fit_gaussian_prior
 from tff_shadow.shadow.augmentation import augment
@@ -136,8 +137,8 @@ class AdaptiveAttacker:
       public: Images of the modality with labels and regions, of no attacked client.
       config: All settings that are not tried; the seed decides everything.
       effort: How much it makes of the public images.
-      shadow: With which the published defence is played. The public images are the decoys of decoy
-        noise.
+      shadow: With which the published defence is played. The decoys of decoy noise are those of
+        the public images.
       watch: Shows progress.
       directory: Where trained networks are kept; None to keep none.
     """
@@ -146,7 +147,7 @@ class AdaptiveAttacker:
     prior = _fitted_prior(self._learned.float_images(), effort.augmentations, config.seed)
     self._config = dataclasses.replace(config, gaussian_images=prior)
     self._effort = effort
-    self._equipment = Equipment(shadow, public)
+    self._equipment = Equipment(shadow, decoy_pool(public))
     self._watch = watch
     self._directory = directory
     self._denoiser: RegionDenoiser | None = None

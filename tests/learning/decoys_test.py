@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tff_shadow.data import Examples
-from tff_shadow.learning.decoys import DecoyBatches
+from tff_shadow.learning.decoys import DecoyBatches, decoy_pool
 
 _SIDE = 4
 _WEIGHTS = [np.zeros((_SIDE * _SIDE, 2), np.float32), np.zeros(2, np.float32)]
@@ -64,18 +64,26 @@ def test_has_the_covariance_of_one_image(size, mixes_batches, images_per_step):
 
 
 @pytest.mark.parametrize(
-  ('mixes_batches', 'images_per_step', 'sizes'),
-  [(False, 8.0, [12] * 2), (True, 8.0, [8] * 4), (True, 3.6, [4] * 6), (True, 0.2, [1] * 24)],
+  ('decoys', 'mixes_batches', 'images_per_step', 'sizes'),
+  [
+    (12, False, 8.0, [12] * 2),
+    (45, False, 8.0, [15] * 6),
+    (12, True, 8.0, [8] * 4),
+    (12, True, 3.6, [4] * 6),
+    (12, True, 0.2, [1] * 24),
+  ],
 )
-def test_batches_are_the_client_s_where_the_model_mixes_them(mixes_batches, images_per_step, sizes):
+def test_batches_are_the_client_s_where_the_model_mixes_them(
+  decoys, mixes_batches, images_per_step, sizes
+):
   seen = []
 
   def mean_gradient(images, labels):
     tf.py_function(lambda count: seen.append(int(count)), [tf.shape(labels)[0]], [])
     return _mean_gradient(images, labels)
 
-  decoys = DecoyBatches(_public(), 12, (), mixes_batches=mixes_batches)
-  _draws(decoys, 1, mean_gradient, images_per_step)
+  batches = DecoyBatches(_public(), decoys, (), mixes_batches=mixes_batches)
+  _draws(batches, 1, mean_gradient, images_per_step)
   assert seen == sizes
 
 
@@ -115,6 +123,16 @@ def test_noise_of_the_covariance_of_the_signal_leaves_a_linear_attacker_least(
     for noise in (energy * noise / np.trace(noise) for noise in (signal, other))
   ]
   assert errors[0] >= errors[1] - 1e-9
+
+
+def test_pool_is_spread_over_many_images():
+  few = _public(512)
+  assert decoy_pool(few) is few
+  many = _public(1300)
+  pool = decoy_pool(many)
+  assert len(pool) == 512
+  np.testing.assert_array_equal(pool.images[[0, 256]], many.images[[0, 650]])
+  assert len({image.tobytes() for image in pool.images}) == 512
 
 
 def test_needs_images():

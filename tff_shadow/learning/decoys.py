@@ -10,6 +10,17 @@ from tff_shadow.shadow.augmentation import augment
 
 # From images and labels to the gradients of their mean loss.
 MeanGradient = Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]
+# Every client gets them with the computation: 77 MB at 224 px.
+_MAX_DECOYS = 512
+# Images whose gradient is taken at a time, for the memory.
+_CHUNK = 16
+
+
+def decoy_pool(public: Examples) -> Examples:
+  """The decoys of public images: all, or 512 of them, evenly spaced."""
+  if len(public) <= _MAX_DECOYS:
+    return public
+  return public.take(np.arange(_MAX_DECOYS) * len(public) // _MAX_DECOYS)
 
 
 class DecoyBatches:
@@ -54,7 +65,8 @@ class DecoyBatches:
     """A draw of mean 0 with the covariance of the gradient of one image; works in a graph.
 
     With gA and gB the mean gradients of two batches of n images each, drawn with replacement, it is
-    sqrt(n / 2) (gA - gB): near to normal, for it is the sum of many.
+    sqrt(n / 2) (gA - gB): near to normal, for it is the sum of many. Large batches are taken in
+    parts.
 
     Args:
       mean_gradient: See there.
@@ -65,8 +77,8 @@ class DecoyBatches:
     Returns:
       One tensor for each of `weights`.
     """
-    size = tf.constant(self._size)
-    pairs = tf.constant(1)
+    pairs = tf.constant(-(-self._size // _CHUNK))
+    size = -(-tf.constant(self._size) // pairs)
     if self._mixes_batches:
       size = tf.maximum(1, tf.cast(tf.round(images_per_step), tf.int32))
       pairs = -(-tf.constant(self._size) // size)
