@@ -358,6 +358,18 @@ class TestExecution:
     np.testing.assert_allclose(counts, np.round(counts), atol=0.01)
     assert abs(counts.sum()) < 0.01 < np.abs(counts).max()
 
+  def test_a_client_without_images_sends_no_decoys(self):
+    model = _model('batch')
+    noise = _noise('decoy', kind='scale', value=2.0, decoys=4)
+    clients = [_dataset(_examples(4)).take(0), _dataset(_examples(4))]
+    output = _one_round(
+      _process(model, noise, tap=True, decoys=_public()), model_weights(model), clients
+    )
+    sent, observation = _sent(output)
+    np.testing.assert_array_equal(sent, 0.0)
+    np.testing.assert_array_equal(observation['weights'], [0.0, 4.0])
+    assert np.isfinite(_flat(output.state.global_model_weights.trainable)).all()
+
   def test_correlated_noise_is_the_difference_of_two_trainings(self):
     model, examples, epsilon = _model(), _examples(), 0.2
     weights = model_weights(model)

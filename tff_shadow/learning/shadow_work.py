@@ -110,7 +110,8 @@ class ShadowWork:
       direction = direction or self._differences(updates)[0]
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
     elif added_shape == 'decoy':
-      images_per_step = tf.cast(num_examples, tf.float32) / num_steps
+      # Of a client without images both are 0, and nothing is sent.
+      images_per_step = tf.math.divide_no_nan(tf.cast(num_examples, tf.float32), num_steps)
       direction = self._decoy_difference(initial_weights, key, images_per_step)
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
     elif self._noise.needs_shadow and not self._noise.in_images:
@@ -211,7 +212,8 @@ class ShadowWork:
       images_per_step,
       initial_weights.trainable,
     )
-    factor = float(self._noise.local_epochs) * self._rate / images_per_step
+    rate = float(self._noise.local_epochs) * self._rate
+    factor = tf.math.divide_no_nan(rate, images_per_step)
     return [factor * tensor for tensor in difference]
 
   def _reset_probe_model(self, initial_weights):
