@@ -102,7 +102,7 @@ def test_bad_defenses_of_the_adaptive_table():
     'diagonal/images:0.1': 'images is no strength of diagonal noise',
     'diagonal/scale:0.1': 'scale is no strength of diagonal noise',
     'decoy/images:0.1': 'images is no strength of decoy noise',
-    'square/1.0': 'use some of isotropic, diagonal, correlated, percentile_gaussian',
+    'square/1.0': 'use some of isotropic, diagonal, correlated, decoy, percentile_gaussian',
     'top_k/0.1': 'use top_k/fraction:VALUE',
     'top_k/fraction:2': 'fraction must be above 0 and at most 1, found 2.0',
     'quantization/bits:4.5': "bits must be of type int, found '4.5'",
