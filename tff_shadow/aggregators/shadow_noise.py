@@ -114,7 +114,10 @@ def shadow_noise_factory(
 def check_strength(shape: NoiseShape, strength: NoiseStrength) -> None:
   """Raises ValueError for a strength that noise of this shape cannot have."""
   if shape == 'decoy' and strength.kind == 'region_psnr':
-    raise ValueError("'region_psnr' needs a bound of the region error, and decoy noise has none")
+    raise ValueError(
+      "'region_psnr' needs a bound of the region error, and decoy noise has none; use the strength"
+      " kind 'scale', 'ratio' or 'image_ratio'"
+    )
 
 
 def _measure(statistics) -> collections.OrderedDict:
