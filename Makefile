@@ -113,7 +113,7 @@ bounds-of = $(if $(filter-out 0,$(1)),--bound_clients=0)
 
 audit-table: $(STAMP) $(AUDITED:%=audited-%)
 	$(BIN)/tff-shadow-compare $(AUDITED:%=--run_dir=runs/audited/%) --output_dir=runs/audited/compared \
-	  --utility_table=results/frontier.csv --overwrite
+	  --utility_table=results/frontier.csv --reference="decoy scale 3, fresh" --overwrite
 	cp runs/audited/compared/comparison.csv results/audit.csv
 
 # The same with clients of 4 images in one step: results/audit_batch4.csv.
