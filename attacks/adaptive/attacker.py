@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -144,8 +145,7 @@ class AdaptiveAttacker:
     """
     order = np.random.default_rng(config.seed).permutation(len(public))
     self._played, self._learned = public.take(order[::2]), public.take(order[1::2])
-    prior = _fitted_prior(self._learned.float_images(), effort.augmentations, config.seed)
-    self._config = dataclasses.replace(config, gaussian_images=prior)
+    self._config = config
     self._effort = effort
     self._equipment = Equipment(shadow, decoy_pool(public))
     self._watch = watch
@@ -178,7 +178,8 @@ class AdaptiveAttacker:
     Raises:
       UserError: If the defence cannot be played, or the rounds not attacked.
     """
-    config, denoiser = self._config, self._trained_denoiser()
+    config = dataclasses.replace(self._config, gaussian_images=self._prior)
+    denoiser = self._trained_denoiser()
     shared = shared or SharedSolvers(observations, config.dtype)
     like = _typical(observations[0], clients)
     count = min(self._effort.clients, len(self._played) // like.num_images)
@@ -214,6 +215,12 @@ class AdaptiveAttacker:
         made.append(AdaptiveAttack(trial, count, results))
         update(told + 1, str(trial.candidate))
     return made
+
+  @functools.cached_property
+  def _prior(self) -> GaussianImages | None:
+    return _fitted_prior(
+      self._learned.float_images(), self._effort.augmentations, self._config.seed
+    )
 
   def _trained_denoiser(self) -> RegionDenoiser | None:
     settings = self._effort.denoiser(self._config.seed)
