@@ -76,9 +76,9 @@ def parse_strength(text: str) -> tuple[str, float]:
 
 def fits(shape: str, kind: str) -> bool:
   """Whether tables have noise of a shape with a kind of strength; other scales are no multiples."""
-  return {'scale': shape in ('correlated', 'decoy'), 'images': shape == 'correlated'}.get(
-    kind, True
-  )
+  if kind == 'scale':
+    return shape in ('correlated', 'decoy')
+  return kind != 'images' or shape == 'correlated'
 
 
 def parse_baseline(name: str, parameters: str) -> BaselineDefense:

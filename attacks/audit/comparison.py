@@ -11,7 +11,7 @@ import numpy as np
 from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_ranges
 from attacks.report.findings import VERDICTS
 from attacks.scoring.results import CLASS_MEAN, read_json
-from attacks.scoring.statistics import Interval, mean_interval
+from attacks.scoring.statistics import Interval, mean_interval, paired_differences
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedSettings
 
@@ -245,11 +245,11 @@ def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
       'class_region_psnr': _mean(_pooled(found, CLASS_MEAN, 'region_psnr')),
       'images': len(pooled['psnr']),
     }
-    row |= _interval(_difference(pooled['region_psnr'], control), 'ci95_low', 'ci95_high')
+    row |= _interval(paired_differences(pooled['region_psnr'], control), 'ci95_low', 'ci95_high')
     if name == STRONGEST:
       row['knows_noise'], row['verdict'] = '', worst
       clean = _pooled(found, UNDEFENDED, 'region_psnr')
-      change = _difference(pooled['region_psnr'], clean)
+      change = paired_differences(pooled['region_psnr'], clean)
       row |= _interval(change, 'change_ci95_low', 'change_ci95_high', 'region_psnr_change')
       less = _over_reference(own, against)
       row |= _interval(less, 'reference_ci95_low', 'reference_ci95_high', 'over_reference')
@@ -275,11 +275,6 @@ def _mean(values: Sequence[float | None]) -> float | str:
   return float(np.mean(known)) if known else ''
 
 
-def _difference(first: Sequence[float | None], second: Sequence[float | None]) -> list[float]:
-  pairs = zip(first, second, strict=True)
-  return [a - b for a, b in pairs if a is not None and b is not None]
-
-
 def _interval(differences: Sequence[float], low: str, high: str, mean: str | None = None) -> dict:
   interval: Interval = mean_interval(differences)
   row = {low: interval.low, high: interval.high} | ({mean: interval.mean} if mean else {})
@@ -299,7 +294,7 @@ def _over_reference(own, against) -> list[float]:
           for one in (entry, theirs)
         ]
         common = [name for name in values[0] if name in values[1]]
-        differences += _difference(*([side[name] for name in common] for side in values))
+        differences += paired_differences(*([side[name] for name in common] for side in values))
   return differences
 
 

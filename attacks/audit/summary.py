@@ -26,7 +26,7 @@ from attacks.scoring import gate, results
 from attacks.scoring.label_accuracy import multiset_labels
 from attacks.scoring.metrics import psnr_from_mse
 from attacks.scoring.scores import ImageScore, values
-from attacks.scoring.statistics import mean_interval
+from attacks.scoring.statistics import mean_interval, paired_differences
 
 STRONGEST, UNDEFENDED, GUESS = 'strongest', 'undefended', 'guess'
 METRICS = ('psnr', 'region_psnr', 'ssim', 'region_ssim')
@@ -107,11 +107,11 @@ def summarise_round(
     'guess': {metric: _guess(scores, metric) for metric in METRICS},
     'margin': _margins(scores),
     'class_mean': _means(scores, results.CLASS_MEAN),
-    'beyond_class': _beyond_class(scores),
+    'beyond_class': _differences(scores, results.ATTACK, scores, results.CLASS_MEAN),
     'worst': _worst(scores),
     'leaked_images': leaked_images(scores),
     'undefended': _means(clean, results.ATTACK) if clean else None,
-    'change': {metric: _change(scores, clean, metric) for metric in METRICS} if clean else None,
+    'change': _differences(scores, results.ATTACK, clean, results.ATTACK) if clean else None,
     'attacks': _attacks(evidence.attacks),
     'not_made': [{'name': own.name, 'problem': own.problem} for own in evidence.failed],
     'identified': identification_json(identification),
@@ -172,28 +172,21 @@ def _guess(scores: Sequence[ImageScore], metric: str) -> dict[str, Any]:
   return interval_json(mean_interval(values(scores, control, metric) if control else []))
 
 
-def _beyond_class(scores: Sequence[ImageScore]) -> dict[str, Any]:
-  """Images that either lacks are left out."""
-  found = {}
-  for metric in METRICS:
-    pairs = [
-      (row.value(results.ATTACK, metric), row.value(results.CLASS_MEAN, metric)) for row in scores
-    ]
-    known = [a - b for a, b in pairs if a is not None and b is not None]
-    found[metric] = interval_json(mean_interval(known))
-  return found
-
-
-def _change(
-  scores: Sequence[ImageScore], clean: Sequence[ImageScore], metric: str
+def _differences(
+  scores: Sequence[ImageScore], set_name: str, others: Sequence[ImageScore], other_name: str
 ) -> dict[str, Any]:
-  """Paired by image; images that either lacks are left out."""
-  changes = []
-  for own, other in zip(scores, clean, strict=True):
-    pair = [row.value(results.ATTACK, metric) for row in (own, other)]
-    if None not in pair:
-      changes.append(pair[0] - pair[1])
-  return interval_json(mean_interval(changes))
+  """Metric -> interval of the first set minus the second, paired by image."""
+  return {
+    metric: interval_json(
+      mean_interval(
+        paired_differences(
+          [row.value(set_name, metric) for row in scores],
+          [row.value(other_name, metric) for row in others],
+        )
+      )
+    )
+    for metric in METRICS
+  }
 
 
 def _gains(scores: Sequence[ImageScore]) -> list[float]:

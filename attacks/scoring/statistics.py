@@ -72,3 +72,11 @@ def _checked(values: Sequence[float]) -> np.ndarray:
   if not np.isfinite(values).all():
     raise ValueError('values must be finite: count missing values apart, before taking a mean')
   return values
+
+
+def paired_differences(
+  first: Sequence[float | None], second: Sequence[float | None]
+) -> list[float]:
+  """First - second, of the pairs that have both."""
+  pairs = zip(first, second, strict=True)
+  return [a - b for a, b in pairs if a is not None and b is not None]
