@@ -230,11 +230,11 @@ class _Audit:
     self._output = output
     self._settings = settings
     self._cache = cache
-    self._public_images = public.float_images()
-    self._distractors = list(self._public_images)
+    self._public = public
+    images = public.float_images()
+    self._distractors = list(images)
     self._class_means = {
-      int(label): self._public_images[public.labels == label].mean(axis=0)
-      for label in np.unique(public.labels)
+      int(label): images[public.labels == label].mean(axis=0) for label in np.unique(public.labels)
     }
 
   def one_round(self, seen: Seen) -> RoundEvidence:
@@ -254,7 +254,7 @@ class _Audit:
         observation,
         truth,
         clients[: _BOUND_CLIENTS.value],
-        self._public_images,
+        self._public,
         self._suite.watch,
       ),
     )

@@ -9,6 +9,8 @@ import numpy as np
 from attacks.adaptive.attacker import Watch
 from attacks.audit.replay import is_single_image_round
 from binaries.linearised_release import LinearisedRelease
+from tff_shadow.data import Examples
+from tff_shadow.learning.decoys import DecoyBatches, decoy_pool
 from tff_shadow.models import batch_norm_layers, model_from_config
 from tff_shadow.observations import Observation, Truth
 from tff_shadow.privacy import region_psnr
@@ -21,7 +23,7 @@ def bounds_of(
   observation: Observation,
   truth: Mapping[str, Truth],
   clients: Sequence[str],
-  public_images: np.ndarray,
+  public: Examples,
   watch: Watch,
 ) -> list[dict[str, Any]]:
   """The bounds of `attacks.audit.summary.RoundEvidence`, averaged over `clients`.
@@ -33,7 +35,7 @@ def bounds_of(
     observation: The round.
     truth: Of its clients.
     clients: Ids; there are no bounds for none.
-    public_images: [N, H, W, C], at least three.
+    public: At least three images; decoys are made of them as the clients do.
     watch: Shows progress, where there is something to compute.
   """
   strength = _linearised_strength(observation.defense)
@@ -50,7 +52,20 @@ def bounds_of(
   with watch('bounds', 1) as update:
     defense = observation.defense
     attacked = [truth[name] for name in clients]
-    release = LinearisedRelease(model, attacked, public_images, defense['floor'])
+    is_decoy = defense['shape'] == 'decoy'
+    decoys = None
+    if is_decoy:
+      decoys = DecoyBatches(
+        decoy_pool(public), defense['decoys'], defense['decoy_augmentations'], mixes_batches=False
+      )
+    release = LinearisedRelease(
+      model,
+      attacked,
+      public.float_images(),
+      [defense['shape']],
+      floor=defense['floor'],
+      decoys=decoys,
+    )
     errors = release.errors(defense['shape'], strength)
     update(1, '')
   unbiased, prior = map(region_psnr, errors)
@@ -62,7 +77,8 @@ def bounds_of(
       'clients': list(clients),
       'rests_on': 'van Trees with a Gaussian prior fitted to public images, an ESTIMATE: attackers'
       ' who know the mean and covariance of images. Those who know more may exceed it, most on'
-      ' smooth images.',
+      ' smooth images.'
+      + (' Of decoy noise its covariance counts, from varied public images.' if is_decoy else ''),
     },
     {
       'name': 'Without bias',
@@ -81,11 +97,11 @@ def _linearised_strength(defense: Mapping[str, Any]) -> str | None:
   """As `LinearisedRelease` takes it; None if it knows no such defence."""
   if defense['name'] != 'shadow' or defense['saliency']['kind'] != 'given':
     return None
-  if defense['shape'] == 'decoy':
-    return None
   kind, value = defense['strength']['kind'], defense['strength']['value']
   if defense['propagation'] == 'images' and kind == 'scale':
     return f'images:{value}'
   # Of one image in one step both ratios are the same.
   relative = kind in ('ratio', 'image_ratio')
+  if defense['shape'] == 'decoy':
+    return str(value) if relative else f'scale:{value}'
   return str(value) if defense['propagation'] == 'per_step' and relative else None

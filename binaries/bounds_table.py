@@ -24,9 +24,12 @@ from binaries.linearised_release import LinearisedRelease
 from binaries.progress import Progress
 from binaries.small_federation import small_model
 from binaries.tables import RowCache, write_table
+from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.data import EMBEDDED
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
+from tff_shadow.learning import ShadowNoise
+from tff_shadow.learning.decoys import DecoyBatches, decoy_pool
 from tff_shadow.privacy import region_psnr
 
 _OUTPUT = flags.DEFINE_string('output', 'results/bounds.csv', 'Table to write.')
@@ -37,8 +40,9 @@ _DEFENSES = flags.DEFINE_list(
   [
     *('isotropic/0.3', 'isotropic/1.0', 'diagonal/0.3', 'diagonal/1.0'),
     *('correlated/0.3', 'correlated/1.0', 'correlated/images:0.05', 'correlated/images:0.1'),
+    'decoy/scale:3',
   ],
-  'SHAPE/STRENGTH, as of the adaptive table, but for scale:S.',
+  'SHAPE/STRENGTH, as of the adaptive table; scale:S only of decoy noise.',
 )
 _IMAGES = flags.DEFINE_integer('images', 4, 'Clients over which is averaged.', lower_bound=1)
 
@@ -68,9 +72,7 @@ def main() -> None:
 
 def _parse_defense(text: str) -> tuple[str, str]:
   shape, strength = parse_defense(text)
-  if shape == 'decoy':
-    raise UserError(f'--defenses={text}: there are no bounds of decoy noise')
-  if parse_strength(strength)[0] == 'scale':
+  if parse_strength(strength)[0] == 'scale' and shape != 'decoy':
     raise UserError(f'--defenses={text}: the strength must be a ratio or images:S')
   return shape, strength
 
@@ -78,8 +80,16 @@ def _parse_defense(text: str) -> tuple[str, str]:
 def _linearised(dataset: str) -> LinearisedRelease:
   rounds = AttackedRounds(dataset, 0)
   clients = list(rounds.truth.values())[: _IMAGES.value]
-  public_images = rounds.data.validation.float_images()
-  return LinearisedRelease(small_model(rounds.data, 0, 'none'), clients, public_images)
+  public = rounds.data.validation
+  shapes = {shape for shape, _ in map(_parse_defense, _DEFENSES.value)}
+  decoys = None
+  if 'decoy' in shapes:
+    noise = ShadowNoise('decoy', NoiseStrength('scale', 1.0))
+    decoys = DecoyBatches(
+      decoy_pool(public), noise.decoys, noise.decoy_augmentations, mixes_batches=False
+    )
+  model = small_model(rounds.data, 0, 'none')
+  return LinearisedRelease(model, clients, public.float_images(), shapes, decoys=decoys)
 
 
 def run() -> None:

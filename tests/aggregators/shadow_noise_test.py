@@ -40,11 +40,13 @@ def _value(update, shape, key=(1, 2), **changes):
     region_energy=50.0,
     region_fourth_moment=50.0,
     sensitivity_energy=7.0,
+    decoy_energy=3.0,
     shape=shape,
   )
   fields.update(changes)
-  for name in ('image_energy', 'region_energy', 'region_fourth_moment', 'sensitivity_energy'):
-    fields[name] = tf.convert_to_tensor(fields[name], tf.float32)
+  for name, field in fields.items():
+    if name.endswith(('_energy', '_moment')):
+      fields[name] = tf.convert_to_tensor(field, tf.float32)
   return fields
 
 
@@ -278,11 +280,14 @@ class TestScale:
   def test_correlated_and_decoy_scale_the_unit_noise(self, shape):
     update, direction = _vector(60, 1), 0.1 * _vector(60, 2)
     strength = NoiseStrength('scale', 0.7)
-    noises = _noises(update, shape, direction, strength, floor=0.1)
-    along = noises @ direction / (direction @ direction)
+    # Of decoy noise the floor follows the energy of all draws, here twice that of this one.
+    own = direction @ direction
+    expected = 2 * own if shape == 'decoy' else own
+    noises = _noises(update, shape, direction, strength, floor=0.1, decoy_energy=2 * own)
+    along = noises @ direction / own
     assert along.mean() == pytest.approx(0.7, rel=0.01)
-    energy = 0.49 * float(direction @ direction)
-    assert (noises**2).sum(axis=1).mean() == pytest.approx(energy / 0.9, rel=0.01)
+    energy = 0.49 * float(own + expected / 9)
+    assert (noises**2).sum(axis=1).mean() == pytest.approx(energy, rel=0.01)
 
 
 def _linear_map(seed, num_weights=40, num_pixels=12, binary=False):

@@ -7,7 +7,6 @@ def test_bad_flags():
     '--defenses=uniform/1.0': '--defenses=uniform: use some of isotropic, diagonal, correlated',
     '--defenses=isotropic': '--defenses=isotropic: the strength',
     '--defenses=diagonal/images:0.1': 'images is no strength of diagonal noise',
-    '--defenses=decoy/image_ratio:1': 'there are no bounds of decoy noise',
     '--defenses=correlated/scale:0.1': 'scale:0.1: the strength must be a ratio or images:S',
     '--images=0': '--images=0',
   }

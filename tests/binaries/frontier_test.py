@@ -24,6 +24,7 @@ def test_noise_of_a_ratio_is_proportional_to_it(shape):
     'region_energy': tf.constant(0.0),
     'region_fourth_moment': tf.constant(0.0),
     'sensitivity_energy': tf.constant(0.0),
+    'decoy_energy': tf.constant(5.0),
   }
   noises = []
   for ratio in (1.0, 0.3):

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tff_shadow.privacy import gradient_information, gradient_jacobian, update_information
+from tff_shadow.privacy import (
+  gradient_information,
+  gradient_jacobian,
+  image_gradients,
+  update_information,
+)
 
 _LABELS = np.array([2, 0], np.int32)
 
@@ -32,6 +37,15 @@ def _gradient(model, images):
 @pytest.fixture(scope='module', name='jacobian')
 def _jacobian():
   return gradient_jacobian(_model('float64'), _images(), _LABELS)
+
+
+def test_gradients_of_single_images_have_their_mean():
+  model, images = _model('float64'), _images()
+  single = image_gradients(model, images, _LABELS)
+  np.testing.assert_allclose(single.mean(axis=0), _gradient(model, images), rtol=1e-12)
+  alone = image_gradients(model, images[1:], _LABELS[1:])
+  np.testing.assert_allclose(single[1:], alone, rtol=1e-12)
+  assert not np.allclose(single[0], single[1])
 
 
 class TestJacobian:

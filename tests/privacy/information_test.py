@@ -7,6 +7,7 @@ from tff_shadow.privacy import (
   image_noise_variances,
   information_after_rounds,
   pixel_weights,
+  spread_information,
   through_image_noise,
   unbiased_floor,
   update_information,
@@ -38,6 +39,28 @@ class TestUpdateInformation:
       update_information(np.ones((2, 3)), np.ones(3))
     with pytest.raises(ValueError, match='jacobian'):
       update_information(np.ones(3), 1.0)
+
+
+class TestSpreadInformation:
+  def test_is_the_definition(self):
+    rng = np.random.default_rng(0)
+    jacobian, spread = rng.normal(size=(9, 4)), rng.normal(size=(3, 9))
+    covariance = 0.3 * np.eye(9) + 2.5 * spread.T @ spread
+    information = spread_information(
+      jacobian.T @ jacobian, spread @ jacobian, spread @ spread.T, 0.3, 2.5
+    )
+    expected = jacobian.T @ np.linalg.solve(covariance, jacobian)
+    np.testing.assert_allclose(information, expected, rtol=1e-10, atol=1e-12)
+
+  def test_arguments(self):
+    plain, shared, products = np.eye(2), np.ones((3, 2)), np.eye(3)
+    with pytest.raises(ValueError, match='shared must be'):
+      spread_information(plain, shared.T, products, 1.0, 1.0)
+    for floor, scale in ((0.0, 1.0), (1.0, -1.0), (np.inf, 1.0), (1.0, np.nan)):
+      with pytest.raises(ValueError, match='floor must be above 0'):
+        spread_information(plain, shared, products, floor, scale)
+    with pytest.raises(ValueError, match='products must be'):
+      spread_information(plain, shared, shared, 1.0, 1.0)
 
 
 class TestThroughImageNoise:

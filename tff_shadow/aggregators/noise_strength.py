@@ -88,8 +88,8 @@ class NoiseStrength:
       update_energy: |update|^2.
       image_energy: Mean over images of the squared norm of what one adds to the update; used for
         'image_ratio'.
-      shape_energy: Expected squared norm of the unit noise: the number of weights, sum_j S_j, or
-        for the other two that of the draw itself.
+      shape_energy: Expected squared norm of the unit noise: the number of weights, sum_j S_j, of
+        correlated noise that of the draw itself, of decoy noise an estimate.
       sensitivity_energy: sum_j S_j^2; used for isotropic noise with 'region_psnr'.
       region_energy: tr(M^2): sum over images, pixels and channels of m^2.
       region_fourth_moment: tr(M^4).

@@ -32,6 +32,7 @@ def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.ty
       used with 'image_ratio'.
     region_energy, region_fourth_moment: float32, sum of m^2 and of m^4 over the region maps.
     sensitivity_energy: float32, sum_j S_j^2; only used for isotropic noise of a target bound.
+    decoy_energy: float32, expected squared norm of decoy noise of scale 1; only used for that.
     shape: 'diagonal': S_j^2, a structure like the update, not negative. 'correlated', 'decoy': the
       unit noise itself, a structure like the update. 'isotropic': empty.
   """
@@ -42,6 +43,7 @@ def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.ty
     region_energy=tff.types.TensorType(np.float32),
     region_fourth_moment=tff.types.TensorType(np.float32),
     sensitivity_energy=tff.types.TensorType(np.float32),
+    decoy_energy=tff.types.TensorType(np.float32),
     shape=() if shape == 'isotropic' else update_type,
   )
   return tff.types.to_type(fields)
@@ -174,6 +176,10 @@ def noised_update(
     deviations = [tf.sqrt(tf.sqrt(squared)) for squared in tf.nest.flatten(value['shape'])]
     unit = [d * n for d, n in zip(deviations, normal, strict=True)]
     shape_energy = squared_norm(deviations)
+  elif shape == 'decoy':
+    unit = tf.nest.flatten(value['shape'])
+    drawn = squared_norm(unit)
+    shape_energy = tf.where((drawn > 0) & tf.math.is_finite(drawn), value['decoy_energy'], drawn)
   else:
     unit = tf.nest.flatten(value['shape'])
     shape_energy = squared_norm(unit)

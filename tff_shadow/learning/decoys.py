@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from tff_shadow.aggregators.shadow_noise import squared_norm
 from tff_shadow.data import Examples
 from tff_shadow.shadow.augmentation import augment
 
@@ -12,8 +13,11 @@ from tff_shadow.shadow.augmentation import augment
 MeanGradient = Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]
 # Every client gets them with the computation: 77 MB at 224 px.
 _MAX_DECOYS = 512
-# Images whose gradient is taken at a time, for the memory.
-_CHUNK = 16
+# Images whose gradient is taken at a time. Few, as the energy of the noise follows from how far
+# these gradients are apart, and most of it may lie in one direction, that of the label.
+_CHUNK = 4
+# Where a chunk has to be as large as the client's own batch, there are as many pairs at least.
+_MIN_PAIRS = 4
 
 
 def decoy_pool(public: Examples) -> Examples:
@@ -42,7 +46,7 @@ class DecoyBatches:
       augmentations: How the images are varied.
       mixes_batches: Whether the gradient of a batch is not the mean of those of its images, as with
         BatchNorm: then there are as many pairs of batches as large as the client's own as make
-        `size` images.
+        `size` images, and four at least.
 
     Raises:
       ValueError: If there are no images.
@@ -61,7 +65,7 @@ class DecoyBatches:
     key: tf.Tensor,
     images_per_step: tf.Tensor,
     weights: Sequence[tf.Tensor],
-  ) -> list[tf.Tensor]:
+  ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """A draw of mean 0 with the covariance of the gradient of one image; works in a graph.
 
     With gA and gB the mean gradients of two batches of n images each, drawn with replacement, it is
@@ -75,28 +79,51 @@ class DecoyBatches:
       weights: Whose gradients these are.
 
     Returns:
-      One tensor for each of `weights`.
+      One tensor for each of `weights`, and their squared norm as it is expected, not that of this
+      draw, which varies as widely as a single normal number does.
     """
     pairs = tf.constant(-(-self._size // _CHUNK))
     size = -(-tf.constant(self._size) // pairs)
     if self._mixes_batches:
       size = tf.maximum(1, tf.cast(tf.round(images_per_step), tf.int32))
-      pairs = -(-tf.constant(self._size) // size)
+      pairs = tf.maximum(_MIN_PAIRS, -(-tf.constant(self._size) // size))
+    zeros = [tf.zeros_like(tensor) for tensor in weights]
 
-    def add_pair(pair, *total):
-      first, second = (mean_gradient(*self._batch(key, 2 * pair + k, size)) for k in range(2))
-      return pair + 1, *(t + a - b for t, a, b in zip(total, first, second, strict=True))
+    def add_pair(pair, energy, firsts, seconds):
+      first, second = (mean_gradient(*self.batch(key, 2 * pair + k, size)) for k in range(2))
+      energy += squared_norm(first) + squared_norm(second)
+      firsts, seconds = (
+        [total + own for total, own in zip(*both, strict=True)]
+        for both in ((firsts, first), (seconds, second))
+      )
+      return pair + 1, energy, firsts, seconds
 
-    _, *total = tf.while_loop(
+    _, energy, firsts, seconds = tf.while_loop(
       lambda pair, *_: pair < pairs,
       add_pair,
-      [tf.constant(0), *(tf.zeros_like(tensor) for tensor in weights)],
+      [tf.constant(0), tf.zeros(()), zeros, zeros],
       parallel_iterations=1,
     )
-    scale = tf.sqrt(tf.cast(size, tf.float32) / 2.0 / tf.cast(pairs, tf.float32))
-    return [scale * tensor for tensor in total]
+    size, pairs = tf.cast(size, tf.float32), tf.cast(pairs, tf.float32)
+    scale = tf.sqrt(size / 2.0 / pairs)
+    difference = [scale * (a - b) for a, b in zip(firsts, seconds, strict=True)]
+    # The variance of the mean gradients of `size` images, times that.
+    mean_energy = squared_norm([a + b for a, b in zip(firsts, seconds, strict=True)]) / (2 * pairs)
+    return difference, size * (energy - mean_energy) / (2 * pairs - 1)
 
-  def _batch(self, key, number, size):
+  def batch(
+    self, key: tf.Tensor, number: int | tf.Tensor, size: int | tf.Tensor
+  ) -> tuple[tf.Tensor, tf.Tensor]:
+    """Varied images and their labels, drawn with replacement.
+
+    Args:
+      key: int32 [2]; decides the images.
+      number: Of the batch; others are independent.
+      size: B.
+
+    Returns:
+      float32 [B, H, W, C] in [0, 1] and int32 [B].
+    """
     # The first two are the aggregator's. All 64 bits count: 32 an attacker could try one by one.
     own = tf.random.experimental.stateless_split(key, 3)[2]
     seeds = tf.random.experimental.stateless_split(own + tf.stack([0, number]), 2)

@@ -101,6 +101,7 @@ class ShadowWork:
       region_energy=energy / epochs,
       region_fourth_moment=fourth_moment / epochs,
       sensitivity_energy=tf.zeros(()),
+      decoy_energy=tf.zeros(()),
       shape=(),
     )
     if self._noise.measures_images:
@@ -112,7 +113,8 @@ class ShadowWork:
     elif added_shape == 'decoy':
       # Of a client without images both are 0, and nothing is sent.
       images_per_step = tf.math.divide_no_nan(tf.cast(num_examples, tf.float32), num_steps)
-      direction = self._decoy_difference(initial_weights, key, images_per_step)
+      direction, decoy_energy = self._decoy_difference(initial_weights, key, images_per_step)
+      shaped['decoy_energy'] = decoy_energy
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
     elif self._noise.needs_shadow and not self._noise.in_images:
       if self._noise.probes_batches:
@@ -202,9 +204,12 @@ class ShadowWork:
     return factor**2 * tf.math.divide_no_nan(energy, count)
 
   def _decoy_difference(self, initial_weights, key, images_per_step):
-    """Decoy noise of scale 1: of the covariance of what one image of a batch adds to the update."""
+    """Decoy noise of scale 1: of the covariance of what one image of a batch adds to the update.
+
+    Returns the draw and its expected squared norm.
+    """
     self._reset_probe_model(initial_weights)
-    difference = self._decoys.difference(
+    difference, energy = self._decoys.difference(
       lambda images, labels: self._derivatives(
         self._probe_model, collections.OrderedDict(y=labels), images
       )[0],
@@ -214,7 +219,7 @@ class ShadowWork:
     )
     rate = float(self._noise.local_epochs) * self._rate
     factor = tf.math.divide_no_nan(rate, images_per_step)
-    return [factor * tensor for tensor in difference]
+    return [factor * tensor for tensor in difference], factor**2 * energy
 
   def _reset_probe_model(self, initial_weights):
     for variables, values in (

@@ -8,10 +8,11 @@ from tff_shadow.privacy.accounting import (
   no_guarantee,
   public_shape_guarantee,
 )
-from tff_shadow.privacy.gradients import gradient_information, gradient_jacobian
+from tff_shadow.privacy.gradients import gradient_information, gradient_jacobian, image_gradients
 from tff_shadow.privacy.information import (
   image_noise_variances,
   information_after_rounds,
+  spread_information,
   through_image_noise,
   update_information,
 )
@@ -52,6 +53,7 @@ __all__ = [
   'gradient_information',
   'gradient_jacobian',
   'guarantee_of',
+  'image_gradients',
   'image_noise_variances',
   'information_after_rounds',
   'mean_squared_error',
@@ -62,6 +64,7 @@ __all__ = [
   'public_shape_guarantee',
   'region_psnr',
   'solved_bound',
+  'spread_information',
   'through_image_noise',
   'trace_bound',
   'unbiased_floor',

@@ -48,6 +48,33 @@ def gradient_jacobian(model: tf.keras.Model, images: tf.Tensor, labels: tf.Tenso
   return jacobian
 
 
+def image_gradients(model: tf.keras.Model, images: tf.Tensor, labels: tf.Tensor) -> np.ndarray:
+  """The gradient of each image alone: [B, N].
+
+  Args:
+    model: As for `gradient_jacobian`.
+    images: [B, H, W, C] in [0, 1].
+    labels: int32 [B].
+
+  Raises:
+    ValueError: If images and labels do not fit each other.
+  """
+  images, labels = _checked(model, images, labels)
+  loss, variables = classification_loss(model), model.trainable_variables
+
+  @tf.function
+  def of_one(image, label):
+    gradient, _ = gradient_and_derivatives(
+      lambda x: loss(label[None], model(x, training=True)), variables, image[None], []
+    )
+    return _flat(gradient)
+
+  with _non_trainable_kept(model):
+    return np.stack(
+      [of_one(image, label).numpy() for image, label in zip(images, labels, strict=True)]
+    )
+
+
 def gradient_information(
   model: tf.keras.Model, images: tf.Tensor, labels: tf.Tensor, variances: float | np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
@@ -89,14 +116,19 @@ def gradient_information(
 
 
 def _one_step(model, images, labels):
+  images, labels = _checked(model, images, labels)
+  loss = classification_loss(model)
+  return images, lambda x: loss(labels, model(x, training=True)), model.trainable_variables
+
+
+def _checked(model, images, labels):
   images = tf.cast(images, model.inputs[0].dtype)
   labels = tf.cast(labels, tf.int32)
   if images.shape.rank != 4 or labels.shape != images.shape[:1]:
     raise ValueError(
       f'images must be [B, H, W, C] and labels [B], found {images.shape} and {labels.shape}'
     )
-  loss = classification_loss(model)
-  return images, lambda x: loss(labels, model(x, training=True)), model.trainable_variables
+  return images, labels
 
 
 def _flat(tensors: list[tf.Tensor]) -> tf.Tensor:

@@ -44,6 +44,39 @@ def update_information(jacobian: np.ndarray, variances: float | np.ndarray) -> n
   return information
 
 
+def spread_information(
+  plain: np.ndarray, shared: np.ndarray, products: np.ndarray, floor: float, scale: float
+) -> np.ndarray:
+  """J^T Sigma^-1 J for Sigma = floor 1 + scale U^T U, by Woodbury's identity.
+
+  Args:
+    plain: J^T J [d, d].
+    shared: U J [M, d]. With U the deviations of M samples over sqrt(M), U^T U is their covariance.
+    products: U U^T [M, M].
+    floor: Variance of the isotropic part, above 0.
+    scale: Not negative.
+
+  Returns:
+    float64 [d, d].
+
+  Raises:
+    ValueError: If an argument has another form or is out of range.
+  """
+  plain = checked_information(plain, 'plain')
+  products = checked_information(products, 'products')
+  if shared.shape != (len(products), len(plain)):
+    raise ValueError(
+      f'shared must be [{len(products)}, {len(plain)}], found shape {np.shape(shared)}'
+    )
+  if not (0 < floor < np.inf and 0 <= scale < np.inf):
+    raise ValueError(
+      f'floor must be above 0 and scale not negative, both finite; found {floor} and {scale}'
+    )
+  factor = np.linalg.cholesky(floor * np.eye(len(products)) + scale * products)
+  left = np.linalg.solve(factor, np.sqrt(scale) * shared)
+  return (plain - left.T @ left) / floor
+
+
 def image_noise_variances(region: np.ndarray, tau: float, channels: int) -> np.ndarray:
   """tau^2 m^2 per pixel value: what `region_noise` times tau adds to the images.
 
