@@ -29,7 +29,7 @@ from tff_shadow.data import EMBEDDED
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import ShadowNoise
-from tff_shadow.learning.decoys import DecoyBatches, decoy_pool
+from tff_shadow.learning.decoys import decoy_batches, decoy_pool
 from tff_shadow.privacy import region_psnr
 
 _OUTPUT = flags.DEFINE_string('output', 'results/bounds.csv', 'Table to write.')
@@ -82,13 +82,11 @@ def _linearised(dataset: str) -> LinearisedRelease:
   clients = list(rounds.truth.values())[: _IMAGES.value]
   public = rounds.data.validation
   shapes = {shape for shape, _ in map(_parse_defense, _DEFENSES.value)}
+  model = small_model(rounds.data, 0, 'none')
   decoys = None
   if 'decoy' in shapes:
     noise = ShadowNoise('decoy', NoiseStrength('scale', 1.0))
-    decoys = DecoyBatches(
-      decoy_pool(public), noise.decoys, noise.decoy_augmentations, mixes_batches=False
-    )
-  model = small_model(rounds.data, 0, 'none')
+    decoys = decoy_batches(noise, decoy_pool(public), model)
   return LinearisedRelease(model, clients, public.float_images(), shapes, decoys=decoys)
 
 

@@ -22,6 +22,7 @@ from tff_shadow.data import Examples, FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.learning import BASELINES, BaselineDefense, ShadowNoise, keras_model_fn
 from tff_shadow.learning.client_work import client_result, train_locally
+from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.noise_settings import REGION
 from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.learning.training import observed_update
@@ -201,7 +202,7 @@ class _ShadowPlayer(Player):
       self._optimizer,
       self._noise,
       self._shares_statistics,
-      self._decoys,
+      decoy_batches(self._noise, self._decoys, model) if self._noise.needs_decoys else None,
     )
 
   def _examples(self, truth, key):

@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from tff_shadow.aggregators.shadow_noise import squared_norm
 from tff_shadow.data import Examples
+from tff_shadow.learning.noise_settings import ShadowNoise
+from tff_shadow.models import batch_norm_layers
 from tff_shadow.shadow.augmentation import augment
 
 # From images and labels to the gradients of their mean loss.
@@ -27,8 +29,18 @@ def decoy_pool(public: Examples) -> Examples:
   return public.take(np.arange(_MAX_DECOYS) * len(public) // _MAX_DECOYS)
 
 
+def decoy_batches(noise: ShadowNoise, public: Examples, model: tf.keras.Model) -> 'DecoyBatches':
+  """The decoys of `noise` for a model of this architecture."""
+  return DecoyBatches(
+    public,
+    noise.decoys,
+    noise.decoy_augmentations,
+    mixes_batches=bool(batch_norm_layers(model)),
+  )
+
+
 class DecoyBatches:
-  """Draws pairs of batches and takes the difference of their gradients; built where it runs."""
+  """Draws pairs of batches and takes the difference of their gradients."""
 
   def __init__(
     self,

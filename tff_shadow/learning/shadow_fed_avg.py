@@ -9,6 +9,7 @@ import tensorflow_federated as tff
 from tff_shadow.aggregators import shadow_noise_factory, shaped_update_type
 from tff_shadow.data import Examples
 from tff_shadow.learning.client_work import ModelFn, wire_client_work
+from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.fed_avg import compose, initial_weights
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
 from tff_shadow.learning.shadow_work import ShadowWork
@@ -84,7 +85,7 @@ def build_shadow_fed_avg(
     client_weighting,
     share_statistics,
     metrics_aggregator or tff.learning.metrics.sum_then_finalize,
-    decoys,
+    decoy_batches(noise, decoys, shadow_model_fn()) if noise.needs_decoys else None,
   )
   return compose(
     model_fn,

@@ -8,11 +8,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.shadow_noise import squared_norm
-from tff_shadow.data import Examples
 from tff_shadow.learning.client_work import ModelFn, client_result, fold, train_locally
 from tff_shadow.learning.decoys import DecoyBatches
 from tff_shadow.learning.noise_settings import REGION, ShadowNoise
-from tff_shadow.models import batch_norm_layers
 from tff_shadow.shadow import RegionMap, build_region_map
 from tff_shadow.shadow.noise_keys import NOISE_KEY
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
@@ -28,9 +26,9 @@ class ShadowWork:
     optimizer: tff.learning.optimizers.Optimizer,
     noise: ShadowNoise,
     share_statistics: bool,
-    decoys: Examples | None = None,
+    decoys: DecoyBatches | None = None,
   ):
-    """Makes the variables; see `build_shadow_fed_avg` for the arguments."""
+    """Makes the variables; see `build_shadow_fed_avg` for the arguments, `decoys` as batches."""
     self._optimizer = optimizer
     self._noise = noise
     self._share_statistics = share_statistics
@@ -39,12 +37,7 @@ class ShadowWork:
     # Apart from the others, so that no batch counts twice in the metrics.
     probes = noise.probes_batches or noise.measures_images or noise.needs_decoys
     self._probe_model = model_fn() if probes else None
-    self._decoys = None
-    if noise.needs_decoys:
-      mixes_batches = bool(batch_norm_layers(shadow_model_fn()))
-      self._decoys = DecoyBatches(
-        decoys, noise.decoys, noise.decoy_augmentations, mixes_batches=mixes_batches
-      )
+    self._decoys = decoys
     self._shadow = None
     self._region_map: RegionMap | None = None
     if noise.needs_shadow:
