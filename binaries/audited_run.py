@@ -132,7 +132,7 @@ class AuditedRun:
         f' {training.batch_size}, {training.local_epochs} epochs'
       ),
       'BatchNorm statistics': observation.batch_norm_sharing,
-      'Defence': _defense_words(self.defense),
+      'Defence': defense_words(self.defense),
       'Seed of the training': str(self.config['flags']['seed']),
     }
 
@@ -216,15 +216,39 @@ def _test(run_dir: pathlib.Path) -> dict[str, Any] | None:
   return read_json(path) if path.exists() else None
 
 
-def _defense_words(defense: Mapping[str, Any]) -> str:
-  """Name and settings; of nested ones, what kind and how much."""
+def defense_words(defense: Mapping[str, Any]) -> str:
+  """Name and settings in force; of nested ones, what kind and how much."""
   words = []
   for key, value in defense.items():
     if isinstance(value, Mapping):
       value = ' '.join(str(value[part]) for part in ('kind', 'value') if part in value)
-    if key != 'name':
-      words.append(f'{key} {value}')
+    if isinstance(value, list | tuple):
+      value = ' and '.join(map(str, value)) or 'none'
+    if key == 'frozen':
+      value = 'frozen' if value else 'drawn anew in each round'
+    if key != 'name' and key not in _idle_settings(defense):
+      words.append(value if key == 'frozen' else f'{key.replace("_", " ")} {value}')
   return f'{defense["name"]}: {", ".join(words)}' if words else defense['name']
+
+
+def _idle_settings(defense: Mapping[str, Any]) -> set[str]:
+  """Settings of shadow noise that do nothing for its shape."""
+  if defense['name'] != 'shadow':
+    return set()
+  shape, kind = defense['shape'], defense['strength']['kind']
+  in_images = defense['propagation'] == 'images'
+  has_region = shape in ('diagonal', 'correlated') or kind == 'region_psnr'
+  used = {
+    'decoys': shape == 'decoy',
+    'decoy_augmentations': shape == 'decoy',
+    'floor': shape != 'isotropic' and not in_images,
+    'saliency': has_region,
+    'propagation': has_region,
+    'epsilon': has_region and defense['propagation'] == 'local_training',
+    'probes': kind == 'image_ratio' or (has_region and shape != 'correlated'),
+    'local_epochs': shape == 'decoy' or kind in ('image_ratio', 'region_psnr'),
+  }
+  return {name for name, is_used in used.items() if not is_used}
 
 
 def _span(values: Sequence[int]) -> str:
