@@ -157,9 +157,11 @@ def scatter_uri(
   ink, grid = _inks(dark)
   labels = dict.fromkeys(point.label for points in groups.values() for point in points)
   styles = dict(zip(labels, itertools.cycle(itertools.product(_MARKERS, _CURVE_COLORS))))
-  columns = min(len(labels), 2 * len(groups))
+  width = max(6.4, 4.6 * len(groups))
+  # In the legend's font a letter takes about 0.075 inches.
+  columns = min(len(labels), max(1, int(width / (0.6 + 0.075 * max(map(len, labels))))))
   height = 3.8 + 0.2 * -(-len(labels) // columns)
-  plot = figure.Figure(figsize=(4.6 * len(groups), height), dpi=160, layout='constrained')
+  plot = figure.Figure(figsize=(width, height), dpi=160, layout='constrained')
   panels = np.atleast_1d(plot.subplots(1, len(groups)))
   shown = {}
   for axes, (title, points) in zip(panels, groups.items(), strict=True):
