@@ -139,7 +139,7 @@ audited-%: $(STAMP)
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
-KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh
+KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh decoy+fresh
 KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_dir=runs/kept/cache
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
@@ -150,14 +150,15 @@ rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
 kept-%: $(STAMP)
 	$(BIN)/tff-shadow-train --run_dir=runs/kept/$* --dataset=$(call part,1,$*) $(ROUND_ONE) \
 	  --partition=sizes:1/1/1/1/1/1/1/1 --client_learning_rate=0.005 --rounds=16 \
-	  --observed_rounds=$$(seq -s, 16) --save_every_rounds=16 $(defense-$(call part,2,$*)) \
+	  --observed_rounds=$$(seq -s, 16) --save_every_rounds=16 \
+	  $(call defense-$(call part,2,$*),$(call part,1,$*)) \
 	  --noise_freshness=$(call part,3,$*) $(call resume,runs/kept/$*)
 	for count in $(KEPT_ROUNDS); do \
 	  audit=runs/kept/$*/audits/kept_$$count; \
 	  if [ $$count -gt 1 ]; then together=--separate_rounds=; else together=; fi; \
 	  if [ -e $$audit/config.json ]; then resume=--resume; else resume=; fi; \
 	  $(BIN)/tff-shadow-audit --run_dir=runs/kept/$* --name=kept_$$count --rounds=$$(seq -s, $$count) \
-	    $$together $(KEPT_FLAGS) $$resume || exit 1; \
+	    $$together $(KEPT_FLAGS) $(variations-$(call part,1,$*)) $$resume || exit 1; \
 	done
 
 # Does the attack see anything? On each embedded set, 16 images, batch 1, round 1 (method of proof:
