@@ -12,6 +12,9 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_probability as tfp
 
+# A lane whose gradient has no larger entry is done.
+_LBFGS_TOLERANCE = 1e-8
+
 
 @dataclasses.dataclass(frozen=True)
 class CosineDecay:
@@ -176,20 +179,26 @@ class Lbfgs:
       value, gradient = objective_fn(_parted(flat, parameters))
       return value, _joined(gradient)
 
-    def minimize(initial_position=None, **earlier):
-      return tfp.optimizer.lbfgs_minimize(
-        value_and_gradients,
-        initial_position,
-        num_correction_pairs=self.pairs,
-        max_iterations=taken + 1,
-        max_line_search_iterations=self.line_search,
-        **earlier,
+    def at_the_start():
+      # As `lbfgs_minimize` begins; given to it as a start, all of its graph would be there twice.
+      position = _joined(parameters)
+      value, gradient = value_and_gradients(position)
+      small = tf.reduce_max(tf.abs(gradient), axis=1) < _LBFGS_TOLERANCE
+      return results._replace(
+        converged=tf.math.is_finite(value) & small,
+        position=position,
+        objective_value=value,
+        objective_gradient=gradient,
       )
 
-    new = tf.cond(
-      taken > 0,
-      lambda: minimize(previous_optimizer_results=results),
-      lambda: minimize(initial_position=_joined(parameters)),
+    new = tfp.optimizer.lbfgs_minimize(
+      value_and_gradients,
+      initial_position=None,
+      previous_optimizer_results=tf.cond(taken > 0, lambda: results, at_the_start),
+      num_correction_pairs=self.pairs,
+      tolerance=_LBFGS_TOLERANCE,
+      max_iterations=taken + 1,
+      max_line_search_iterations=self.line_search,
     )
     return _parted(new.position, parameters), new
 

@@ -199,6 +199,8 @@ class Solver:
     """A step of L-BFGS; the loss is that after it."""
     optimizer = self._config.optimizer
 
+    # The search has it at ten places of its graph, and preparing that is what takes time.
+    @tf.function(experimental_attributes={'_noinline': True})
     def objective(parameters):
       seen = self.loss_and_gradient(parameters, evidence, state.iteration)
       return seen.objective, seen.gradient
