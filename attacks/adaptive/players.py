@@ -37,6 +37,18 @@ from tff_shadow.shadow.noise_keys import NOISE_KEY, experiment_secret
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
 
 
+def _few_elements() -> tf.data.Options:
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  options.experimental_optimization.apply_default_optimizations = False
+  options.threading.private_threadpool_size = 1
+  return options
+
+
+# To optimise the pipeline of a handful of elements takes longer than to go through them.
+_FEW_ELEMENTS = _few_elements()
+
+
 class AttackersShadow(NamedTuple):
   """With what an attacker plays the published defence.
 
@@ -106,7 +118,7 @@ class Player:
       list(map(tf.constant, statistics)),
     )
     self._build(model, observation.defense)
-    self._train = tf.function(self._send)
+    self._train = tf.function(self._trained, reduce_retracing=True)
 
   def update(self, truth: Truth, steps: LocalSteps, key: tuple[int, int]) -> WeightArrays:
     """What a client sends, trained minus initial weights.
@@ -119,15 +131,26 @@ class Player:
     key = tf.constant(key, tf.int32)
     order = np.concatenate(steps.batches)
     examples = {name: array[order] for name, array in self._examples(truth, key).items()}
-    # All batches but the last are of one size.
-    dataset = tf.data.Dataset.from_tensor_slices(collections.OrderedDict(examples))
-    return observed_update(self._train(dataset.batch(len(steps.batches[0])), key))
+    return self._update(examples, steps, key)
 
   def updates(
     self, clients: Mapping[str, Truth], steps: LocalSteps, keys: Mapping[str, tuple[int, int]]
   ) -> dict[str, WeightArrays]:
     """What each of several clients with the same local steps sends; see `update`."""
     return {name: self.update(truth, steps, keys[name]) for name, truth in clients.items()}
+
+  def _update(
+    self, examples: Mapping[str, np.ndarray], steps: LocalSteps, key: tf.Tensor
+  ) -> WeightArrays:
+    """What a client sends that trains on these, one row for each image of each step."""
+    # All batches but the last are of one size.
+    size = tf.constant(len(steps.batches[0]), tf.int64)
+    tensors = collections.OrderedDict((name, tf.constant(own)) for name, own in examples.items())
+    return observed_update(self._train(tensors, size, key))
+
+  def _trained(self, examples: Mapping[str, tf.Tensor], size: tf.Tensor, key: tf.Tensor) -> Any:
+    dataset = tf.data.Dataset.from_tensor_slices(examples).batch(size)
+    return self._send(dataset.with_options(_FEW_ELEMENTS), key)
 
   def _build(self, model: tf.keras.Model, defense: dict[str, Any]) -> None:
     """Makes variables, which a traced function must not.
@@ -263,9 +286,7 @@ class _PublishedPlayer(_BaselinePlayer):
       for name, truth in clients.items():
         noised, _ = shadows.prepare(name, order, training, self._weights, seen.round_num)
         own = {'x': noised, 'y': truth.labels[order]}
-        dataset = tf.data.Dataset.from_tensor_slices(collections.OrderedDict(own))
-        dataset = dataset.batch(training.batch_size)
-        sent[name] = observed_update(self._train(dataset, tf.constant(keys[name], tf.int32)))
+        sent[name] = self._update(own, steps, tf.constant(keys[name], tf.int32))
     return sent
 
   def _build(self, model, defense):
