@@ -1,25 +1,27 @@
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests.attacks.synthetic_run import write_run
+from tests.binaries.programs import run_all
+
+_FAILING = {'blind': {'blind': True}, 'few': {'targets': 15}, 'spread': {'deviations': (0.4, 0.5)}}
 
 
-def _gate(*run_dirs):
-  # In a process of its own: the programs define flags of the same names.
-  return subprocess.run(
-    [sys.executable, '-m', 'binaries.gate', *(f'--run_dir={path}' for path in run_dirs)],
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
+@pytest.fixture(scope='module')
+def ended(tmp_path_factory):
+  """How the gate ended, by what it was given."""
+  root = tmp_path_factory.mktemp('gate')
+  good = write_run(root / 'good', dataset='retina/32px')
+  given = {'good': [good], 'nothing': [root]}
+  for name, changes in _FAILING.items():
+    given[name] = [write_run(root / name, **changes), good]
+  runs = [[f'--run_dir={path}' for path in paths] for paths in given.values()]
+  return dict(zip(given, run_all('gate', runs), strict=True)) | {'root': root}
 
 
-def test_line_of_an_attack_that_works(tmp_path):
-  done = _gate(write_run(tmp_path / 'run', dataset='retina/32px'))
+def test_line_of_an_attack_that_works(ended):
+  done = ended['good']
   assert done.returncode == 0
   (line,) = done.stdout.splitlines()
   number = r'-?\d+\.\d\d'
@@ -29,16 +31,14 @@ def test_line_of_an_attack_that_works(tmp_path):
   )
 
 
-@pytest.mark.parametrize('changes', [{'blind': True}, {'targets': 15}, {'deviations': (0.4, 0.5)}])
-def test_attack_that_sees_nothing_or_too_few_images_fails(tmp_path, changes):
-  good = write_run(tmp_path / 'good')
-  bad = write_run(tmp_path / 'bad', **changes)
-  done = _gate(bad, good)
+@pytest.mark.parametrize('name', _FAILING)
+def test_attack_that_sees_nothing_or_too_few_images_fails(ended, name):
+  done = ended[name]
   assert done.returncode == 1
   assert len(done.stdout.splitlines()) == 2
 
 
-def test_run_without_an_attack(tmp_path):
-  done = _gate(tmp_path)
+def test_run_without_an_attack(ended):
+  done, root = ended['nothing'], ended['root']
   assert done.returncode == 1
-  assert done.stderr == f'error: --attack: {tmp_path} has these attacks: none; name one\n'
+  assert done.stderr == f'error: --attack: {root} has these attacks: none; name one\n'

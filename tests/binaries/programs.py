@@ -10,29 +10,31 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 # Each run in a process of its own: two programs may define the same flag, and flags are global.
 _SCRIPT = """
-import importlib, json, os, sys
+import importlib, json, os, sys, tempfile
 program = importlib.import_module('binaries.' + sys.argv[1])
 results = []
 for arguments in json.loads(sys.argv[2]):
-  read, write = os.pipe()
-  pid = os.fork()
-  if not pid:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(write, 2)
-    os.close(read)
-    sys.argv = [program.__file__, *arguments]
-    code = 0
-    try:
-      program.run()
-    except SystemExit as ended:
-      code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    finally:
-      sys.stderr.flush()
-      os._exit(code)
-  os.close(write)
-  with os.fdopen(read) as errors:
-    text = errors.read()
-  results.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text])
+  with tempfile.TemporaryFile('w+') as printed, tempfile.TemporaryFile('w+') as errors:
+    pid = os.fork()
+    if not pid:
+      os.dup2(printed.fileno(), 1)
+      os.dup2(errors.fileno(), 2)
+      sys.argv = [program.__file__, *arguments]
+      code = 0
+      try:
+        program.run()
+      except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+      finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    texts = []
+    for file in (printed, errors):
+      file.seek(0)
+      texts.append(file.read())
+  results.append([code, *texts])
 print(json.dumps(results))
 """
 
@@ -41,6 +43,7 @@ class Ended(NamedTuple):
   """How a run ended; named as in `subprocess.CompletedProcess`."""
 
   returncode: int
+  stdout: str
   stderr: str
 
 

@@ -11,44 +11,35 @@ from tests.attacks.scoring.lpips_reference import seeded_weights
 from tests.binaries.programs import ROOT, assert_one_error_line, run_all
 
 
-def _run(*flags):
-  # A process of its own: absl's flags are global, and the binaries share some names.
-  return subprocess.run(
-    [sys.executable, '-m', 'binaries.report', *map(str, flags)],
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
-
-
 @pytest.fixture
 def run_dir(tmp_path):
   return synthetic_run.write_run(tmp_path / 'run', targets=3, size=8)
 
 
 def test_writes_report_and_scores_and_keeps_them(run_dir):
-  done = _run(f'--run_dir={run_dir}', '--max_images=2', '--title=My title')
+  own = f'--run_dir={run_dir}'
+  kept = run_dir / 'report.html'
+  done, refused = run_all('report', [[own, '--max_images=2', '--title=My title'], [own]])
   assert done.returncode == 0, done.stderr
   summary = json.loads((run_dir / 'summary.json').read_text())
   assert summary['headline'] in done.stdout
   assert summary['title'] == 'My title'
-  assert 'My title' in (run_dir / 'report.html').read_text()
+  assert 'My title' in kept.read_text()
   with (run_dir / 'attacks/pixels/scores.csv').open(newline='') as file:
     assert [row['target'] for row in csv.DictReader(file)] == [f'client_0{i}' for i in range(3)]
-  before = (run_dir / 'report.html').read_bytes()
-  assert_one_error_line(_run(f'--run_dir={run_dir}'), 'report.html', '--overwrite')
-  assert (run_dir / 'report.html').read_bytes() == before
-  done = _run(f'--run_dir={run_dir}', '--overwrite')
+  # Of the first run still, and not of the one that was refused.
+  assert_one_error_line(refused, 'report.html', '--overwrite')
+  before = kept.read_bytes()
+  (done,) = run_all('report', [[own, '--overwrite']])
   assert done.returncode == 0, done.stderr
-  assert (run_dir / 'report.html').read_bytes() != before
+  assert kept.read_bytes() != before
 
 
 def test_several_runs_on_one_page(run_dir, tmp_path):
   other = synthetic_run.write_run(tmp_path / 'other', dataset='chest', targets=2, size=8)
   flags = [f'--run_dir={run_dir}', f'--run_dir={other}']
-  assert_one_error_line(_run(*flags), '--output_dir is missing')
-  done = _run(*flags, f'--output_dir={tmp_path / "report"}')
+  lacking, done = run_all('report', [flags, [*flags, f'--output_dir={tmp_path / "report"}']])
+  assert_one_error_line(lacking, '--output_dir is missing')
   assert done.returncode == 0, done.stderr
   summary = json.loads((tmp_path / 'report/summary.json').read_text())
   assert [entry['dataset'] for entry in summary['attacks']] == ['retina', 'chest']
@@ -60,10 +51,8 @@ def test_lpips_and_gallery(tmp_path):
   weights = tmp_path / 'vgg.safetensors'
   safetensors_numpy.save_file(seeded_weights('vgg'), weights)
   flags = [f'--run_dir={run_dir}', f'--lpips_weights={weights}']
-  assert_one_error_line(
-    _run(*flags), 'vgg.safetensors: tensor features.0.weight', '--lpips_net=alex'
-  )
-  done = _run(*flags, '--lpips_net=vgg', '--gallery=run')
+  wrong, done = run_all('report', [flags, [*flags, '--lpips_net=vgg', '--gallery=run']])
+  assert_one_error_line(wrong, 'vgg.safetensors: tensor features.0.weight', '--lpips_net=alex')
   assert done.returncode == 0, done.stderr
   (entry,) = json.loads((run_dir / 'summary.json').read_text())['attacks']
   assert entry['metrics']['attack']['lpips']['n'] == 2
@@ -74,7 +63,10 @@ def test_lpips_and_gallery(tmp_path):
 
 def test_mistakes_take_one_line(run_dir, tmp_path):
   own = f'--run_dir={run_dir}'
+  torn = synthetic_run.write_run(tmp_path / 'torn', targets=2, size=8)
+  (torn / 'truth/round_00001.safetensors').unlink()
   wrong = [
+    ((f'--run_dir={torn}',), 'round_00001.safetensors: file not found'),
     ((), '--run_dir is missing'),
     ((f'--run_dir={tmp_path / "absent"}',), 'directory not found'),
     ((own, f'{own}/'), 'twice'),
@@ -84,8 +76,7 @@ def test_mistakes_take_one_line(run_dir, tmp_path):
   ]
   for ended, (_, message) in zip(run_all('report', [f for f, _ in wrong]), wrong, strict=True):
     assert_one_error_line(ended, message)
-  (run_dir / 'truth/round_00001.safetensors').unlink()
-  assert_one_error_line(_run(own), 'round_00001.safetensors: file not found')
+  assert not (torn / 'report.html').exists()
   assert not (run_dir / 'report.html').exists()
 
 
