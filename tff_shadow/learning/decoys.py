@@ -29,16 +29,6 @@ def decoy_pool(public: Examples) -> Examples:
   return public.take(np.arange(_MAX_DECOYS) * len(public) // _MAX_DECOYS)
 
 
-def decoy_batches(noise: ShadowNoise, public: Examples, model: tf.keras.Model) -> 'DecoyBatches':
-  """The decoys of `noise` for a model of this architecture."""
-  return DecoyBatches(
-    public,
-    noise.decoys,
-    noise.decoy_augmentations,
-    mixes_batches=bool(batch_norm_layers(model)),
-  )
-
-
 class DecoyBatches:
   """Draws pairs of batches and takes the difference of their gradients."""
 
@@ -142,3 +132,13 @@ class DecoyBatches:
     chosen = tf.random.stateless_uniform([size], seeds[0], 0, len(self._labels), tf.int32)
     images = tf.cast(tf.gather(self._images, chosen), tf.float32) / 255.0
     return augment(images, self._augmentations, seeds[1]), tf.gather(self._labels, chosen)
+
+
+def decoy_batches(noise: ShadowNoise, public: Examples, model: tf.keras.Model) -> DecoyBatches:
+  """The decoys of `noise` for a model of this architecture."""
+  return DecoyBatches(
+    public,
+    noise.decoys,
+    noise.decoy_augmentations,
+    mixes_batches=bool(batch_norm_layers(model)),
+  )
