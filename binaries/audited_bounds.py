@@ -10,7 +10,8 @@ from attacks.adaptive.attacker import Watch
 from attacks.audit.replay import is_single_image_round
 from binaries.linearised_release import LinearisedRelease
 from tff_shadow.data import Examples
-from tff_shadow.learning.decoys import DecoyBatches, decoy_pool
+from tff_shadow.learning import ShadowNoise
+from tff_shadow.learning.decoys import decoy_batches, decoy_pool
 from tff_shadow.models import batch_norm_layers, model_from_config
 from tff_shadow.observations import Observation, Truth
 from tff_shadow.privacy import region_psnr
@@ -50,23 +51,18 @@ def bounds_of(
   ):
     variable.assign(array)
   with watch('bounds', 1) as update:
-    defense = observation.defense
+    noise = ShadowNoise.from_public_settings(observation.defense)
     attacked = [truth[name] for name in clients]
-    is_decoy = defense['shape'] == 'decoy'
-    decoys = None
-    if is_decoy:
-      decoys = DecoyBatches(
-        decoy_pool(public), defense['decoys'], defense['decoy_augmentations'], mixes_batches=False
-      )
+    decoys = decoy_batches(noise, decoy_pool(public), model) if noise.needs_decoys else None
     release = LinearisedRelease(
       model,
       attacked,
       public.float_images(),
-      [defense['shape']],
-      floor=defense['floor'],
+      [noise.shape],
+      floor=noise.floor,
       decoys=decoys,
     )
-    errors = release.errors(defense['shape'], strength)
+    errors = release.errors(noise.shape, strength)
     update(1, '')
   unbiased, prior = map(region_psnr, errors)
   bounds = [
@@ -78,7 +74,7 @@ def bounds_of(
       'rests_on': 'van Trees with a Gaussian prior fitted to public images, an ESTIMATE: attackers'
       ' who know the mean and covariance of images. Those who know more may exceed it, most on'
       ' smooth images.'
-      + (' Of decoy noise its covariance counts, from varied public images.' if is_decoy else ''),
+      + (' Of decoy noise its covariance counts, from varied public images.' if decoys else ''),
     },
     {
       'name': 'Without bias',

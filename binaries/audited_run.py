@@ -11,6 +11,7 @@ from binaries import run_directory
 from binaries.recorded_data import load_data_of
 from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
+from tff_shadow.learning import ShadowNoise
 from tff_shadow.observations import (
   Observation,
   Truth,
@@ -235,18 +236,16 @@ def _idle_settings(defense: Mapping[str, Any]) -> set[str]:
   """Settings of shadow noise that do nothing for its shape."""
   if defense['name'] != 'shadow':
     return set()
-  shape, kind = defense['shape'], defense['strength']['kind']
-  in_images = defense['propagation'] == 'images'
-  has_region = shape in ('diagonal', 'correlated') or kind == 'region_psnr'
+  noise = ShadowNoise.from_public_settings(defense)
   used = {
-    'decoys': shape == 'decoy',
-    'decoy_augmentations': shape == 'decoy',
-    'floor': shape != 'isotropic' and not in_images,
-    'saliency': has_region,
-    'propagation': has_region,
-    'epsilon': has_region and defense['propagation'] == 'local_training',
-    'probes': kind == 'image_ratio' or (has_region and shape != 'correlated'),
-    'local_epochs': shape == 'decoy' or kind in ('image_ratio', 'region_psnr'),
+    'decoys': noise.needs_decoys,
+    'decoy_augmentations': noise.needs_decoys,
+    'floor': noise.shape != 'isotropic' and not noise.in_images,
+    'saliency': noise.needs_shadow,
+    'propagation': noise.needs_shadow,
+    'epsilon': noise.needs_shadow and noise.propagation == 'local_training',
+    'probes': noise.measures_images or (noise.needs_shadow and noise.shape != 'correlated'),
+    'local_epochs': noise.needs_decoys or noise.strength.kind in ('image_ratio', 'region_psnr'),
   }
   return {name for name, is_used in used.items() if not is_used}
 

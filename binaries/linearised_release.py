@@ -125,11 +125,14 @@ class LinearisedRelease:
   def _add(self, client: Truth) -> None:
     jacobian = gradient_jacobian(self._model, client.images, client.labels)
     energy = self._gradient_energy(client)
-    plain = update_information(jacobian, 1.0)
+    plain = squared = None
+    if self._shapes - {'diagonal'}:
+      plain = update_information(jacobian, 1.0)
+    if self._shapes & {'diagonal', 'correlated'}:
+      squared = self._squared_sensitivity(client, jacobian)
     own = {}
     if 'isotropic' in self._shapes:
       own['isotropic', 'ratio'] = plain * len(jacobian) / energy
-    squared = self._squared_sensitivity(client, jacobian)
     if 'diagonal' in self._shapes:
       floor = self._floors['diagonal']
       deviations = np.sqrt(squared)

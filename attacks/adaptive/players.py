@@ -16,7 +16,6 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from attacks.local_steps import LocalSteps
-from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.aggregators.shadow_noise import noised_update
 from tff_shadow.data import Examples, FederatedData
 from tff_shadow.errors import UserError
@@ -30,7 +29,6 @@ from tff_shadow.models import model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays
 from tff_shadow.published import PublishedDefense, PublishedSettings, standardization
 from tff_shadow.published.client_shadows import ClientShadows
-from tff_shadow.shadow import SaliencyConfig
 from tff_shadow.shadow.latents import LatentFit
 from tff_shadow.shadow.noise_keys import NOISE_KEY, experiment_secret
 
@@ -213,10 +211,7 @@ class _ShadowPlayer(Player):
     super().__init__(observation, shares_statistics)
 
   def _build(self, model, defense):
-    settings = {name: value for name, value in defense.items() if name not in ('name', 'frozen')}
-    settings['strength'] = NoiseStrength(**settings['strength'])
-    settings['saliency'] = SaliencyConfig(**settings['saliency'])
-    self._noise = ShadowNoise(**settings)
+    self._noise = ShadowNoise.from_public_settings(defense)
     if self._noise.needs_decoys and self._decoys is None:
       raise UserError('decoy noise is simulated with its public images, and none were given')
     self._work = ShadowWork(

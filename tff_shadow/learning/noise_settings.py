@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import tensorflow as tf
 
@@ -86,6 +87,14 @@ class ShadowNoise:
       )
     if not 0 < self.epsilon < float('inf'):
       raise ValueError(f'epsilon must be finite and above 0, found {self.epsilon}')
+
+  @classmethod
+  def from_public_settings(cls, settings: Mapping[str, Any]) -> 'ShadowNoise':
+    """What `ShadowDefense.public_settings` told of, as observations hold it."""
+    fields = {name: value for name, value in settings.items() if name not in ('name', 'frozen')}
+    fields['strength'] = NoiseStrength(**fields['strength'])
+    fields['saliency'] = SaliencyConfig(**fields['saliency'])
+    return cls(**fields)
 
   @property
   def in_images(self) -> bool:
