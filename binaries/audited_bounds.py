@@ -29,8 +29,8 @@ def bounds_of(
 ) -> list[dict[str, Any]]:
   """The bounds of `attacks.audit.summary.RoundEvidence`, averaged over `clients`.
 
-  There are some for single images under shadow noise whose region is given, on small models without
-  BatchNorm; none otherwise.
+  There are some for single images on small models without BatchNorm, under shadow noise that needs
+  no region or is given it; none otherwise.
 
   Args:
     observation: The round.
@@ -91,13 +91,21 @@ def bounds_of(
 
 def _linearised_strength(defense: Mapping[str, Any]) -> str | None:
   """As `LinearisedRelease` takes it; None if it knows no such defence."""
-  if defense['name'] != 'shadow' or defense['saliency']['kind'] != 'given':
+  if defense['name'] != 'shadow':
     return None
-  kind, value = defense['strength']['kind'], defense['strength']['value']
-  if defense['propagation'] == 'images' and kind == 'scale':
+  noise = ShadowNoise.from_public_settings(defense)
+  kind, value = noise.strength.kind, noise.strength.value
+  if not value:
+    return None  # What is sent without noise has no bound.
+  # Of another shadow the bounds would need its maps; noise without one is the same for any.
+  if noise.needs_shadow and noise.saliency.kind != 'given':
+    return None
+  if noise.in_images and kind == 'scale':
     return f'images:{value}'
   # Of one image in one step both ratios are the same.
   relative = kind in ('ratio', 'image_ratio')
-  if defense['shape'] == 'decoy':
+  if noise.shape == 'decoy':
     return str(value) if relative else f'scale:{value}'
-  return str(value) if defense['propagation'] == 'per_step' and relative else None
+  if noise.needs_shadow and noise.propagation != 'per_step':
+    return None
+  return str(value) if relative else None
