@@ -99,16 +99,14 @@ class AuditedRun:
     return {'test': own, 'undefended': other}
 
   def participation(self, data: FederatedData) -> Participation:
-    """How often the images of the smallest client are used."""
-    values, observation = self.config['flags'], self.seen[0].observation
-    smallest = min(observation.clients, key=lambda client: client.num_images)
+    """How often an image is used at most."""
+    values, training = self.config['flags'], self.seen[0].observation.client_training
     return Participation(
       rounds=values['rounds'],
       clients_per_round=values['clients_per_round'] or len(data.clients),
       num_clients=len(data.clients),
-      images=max(1, min(map(len, data.clients.values()))),
-      batch_size=smallest.images_per_step(observation.client_training),
-      steps=max(1, smallest.num_steps),
+      # Once an epoch.
+      uses=min(training.local_epochs, training.max_local_steps or training.local_epochs),
     )
 
   def scope(self) -> dict[str, str]:

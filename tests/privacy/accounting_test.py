@@ -79,26 +79,21 @@ class TestDpFedAvg:
 
 
 class TestDpSgd:
-  def test_is_a_little_below_what_renyi_accounting_finds(self):
-    steps, event = 1000, dp_accounting.GaussianDpEvent(1.1)
-    found = dp_sgd_guarantee(1.1, 4, 100, steps, 1e-5)
-    renyi = dp_accounting.rdp.RdpAccountant()
-    renyi.compose(
-      dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(0.04, event), steps)
-    )
-    assert 0.8 * renyi.get_epsilon(1e-5) < found.epsilon < renyi.get_epsilon(1e-5)
+  @pytest.mark.parametrize('uses', [1, 4])
+  def test_it_is_the_gaussian_mechanism_of_every_use(self, uses):
+    # Leaving one example out moves the sum by the clipping norm, each time it is used.
+    found = dp_sgd_guarantee(8.0, uses, 1e-5)
+    expected = _analytic_gaussian_epsilon(np.sqrt(uses) / 8.0, 1e-5)
+    assert found.epsilon == pytest.approx(expected, rel=0.01)
     assert found.unit == 'example'
-    assert any('Poisson sampling' in sentence for sentence in found.assumptions)
+    assert f'an example is in at most {uses} local steps' in str(found)
 
-  def test_of_the_whole_data_it_is_the_gaussian_mechanism(self):
-    # Adding one example moves the sum by the clipping norm, once.
-    found = dp_sgd_guarantee(8.0, 10, 10, 4, 1e-5).epsilon
-    assert found == pytest.approx(_analytic_gaussian_epsilon(2.0 / 8.0, 1e-5), rel=0.01)
-
-  def test_arguments(self):
-    for batch in (0, 11):
-      with pytest.raises(ValueError, match=f'batch_size .* found {batch}'):
-        dp_sgd_guarantee(1.0, batch, 10, 5, 1e-5)
+  def test_no_sampling_makes_it_smaller(self):
+    # An epoch of 8 batches, each of which takes every example with probability 1/8.
+    sampled = dp_accounting.pld.PLDAccountant()
+    step = dp_accounting.PoissonSampledDpEvent(1 / 8, dp_accounting.GaussianDpEvent(1.0))
+    sampled.compose(dp_accounting.SelfComposedDpEvent(step, 8))
+    assert dp_sgd_guarantee(1.0, 1, 1e-5).epsilon > 1.2 * sampled.get_epsilon(1e-5)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +101,7 @@ class TestDpSgd:
   [
     lambda z=1.0, n=1, d=1e-5: public_shape_guarantee(z, n, d),
     lambda z=1.0, n=1, d=1e-5: dp_fed_avg_guarantee(z, 1, 2, n, d),
-    lambda z=1.0, n=1, d=1e-5: dp_sgd_guarantee(z, 1, 2, n, d),
+    lambda z=1.0, n=1, d=1e-5: dp_sgd_guarantee(z, n, d),
   ],
 )
 def test_numbers_out_of_range(state):
@@ -116,7 +111,7 @@ def test_numbers_out_of_range(state):
   for delta in (0.0, 1.0, float('nan')):
     with pytest.raises(ValueError, match=f'delta .* found {delta}'):
       state(d=delta)
-  with pytest.raises(ValueError, match=r'(rounds|steps) must be at least 1, found 0'):
+  with pytest.raises(ValueError, match=r'(rounds|uses) must be at least 1, found 0'):
     state(n=0)
 
 

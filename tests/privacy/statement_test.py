@@ -7,7 +7,7 @@ from tff_shadow.privacy import (
   guarantee_of,
 )
 
-_PARTICIPATION = Participation(10, 4, 16, images=20, batch_size=8, steps=3)
+_PARTICIPATION = Participation(10, 4, 16, uses=3)
 _SHADOW = {
   'name': 'shadow',
   'shape': 'correlated',
@@ -42,11 +42,9 @@ def test_what_has_no_guarantee_says_why(defense, word):
   assert word in str(guarantee)
 
 
-def test_differential_privacy_is_accounted_for_the_smallest_client():
+def test_differential_privacy_is_accounted_for_every_use_of_an_image():
   dp_sgd = {'name': 'dp_sgd', 'noise_multiplier': 1.0, 'clip_norm': 1.0}
-  assert guarantee_of(dp_sgd, _PARTICIPATION, 1e-5) == dp_sgd_guarantee(1.0, 8, 20, 30, 1e-5)
-  small = _PARTICIPATION._replace(images=5)
-  assert guarantee_of(dp_sgd, small, 1e-5) == dp_sgd_guarantee(1.0, 5, 5, 30, 1e-5)
+  assert guarantee_of(dp_sgd, _PARTICIPATION, 1e-5) == dp_sgd_guarantee(1.0, 30, 1e-5)
   dp_fed_avg = {'name': 'dp_fedavg', 'noise_multiplier': 2.0, 'clip_norm': 1.0}
   guarantee = guarantee_of(dp_fed_avg, _PARTICIPATION, 1e-5)
   assert guarantee == dp_fed_avg_guarantee(2.0, 4, 16, 10, 1e-5)

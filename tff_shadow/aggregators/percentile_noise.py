@@ -6,7 +6,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tff_shadow.aggregators.client_side import Factory
-from tff_shadow.aggregators.public_shadow_noise import draw_key
+from tff_shadow.aggregators.entropy import draw_key
 from tff_shadow.aggregators.shadow_noise import stateless_normal_like
 from tff_shadow.aggregators.update_transform import update_transform_factory
 

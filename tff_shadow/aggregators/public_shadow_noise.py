@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_factory
+from tff_shadow.aggregators.entropy import draw_key
 from tff_shadow.aggregators.shadow_noise import (
   check_float32,
   squared_norm,
@@ -93,15 +94,6 @@ def public_shadow_noise_factory(
     return ClientSide(transform, value_type, _measure, context)
 
   return client_side_factory(build, inner)
-
-
-def draw_key() -> tf.Tensor:
-  """A key int32 [2] from the entropy of the machine that runs this.
-
-  Each execution, so each client and round, has its own; a stateful random op with a seed would give
-  all clients the same noise.
-  """
-  return tf.raw_ops.NonDeterministicInts(shape=tf.constant([2]), dtype=tf.int32)
 
 
 def _whitened(update, deviations) -> list[tf.Tensor]:

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from tff_shadow.aggregators.client_side import Factory
-from tff_shadow.aggregators.public_shadow_noise import draw_key
+from tff_shadow.aggregators.entropy import draw_key
 from tff_shadow.aggregators.update_transform import update_transform_factory
 
 _MAX_BITS = 16

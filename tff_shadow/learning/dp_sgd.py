@@ -2,9 +2,10 @@
 
 import tensorflow as tf
 import tensorflow_federated as tff
-import tensorflow_privacy as tfp
 from tensorflow_privacy.privacy.optimizers import clip_and_aggregate_gradients
 
+from tff_shadow.aggregators.entropy import draw_key
+from tff_shadow.aggregators.shadow_noise import stateless_normal_like
 from tff_shadow.learning.client_work import BuildGradientFn, GradientFn
 from tff_shadow.models import classification_loss
 from tff_shadow.models.batch_norm import training_batch_norm_layers
@@ -17,14 +18,14 @@ def build_dp_sgd_gradient_fn(
 
   The gradient of each example is clipped to `clip_norm` over all variables together, and N(0,
   (noise_multiplier clip_norm)^2 I) is added to the sum over the batch, which is then divided by the
-  number of its examples. Clipping is tensorflow-privacy's `clip_and_aggregate_gradients`, the noise
-  that of its `GaussianSumQuery`: fresh in each step of each client, from the worker's own entropy,
-  so it cannot be reproduced. The library's optimisers are Keras ones, which TFF does not take.
+  number of its examples. Clipping is tensorflow-privacy's `clip_and_aggregate_gradients`; the noise
+  is fresh in each step of each client, from the entropy of its machine (`draw_key`), and cannot be
+  reproduced. That of the library's queries would come from TensorFlow's generator, of which the
+  server could try all seeds, and its optimisers are Keras ones, which TFF does not take.
 
   Only the loss of the examples counts; regularisation losses of the model are left out. An example
-  whose gradient is not finite makes the client's update not finite, and it is dropped. No
-  (epsilon, delta) is computed: batches here are drawn by shuffling, not by the Poisson sampling
-  that the usual accounting takes for granted.
+  whose gradient is not finite makes the client's update not finite, and it is dropped. What may be
+  stated of it: `tff_shadow.privacy.dp_sgd_guarantee`.
 
   Args:
     model: The task model; its architecture counts, not its weights.
@@ -42,7 +43,6 @@ def build_dp_sgd_gradient_fn(
       ' be clipped one by one; use --norm=group or none, or --batch_norm_sharing=frozen'
     )
   loss = classification_loss(model)
-  query = tfp.GaussianSumQuery(clip_norm, clip_norm * noise_multiplier)
 
   def build_gradient_fn(local_model: tff.learning.models.VariableModel) -> GradientFn:
     def gradient_fn(batch):
@@ -57,9 +57,13 @@ def build_dp_sgd_gradient_fn(
         l2_norm_clip=clip_norm,
         aggregate_method='sum',
       )
-      noised, _, _ = query.get_noised_result(clipped, query.initial_global_state())
+      normal = stateless_normal_like(clipped, draw_key(), draw=0)
+      deviation = clip_norm * noise_multiplier
       num_examples = tf.cast(output.num_examples, tf.float32)
-      return output.num_examples, [gradient / num_examples for gradient in noised]
+      return output.num_examples, [
+        (gradient + deviation * n) / num_examples
+        for gradient, n in zip(clipped, normal, strict=True)
+      ]
 
     return gradient_fn
 

@@ -167,40 +167,31 @@ def dp_fed_avg_guarantee(
   )
 
 
-def dp_sgd_guarantee(
-  noise_multiplier: float, batch_size: int, num_examples: int, steps: int, delta: float
-) -> Guarantee:
-  """Of example-level DP-SGD on one client (Abadi et al. 2016).
+def dp_sgd_guarantee(noise_multiplier: float, uses: int, delta: float) -> Guarantee:
+  """Of example-level DP-SGD on one client (Abadi et al. 2016), whatever the order of its examples.
 
-  One example is added or removed. Counts the Poisson-sampled Gaussian mechanism of every local step
-  of all rounds by its privacy loss distribution.
+  One example's gradient is left out of every step that uses it. That moves the sum of such a step
+  by at most the clipping norm and no other step's, so that the Gaussian mechanism is composed as
+  often as an example is used, by its privacy loss distribution. Nothing is gained from an example's
+  batch being secret: that needs Poisson sampling, and batches here are cut from shuffled data, for
+  which its figures do not hold (Chua et al. 2024).
 
   Args:
     noise_multiplier: Standard deviation of the noise on the sum of clipped gradients, over the
       clipping norm; above 0.
-    batch_size: Expected number of examples in a step.
-    num_examples: Of the client.
-    steps: Local steps over all rounds.
+    uses: Local steps of all rounds that one example is in, at most.
     delta: In (0, 1).
 
   Raises:
     ValueError: If a number is out of range.
   """
-  if not 1 <= batch_size <= num_examples:
-    raise ValueError(
-      f'batch_size must be from 1 to num_examples = {num_examples}, found {batch_size}'
-    )
-  event = dp_accounting.PoissonSampledDpEvent(
-    batch_size / num_examples, _gaussian(noise_multiplier)
-  )
   return Guarantee(
-    _pld_epsilon(_composed(event, steps, 'steps'), delta),
+    _pld_epsilon(_composed(_gaussian(noise_multiplier), uses, 'uses'), delta),
     delta,
     'example',
     (
-      f'each step takes each example with probability {batch_size / num_examples:.3g} on its own'
-      ' (Poisson sampling); batches of a shuffled data set are not that and can be less private'
-      ' (Chua et al. 2024)',
+      f'an example is in at most {uses} local steps, counted over all rounds',
+      'how many examples are in each step is no secret',
       'gradients are clipped per example, with no BatchNorm to mix them',
       _FRESH,
       _ONLY_UPDATES,

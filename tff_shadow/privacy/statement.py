@@ -19,17 +19,13 @@ class Participation(NamedTuple):
     rounds: Of training.
     clients_per_round: Drawn in each.
     num_clients: To draw from.
-    images: Of the smallest client, which has the weakest guarantee.
-    batch_size: Its images per local step.
-    steps: Its local steps in a round.
+    uses: Local steps of a round that one image is in, at most.
   """
 
   rounds: int
   clients_per_round: int
   num_clients: int
-  images: int
-  batch_size: int
-  steps: int
+  uses: int
 
 
 def guarantee_of(
@@ -39,7 +35,7 @@ def guarantee_of(
 
   Args:
     defense: `Observation.defense`.
-    participation: Of its smallest client.
+    participation: How often its images are used.
     delta: In (0, 1).
 
   Raises:
@@ -56,13 +52,7 @@ def guarantee_of(
       delta,
     )
   if name == 'dp_sgd' and multiplier:
-    return dp_sgd_guarantee(
-      multiplier,
-      min(participation.batch_size, participation.images),
-      participation.images,
-      participation.steps * participation.rounds,
-      delta,
-    )
+    return dp_sgd_guarantee(multiplier, participation.uses * participation.rounds, delta)
   return no_guarantee(_unproven(defense))
 
 
