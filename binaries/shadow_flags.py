@@ -26,15 +26,16 @@ _NOISE_STRENGTH_KIND = flags.DEFINE_enum(
   STRENGTH_KINDS,
   "ratio: norm of the noise over the update's. image_ratio: over the norm of what one image adds to"
   ' the update. scale: absolute. region_psnr: the PSNR in dB that no unbiased attacker exceeds over'
-  ' the region. With the ratios the scale follows the updates from round to round, so that frozen'
-  ' noise can be told apart from the image by comparing rounds.',
+  ' the region. The ratios follow the updates from round to round.',
 )
 _NOISE_STRENGTH = flags.DEFINE_float('noise_strength', 20.0, 'See --noise_strength_kind.')
 _NOISE_FRESHNESS = flags.DEFINE_enum(
   'noise_freshness',
-  'frozen',
+  None,
   ['frozen', 'fresh'],
-  'frozen: an image keeps its noise. fresh: new in every round, which averages out over rounds.',
+  'frozen: an image keeps its noise. fresh: new in every round, which averages out over rounds. By'
+  ' default frozen where that protects over many: correlated noise of an absolute strength in'
+  ' regions that stay the same (--saliency=given or uniform).',
 )
 _PROPAGATION = flags.DEFINE_enum(
   'propagation',
@@ -92,7 +93,7 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
     raise UserError(f'--noise_strength={_NOISE_STRENGTH.value}: {error}') from error
   in_images = _NOISE_SHAPE.value == 'correlated' and not strength.is_relative
   try:
-    return ShadowNoise(
+    noise = ShadowNoise(
       shape=_NOISE_SHAPE.value,
       strength=strength,
       saliency=SaliencyConfig(
@@ -109,6 +110,9 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
     )
   except ValueError as error:
     raise UserError(f'--defense=shadow: {error}') from error
+  if _NOISE_FRESHNESS.value == 'frozen' and noise.why_not_frozen:
+    raise UserError(f'--noise_freshness=frozen: {noise.why_not_frozen}; use fresh')
+  return noise
 
 
 def shadow_defense(
@@ -121,4 +125,5 @@ def shadow_defense(
     secrets: Each client's, of which its noise keys are made.
     public: Images, of which decoy noise is made.
   """
-  return ShadowDefense(noise, _NOISE_FRESHNESS.value == 'frozen', secrets, decoy_pool(public))
+  frozen = _NOISE_FRESHNESS.value != 'fresh' and noise.why_not_frozen is None
+  return ShadowDefense(noise, frozen, secrets, decoy_pool(public))

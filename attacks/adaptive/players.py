@@ -22,7 +22,6 @@ from tff_shadow.errors import UserError
 from tff_shadow.learning import BASELINES, BaselineDefense, ShadowNoise, keras_model_fn
 from tff_shadow.learning.client_work import client_result, train_locally
 from tff_shadow.learning.decoys import decoy_batches
-from tff_shadow.learning.noise_settings import REGION
 from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.learning.training import observed_update
 from tff_shadow.models import model_from_config
@@ -31,6 +30,7 @@ from tff_shadow.published import PublishedDefense, PublishedSettings, standardiz
 from tff_shadow.published.client_shadows import ClientShadows
 from tff_shadow.shadow.latents import LatentFit
 from tff_shadow.shadow.noise_keys import NOISE_KEY, experiment_secret
+from tff_shadow.shadow.region_maps import REGION
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
 

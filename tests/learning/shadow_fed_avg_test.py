@@ -167,10 +167,10 @@ class TestTypes:
     sent = leaves(process.next)
     update = [(tuple(variable.shape), 'float32') for variable in model.trainable_variables]
     assert [leaf for leaf in sent if leaf[0]] == update
-    # Beyond FedAvg: value and count of the means noise_to_signal and cosine; the numbers of
-    # fall-backs of maps and of the shape.
+    # Beyond FedAvg: value and count of the mean of sent_norm; the numbers of fall-backs of maps and
+    # of the shape.
     extra = collections.Counter(sent) - collections.Counter(leaves(plain.next))
-    assert extra == {((), 'float32'): 4, ((), 'int32'): 2}
+    assert extra == {((), 'float32'): 2, ((), 'int32'): 2}
     assert not collections.Counter(leaves(plain.next)) - collections.Counter(sent)
 
   def test_data_are_those_of_the_input_spec(self):
@@ -192,6 +192,10 @@ class TestArguments:
       with pytest.raises(ValueError, match='without momentum'):
         _process(_model(), _noise('diagonal'), optimizer=optimizer)
       _process(_model(), _noise('isotropic'), optimizer=optimizer)
+
+  def test_image_ratio_does_not_see_shared_statistics(self):
+    with pytest.raises(ValueError, match="'image_ratio' does not see the BatchNorm statistics"):
+      _process(_model('batch'), _noise('isotropic', kind='image_ratio'), 'aggregate')
 
   def test_per_step_does_not_see_shared_statistics(self):
     with pytest.raises(ValueError, match='BatchNorm statistics'):
@@ -294,7 +298,6 @@ class TestExecution:
     assert metrics['train']['loss'] == pytest.approx(wanted['loss'], rel=1e-5)
     assert metrics['maps_fell_back'] == 0
     np.testing.assert_array_equal(metrics['non_finite'], [0, 0])
-    assert output.metrics['aggregator']['noise_to_signal'] == 0.0
 
   @pytest.mark.parametrize(('shape', 'epochs'), [('isotropic', 1), ('diagonal', 3)])
   def test_image_ratio_follows_what_one_image_adds(self, shape, epochs):
@@ -324,6 +327,32 @@ class TestExecution:
     # Of one image and one step both are the same, but for the epochs.
     by_update, by_image = (sent[k, 0.3][1] - clean[1] for k in ('ratio', 'image_ratio'))
     np.testing.assert_allclose(by_image, epochs * by_update, rtol=1e-3, atol=1e-6)
+
+  def test_image_ratio_hides_the_image_of_a_lone_last_batch(self):
+    model, examples = _model(), _examples(5)
+    weights = model_weights(model)
+    sent = {}
+    for kind, value in (('ratio', 0.0), ('image_ratio', 0.3)):
+      noise = _noise('isotropic', kind=kind, value=value, probes=2)
+      output = _one_round(_process(model, noise, tap=True), weights, [_dataset(examples)])
+      sent[value], _ = _sent(output)
+    energies = [
+      np.sum(
+        _update_in_plain_tf(model, weights, {k: v[i : i + 1] for k, v in examples.items()}) ** 2
+      )
+      for i in (0, 4)
+    ]
+    # As if both had been alone in their batches.
+    found = np.linalg.norm(sent[0.3] - sent[0.0])
+    assert found == pytest.approx(0.3 * np.sqrt(np.mean(energies)), rel=0.1)
+
+  @pytest.mark.parametrize('shape', ['correlated', 'decoy'])
+  def test_pixels_beyond_image_units_end_the_round(self, shape):
+    model, examples = _model(), _examples(4)
+    examples['x'] *= 255.0
+    process = _process(model, _noise(shape), decoys=_public())
+    with pytest.raises(Exception, match='divide them by 255'):
+      _one_round(process, model_weights(model), [_dataset(examples)])
 
   @pytest.mark.parametrize('kind', ['scale', 'ratio'])
   def test_decoy_noise_is_a_sum_of_the_gradients_of_public_images(self, kind):
@@ -422,7 +451,6 @@ class TestExecution:
     )
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
     assert np.abs(actual - other).max() > 1e-3
-    assert sent.metrics['aggregator']['noise_to_signal'] == 0.0
 
   @pytest.mark.parametrize('saliency', [_UNIFORM, _GIVEN])
   def test_one_step_equals_the_derivative_of_the_update(self, saliency):
@@ -531,11 +559,15 @@ class TestExecution:
     model = _model('batch')
     weights = model_weights(model)
     noise = _noise('correlated', 'local_training', value=30.0)
-    output = _one_round(
-      _process(model, noise, sharing), weights, [_dataset(_examples(seed=k)) for k in (1, 2)]
+    output, clean = (
+      _one_round(
+        _process(model, own, sharing), weights, [_dataset(_examples(seed=k)) for k in (1, 2)]
+      )
+      for own in (noise, _noise('correlated', 'local_training', value=0.0))
     )
     mean, variance = output.state.global_model_weights.non_trainable
-    assert output.metrics['aggregator']['noise_to_signal'] == pytest.approx(30.0, rel=0.05)
+    noised, plain = (own.metrics['aggregator']['sent_norm'] for own in (output, clean))
+    assert noised == pytest.approx(30.0 * plain, rel=0.05)
     if sharing == 'local':
       np.testing.assert_array_equal(mean, weights.non_trainable[0])
       np.testing.assert_array_equal(variance, weights.non_trainable[1])
@@ -582,12 +614,15 @@ class TestExecution:
     noises = []
     for epochs in (1, 2):
       noise = _noise('diagonal', kind='region_psnr', value=20.0, probes=2, local_epochs=epochs)
-      process = _process(
-        model, noise, optimizer=tff.learning.optimizers.build_sgdm(1e-6), tap=False
-      )
-      clients = [_dataset(_examples(4, f'client_{k}')).repeat(epochs) for k in range(12)]
+      process = _process(model, noise, optimizer=tff.learning.optimizers.build_sgdm(1e-6), tap=True)
+      examples = [_examples(4, f'client_{k}') for k in range(12)]
+      clients = [_dataset(own).repeat(epochs) for own in examples]
       output = _one_round(process, model_weights(model), clients)
-      noises.append(output.metrics['aggregator']['noise_to_signal'])
+      clean = _update_in_plain_tf(model, model_weights(model), examples[0])
+      clean *= epochs * 1e-6 / _RATE
+      # The images of all are the same, only their keys differ.
+      sent = [_sent(output, k)[0] for k in range(12)]
+      noises.append(np.mean([np.linalg.norm(own - clean) for own in sent]) / np.linalg.norm(clean))
     # Another key, the sum over batches, so equal but for chance; a region counted twice would give
     # 0.71.
     assert noises[1] == pytest.approx(noises[0], rel=0.15)

@@ -346,7 +346,11 @@ def test_frozen_noise_is_the_same_in_every_round_and_after_a_resume(tiny_data, t
   assert observations[0].defense['name'] == 'shadow'
   assert 'secret' not in str(observations[0].defense)
   row = _rows(tmp_path / 'run')[-1]
-  assert float(row['noise/noise_to_signal']) == pytest.approx(1.0, abs=0.05)
+  norms = [
+    np.linalg.norm(np.concatenate([t.ravel() for t in client.update.trainable]))
+    for client in observations[-1].clients
+  ]
+  assert float(row['noise/sent_norm']) == pytest.approx(np.mean(norms), rel=1e-3)
 
 
 def test_unreadable_secrets_are_one_clear_line(tmp_path):

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import itertools
 
@@ -20,6 +21,7 @@ from tff_shadow.models import build_model, model_from_config, model_to_config
 from tff_shadow.shadow import (
   KINDS,
   SaliencyConfig,
+  add_region_maps,
   build_region_map,
   build_score_fn,
   maps_from_scores,
@@ -327,6 +329,17 @@ class TestOnTheWorker:
     [(maps, fell_back)] = _worker_maps(SaliencyConfig(kind='uniform'), model, [batch])
     np.testing.assert_array_equal(maps, np.ones((4, *_SHAPE[:2], 1)))
     assert not fell_back.any()
+
+  def test_added_to_the_examples_of_a_data_set(self):
+    model, (images, labels) = _model(), _batch(_SHAPE, 4)
+    images[2, 0, 0] = np.nan
+    region_map = build_region_map(SaliencyConfig(), model)
+    examples = tf.data.Dataset.from_tensor_slices(collections.OrderedDict(x=images, y=labels))
+    added = list(add_region_maps(examples, region_map).as_numpy_iterator())
+    assert [list(example) for example in added] == [['x', 'y', 'region']] * 4
+    found = np.stack([example['region'] for example in added])
+    np.testing.assert_allclose(found, region_map(images, labels).maps, atol=1e-5)
+    np.testing.assert_array_equal(found[2], 1.0)
 
   def test_broken_images_and_labels_fall_back_alone(self, tff_worker):
     model = _model()

@@ -16,10 +16,11 @@ STRENGTH_KINDS: tuple[StrengthKind, ...] = ('ratio', 'image_ratio', 'scale', 're
 class NoiseStrength:
   """Strength of a client's noise.
 
-  Frozen correlated noise of a constant tau ('scale', 'region_psnr') makes every update, to first
-  order, a function of one image x + tau m v, however many rounds are observed. With 'ratio' tau
-  follows the update's norm, and two rounds with the same v give x + tau_1 m v and x + tau_2 m v,
-  from which x follows: use it to compare shapes at one round, not to protect over many; so with
+  Frozen correlated noise of a constant tau ('scale', 'region_psnr') and a constant map m makes
+  every update, to first order, a function of one image x + tau m v, however many rounds are
+  observed. A map of the current global model is another in every round, and x follows from a few.
+  With 'ratio' tau follows the update's norm, and two rounds with the same v give x + tau_1 m v and
+  x + tau_2 m v, from which x follows: use it at one round, or with fresh noise; so with
   'image_ratio'.
 
   Attributes:

@@ -70,17 +70,17 @@ def shadow_noise_factory(
   without noise. An update that is not finite, or zero because the client was dropped, is passed on
   as zeros.
 
-  Freshness is the key's matter: the same key gives the same noise. Frozen keys are the default of
-  the learning processes here, for fresh noise averages out over rounds while frozen correlated
-  noise of a constant scale does not (see `NoiseStrength`). Frozen isotropic or diagonal noise
-  repeats one draw of unit noise, which differences between rounds can reveal.
+  Freshness is the key's matter: the same key gives the same noise. Fresh noise averages out over
+  rounds while frozen correlated noise of a constant scale does not (see `NoiseStrength`). Other
+  frozen noise, and the floor, repeats one draw, which the difference of two rounds is free of.
 
   The shape depends on private data, so no (epsilon, delta) can be stated; see
   `public_shadow_noise_factory`.
 
-  State: the inner one's. Measurements: `OrderedDict(inner, noise_to_signal, cosine, fell_back)`;
-  mean over clients of |noise| / |update| and of the cosine between noised and clean update, number
-  of clients whose shape fell back. Weighted if `inner` is.
+  State: the inner one's. Measurements: `OrderedDict(inner, sent_norm, fell_back)`; mean over
+  clients of the norm of what they send, number of clients whose shape fell back. Nothing of the
+  clean update is measured: its norm, or its angle to what is sent, would confirm a guessed image.
+  Weighted if `inner` is.
 
   Args:
     shape: One of `NOISE_SHAPES`.
@@ -124,8 +124,7 @@ def check_strength(shape: NoiseShape, strength: NoiseStrength) -> None:
 
 def _measure(statistics) -> collections.OrderedDict:
   return collections.OrderedDict(
-    noise_to_signal=tff.federated_mean(statistics.noise_to_signal),
-    cosine=tff.federated_mean(statistics.cosine),
+    sent_norm=tff.federated_mean(statistics.sent_norm),
     fell_back=tff.federated_sum(statistics.fell_back),
   )
 
@@ -164,7 +163,7 @@ def noised_update(
     floor: See there.
 
   Returns:
-    The noised update, and OrderedDict(noise_to_signal, cosine, fell_back).
+    The noised update, and OrderedDict(sent_norm, fell_back).
   """
   update = tf.nest.flatten(value['update'])
   normal = stateless_normal_like(update, value['noise_key'], draw=0)
@@ -220,14 +219,8 @@ def noised_update(
   noise = [tf.where(sends, tensor, 0.0) for tensor in noise]
   update = [tf.where(sends, tensor, 0.0) for tensor in update]
   noised = [u + n for u, n in zip(update, noise, strict=True)]
-  dot = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(noised, update, strict=True)])
   statistics = collections.OrderedDict(
-    noise_to_signal=tf.math.divide_no_nan(
-      tf.sqrt(squared_norm(noise)), tf.sqrt(squared_norm(update))
-    ),
-    cosine=tf.math.divide_no_nan(
-      dot, tf.sqrt(squared_norm(noised)) * tf.sqrt(squared_norm(update))
-    ),
+    sent_norm=tf.sqrt(squared_norm(noised)),
     fell_back=tf.cast(sends & tf.logical_not(usable), tf.int32),
   )
   return tf.nest.pack_sequence_as(value['update'], noised), statistics

@@ -12,8 +12,8 @@ from tff_shadow.aggregators.shadow_noise import check_strength, default_floor
 from tff_shadow.shadow import SaliencyConfig
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 from tff_shadow.shadow.noise_keys import NOISE_KEY
+from tff_shadow.shadow.region_maps import REGION
 
-REGION = 'region'
 Propagation = Literal['per_step', 'local_training', 'images']
 PROPAGATIONS: tuple[Propagation, ...] = ('per_step', 'local_training', 'images')
 
@@ -95,6 +95,24 @@ class ShadowNoise:
     fields['strength'] = NoiseStrength(**fields['strength'])
     fields['saliency'] = SaliencyConfig(**fields['saliency'])
     return cls(**fields)
+
+  @property
+  def why_not_frozen(self) -> str | None:
+    """What gives frozen noise away over several rounds; None if it holds, see `NoiseStrength`."""
+    if self.shape != 'correlated':
+      return (
+        f'{self.shape} noise would repeat one draw, which the difference of two rounds is free of'
+      )
+    if self.strength.is_relative:
+      return (
+        'a ratio changes from round to round, and two strengths of one draw give the image away'
+      )
+    if self.saliency.kind not in ('given', 'uniform'):
+      return (
+        f'the map {self.saliency.kind!r} of the global model changes from round to round, and two'
+        ' maps over one draw give the image away'
+      )
+    return None
 
   @property
   def in_images(self) -> bool:

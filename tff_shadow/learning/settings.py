@@ -18,7 +18,8 @@ class ShadowDefense:
   Attributes:
     noise: What noise.
     frozen: Whether an image keeps its noise for the whole run. Fresh noise averages out over the
-      rounds that a server observes; frozen noise does not.
+      rounds that a server observes; frozen noise does not, where `ShadowNoise.why_not_frozen` is
+      None, and is undone by two rounds elsewhere.
     secrets: Each client's secret, from which its keys come. A server that knows it can subtract the
       noise.
     decoys: Public images, for decoy noise.

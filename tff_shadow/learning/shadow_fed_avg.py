@@ -33,8 +33,14 @@ def build_shadow_fed_avg(
   """Builds FedAvg with shadow noise: `build_weighted_fed_avg` plus `noise` and `shadow_model_fn`.
 
   A client's data are batches of `shadow_input_spec`: as for FedAvg, with 'noise_key' for every
-  image (`tff_shadow.shadow.noise_keys`), and 'region' where the saliency is 'given'. Keys that stay
-  the same make the noise frozen, which is what to use: fresh noise averages out over rounds.
+  image (`tff_shadow.shadow.noise_keys`), and 'region' where the saliency is 'given'. 'x' is in
+  [0, 1], which noise, regions and decoys are made for; a round ends with an error otherwise. Keys
+  that stay the same make the noise frozen. `ShadowNoise.why_not_frozen` tells whether that protects
+  over many rounds; all other noise is to have new keys in every round.
+
+  The sums of training loss and metrics are of the clean images and without noise. A server that
+  sees them of each client can test guessed images with them; where it is not trusted with that, sum
+  them securely (`metrics_aggregator=tff.learning.metrics.secure_sum_then_finalize`).
 
   For unweighted averaging set `client_weighting=tff.learning.ClientWeighting.UNIFORM`.
 
@@ -55,12 +61,11 @@ def build_shadow_fed_avg(
 
   Returns:
     A `LearningProcess`. Its client work also reports `maps_fell_back`, the number of images whose
-    region map could not be computed and was taken as the whole image. With 'images' the
-    aggregator's noise_to_signal and cosine are 0 and 1, for nothing is added to the update.
+    region map could not be computed and was taken as the whole image.
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`, if 'per_step', 'image_ratio' or decoy noise
-      cannot be used with the optimiser, or 'per_step' or decoy noise with the shared statistics, or
+      cannot be used with the optimiser or with the shared statistics, or
       'local_training' with a model that draws at random, or if decoy noise has no decoys, or such
       as do not fit the model.
   """
@@ -74,6 +79,7 @@ def build_shadow_fed_avg(
     _check_decoys(decoys, model_fn)
   elif noise.measures_images:
     _check_plain_sgd("strength 'image_ratio'", "'ratio'", client_optimizer_fn)
+    _check_statistics(share_statistics, "strength 'image_ratio'", "'ratio', or ")
   if noise.training_draws and noise.propagation == 'local_training':
     _check_repeatable(shadow_model_fn)
   client_work, update_type = _build_client_work(

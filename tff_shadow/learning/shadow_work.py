@@ -10,10 +10,14 @@ import tensorflow_federated as tff
 from tff_shadow.aggregators.shadow_noise import squared_norm
 from tff_shadow.learning.client_work import ModelFn, client_result, fold, train_locally
 from tff_shadow.learning.decoys import DecoyBatches
-from tff_shadow.learning.noise_settings import REGION, ShadowNoise
+from tff_shadow.learning.noise_settings import ShadowNoise
 from tff_shadow.shadow import RegionMap, build_region_map
 from tff_shadow.shadow.noise_keys import NOISE_KEY
+from tff_shadow.shadow.region_maps import REGION
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
+
+# Of pixels beyond [0, 1], where images were resized or varied.
+_TOLERANCE = 0.05
 
 
 class ShadowWork:
@@ -82,6 +86,8 @@ class ShadowWork:
       sums,
     )
     key, num_steps, energy, fourth_moment, fell_back, *direction = sums
+    if self._noise.measures_images or self._noise.needs_decoys:
+      smallest_batch = _smallest_batch(dataset)
     update = updates[0]
     epochs = float(self._noise.local_epochs)
     result, metrics, non_finite = client_result(
@@ -98,15 +104,13 @@ class ShadowWork:
       shape=(),
     )
     if self._noise.measures_images:
-      shaped['image_energy'] = self._image_energy(initial_weights, dataset)
+      shaped['image_energy'] = self._image_energy(initial_weights, dataset, smallest_batch)
     added_shape, _ = self._noise.added
     if added_shape == 'correlated':
       direction = direction or self._differences(updates)[0]
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
     elif added_shape == 'decoy':
-      # Of a client without images both are 0, and nothing is sent.
-      images_per_step = tf.math.divide_no_nan(tf.cast(num_examples, tf.float32), num_steps)
-      direction, decoy_energy = self._decoy_difference(initial_weights, key, images_per_step)
+      direction, decoy_energy = self._decoy_difference(initial_weights, key, smallest_batch)
       shaped['decoy_energy'] = decoy_energy
       shaped['shape'] = tf.nest.pack_sequence_as(update, direction)
     elif self._noise.needs_shadow and not self._noise.in_images:
@@ -166,11 +170,12 @@ class ShadowWork:
     factor = num_steps * float(self._noise.local_epochs) / probes
     return [factor * tensor for tensor in squared], fell_back
 
-  def _image_energy(self, initial_weights, dataset):
-    """Mean square of what one image adds to the update, at the initial weights.
+  def _image_energy(self, initial_weights, dataset, smallest_batch):
+    """Mean square of what one image of a smallest batch adds to the update, at the initial weights.
 
     Of one image of each of some batches: the part of the batch's gradient that is not there without
-    it. An image that is seen again adds the same again.
+    it, which in a smaller batch is as many times larger. An image that is seen again adds the same
+    again.
     """
     self._reset_probe_model(initial_weights)
     probes = self._noise.probes
@@ -189,7 +194,7 @@ class ShadowWork:
         lambda: [tf.zeros_like(tensor) for tensor in initial_weights.trainable],
       )
       parts = [a - share * b for a, b in zip(mean_gradient(batch), without, strict=True)]
-      return count + 1.0, energy + squared_norm(parts)
+      return count + 1.0, energy + tf.square(size / smallest_batch) * squared_norm(parts)
 
     start = (tf.zeros(()), tf.zeros(()))
     count, energy = fold(dataset.take(probes), start, reduce_fn)
@@ -197,9 +202,9 @@ class ShadowWork:
     return factor**2 * tf.math.divide_no_nan(energy, count)
 
   def _decoy_difference(self, initial_weights, key, images_per_step):
-    """Decoy noise of scale 1: of the covariance of what one image of a batch adds to the update.
+    """Decoy noise of scale 1: of the covariance of what an image of such a batch adds to an update.
 
-    Returns the draw and its expected squared norm.
+    Returns the draw and its expected squared norm; of a client without images zeros.
     """
     self._reset_probe_model(initial_weights)
     difference, energy = self._decoys.difference(
@@ -211,7 +216,7 @@ class ShadowWork:
       initial_weights.trainable,
     )
     rate = float(self._noise.local_epochs) * self._rate
-    factor = tf.math.divide_no_nan(rate, images_per_step)
+    factor = tf.where(tf.math.is_finite(images_per_step), rate / images_per_step, 0.0)
     return [factor * tensor for tensor in difference], factor**2 * energy
 
   def _reset_probe_model(self, initial_weights):
@@ -256,6 +261,12 @@ class ShadowWork:
   def _gradients(self, batch):
     """Gradients of all copies on a batch, and what is added to the sums of `run`."""
     images = batch['x']
+    if self._noise.needs_shadow or self._noise.needs_decoys:
+      beyond = tf.reduce_any((images < -_TOLERANCE) | (images > 1.0 + _TOLERANCE))
+      tf.debugging.Assert(
+        tf.logical_not(beyond),
+        ['shadow noise is measured in image units: pixels must be in [0, 1]; divide them by 255'],
+      )
     key = tf.reduce_sum(batch[NOISE_KEY], axis=0)
     energy = fourth_moment = tf.zeros(())
     fell_back = tf.zeros((), tf.int32)
@@ -290,6 +301,15 @@ class ShadowWork:
       for model, perturbed in zip(self._models, shifted, strict=True)
     ]
     return batch_size, gradients, head
+
+
+def _smallest_batch(dataset):
+  """Images in it, float32, infinite without data: what an image adds is largest there."""
+
+  def reduce_fn(smallest, batch):
+    return tf.minimum(smallest, tf.cast(tf.shape(batch['y'])[0], tf.float32))
+
+  return fold(dataset, tf.constant(float('inf')), reduce_fn)
 
 
 def _mean_squares(draws):

@@ -260,7 +260,7 @@ class TrainingRun:
     metrics['train/dropped_clients'] = float(len(dropped))
     if self._settings.shadow_defense is not None:
       metrics['noise/maps_fell_back'] = float(work['maps_fell_back'])
-      for name in ('noise_to_signal', 'cosine', 'fell_back'):
+      for name in ('sent_norm', 'fell_back'):
         metrics[f'noise/{name}'] = float(output.metrics['aggregator'][name])
     if self._settings.baseline is not None:
       for name in self._settings.baseline.figures:

@@ -5,6 +5,7 @@ from tff_shadow.shadow.latents import FittedLatents, LatentFit, fit_latents
 from tff_shadow.shadow.region_maps import (
   RegionMap,
   RegionMaps,
+  add_region_maps,
   given_region_map,
   maps_from_scores,
   soft_top_fraction,
@@ -24,6 +25,7 @@ __all__ = [
   'RegionMap',
   'RegionMaps',
   'SaliencyConfig',
+  'add_region_maps',
   'build_generator',
   'build_region_map',
   'build_score_fn',

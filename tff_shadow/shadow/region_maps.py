@@ -1,5 +1,6 @@
 """Region maps m(x) in [0, 1]: which pixels of an image are sensitive."""
 
+import collections
 import math
 from typing import NamedTuple, Protocol
 
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from tff_shadow.errors import UserError
 
+REGION = 'region'
 # Whether smaller numbers are zero depends on the thread that computes them.
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 # Halving the bracket 30 times leaves less than float32 resolves.
@@ -44,6 +46,27 @@ class RegionMap(Protocol):
       given_regions: float32 [B, H, W, 1] in [0, 1], where the data set has a region per image.
     """
     ...
+
+
+def add_region_maps(dataset: tf.data.Dataset, region_map: RegionMap) -> tf.data.Dataset:
+  """Adds the map of every image to a client's data, for the saliency 'given'.
+
+  The map of a shadow that stays the same is the same in every round, as frozen noise needs it; that
+  of the current global model is not.
+
+  Args:
+    dataset: Single examples (not batched) as OrderedDict(x, y, ...), x in [0, 1].
+    region_map: Of `build_region_map` with a public model, or one's own.
+
+  Returns:
+    The data set with float32 [H, W, 1] 'region' in each element; ones where there is no map.
+  """
+
+  def add(example):
+    (region,), _ = region_map(example['x'][None], example['y'][None])
+    return collections.OrderedDict({**example, REGION: region})
+
+  return dataset.map(add)
 
 
 def uniform_region_map(
