@@ -611,18 +611,19 @@ class TestExecution:
   def test_region_psnr_does_not_depend_on_local_epochs(self):
     # At a tiny learning rate two epochs send twice the update: the noise must double too.
     model = _model()
+    optimizer = tff.learning.optimizers.build_sgdm(1e-6)
     noises = []
     for epochs in (1, 2):
-      noise = _noise('diagonal', kind='region_psnr', value=20.0, probes=2, local_epochs=epochs)
-      process = _process(model, noise, optimizer=tff.learning.optimizers.build_sgdm(1e-6), tap=True)
-      examples = [_examples(4, f'client_{k}') for k in range(12)]
-      clients = [_dataset(own).repeat(epochs) for own in examples]
-      output = _one_round(process, model_weights(model), clients)
-      clean = _update_in_plain_tf(model, model_weights(model), examples[0])
-      clean *= epochs * 1e-6 / _RATE
-      # The images of all are the same, only their keys differ.
-      sent = [_sent(output, k)[0] for k in range(12)]
-      noises.append(np.mean([np.linalg.norm(own - clean) for own in sent]) / np.linalg.norm(clean))
+      sent = []
+      for kind, value in (('ratio', 0.0), ('region_psnr', 20.0)):
+        noise = _noise('diagonal', kind=kind, value=value, probes=2, local_epochs=epochs)
+        process = _process(model, noise, optimizer=optimizer, tap=True)
+        clients = [_dataset(_examples(4, f'client_{k}')).repeat(epochs) for k in range(12)]
+        output = _one_round(process, model_weights(model), clients)
+        sent.append([_sent(output, k)[0] for k in range(12)])
+      clean, noised = np.array(sent)
+      norms = (np.linalg.norm(own, axis=1) for own in (noised - clean, clean))
+      noises.append(np.mean(np.divide(*norms)))
     # Another key, the sum over batches, so equal but for chance; a region counted twice would give
     # 0.71.
     assert noises[1] == pytest.approx(noises[0], rel=0.15)
