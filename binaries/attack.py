@@ -4,9 +4,11 @@ Reads an observation (what the server saw) and writes reconstructions beside two
 is not opened, unless --labels=truth, which reads the labels in it and nothing else.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -126,9 +128,12 @@ def main() -> None:
   for warning in warnings(observation, clients, config):
     print(f'warning: {warning}', file=sys.stderr)
   per_target = config.iterations * config.restarts
-  with Progress(
-    'attack', per_target * len(targets), 'it', done=per_target * len(finished)
-  ) as progress:
+  with (
+    _leaving_nothing_of_a_refused_attack(output),
+    Progress(
+      'attack', per_target * len(targets), 'it', done=per_target * len(finished)
+    ) as progress,
+  ):
 
     def show(at: AttackProgress) -> None:
       more = f' and {len(at.targets) - 1} more' if len(at.targets) > 1 else ''
@@ -160,7 +165,8 @@ def _attack_knowingly(run_dir, output, observations, targets, config, knowledge,
   )
   if len(_prepare(output, document)) == len(targets):
     return
-  found = attack()
+  with _leaving_nothing_of_a_refused_attack(output):
+    found = attack()
   sentences = found.knows(observations[0])
   for sentence in sentences:
     print(sentence)
@@ -284,6 +290,18 @@ def _prepare(output: pathlib.Path, document: dict[str, Any]) -> list[Any]:
         ' settings or another --name'
       )
   return read_results(output)
+
+
+@contextlib.contextmanager
+def _leaving_nothing_of_a_refused_attack(output: pathlib.Path) -> Iterator[None]:
+  """On a `UserError`, frees the name of an attack of which nothing has been kept."""
+  try:
+    yield
+  except UserError:
+    if [path.name for path in output.iterdir()] == ['config.json']:
+      (output / 'config.json').unlink()
+      output.rmdir()
+    raise
 
 
 def run() -> None:

@@ -26,9 +26,19 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
   'max_examples', None, 'Read only this many images of each split; all by default.', lower_bound=1
 )
-flags.DEFINE_string('train_manifest', None, 'CSV with the columns img_path, label, client.')
-flags.DEFINE_string('validation_manifest', None, 'CSV with the columns img_path, label.')
-flags.DEFINE_string('test_manifest', None, 'CSV with the columns img_path, label.')
+flags.DEFINE_string(
+  'train_manifest',
+  None,
+  'CSV with the columns img_path, label, client. Each of the three manifests may also have'
+  ' region_path: for each image a mask of its size, an image of 0 and 255 (or 0 and 1, a label map)'
+  ' that marks what is sensitive; empty where all of it is.',
+)
+flags.DEFINE_string(
+  'validation_manifest', None, 'CSV with the columns img_path, label and, if wanted, region_path.'
+)
+flags.DEFINE_string(
+  'test_manifest', None, 'CSV with the columns img_path, label and, if wanted, region_path.'
+)
 flags.DEFINE_string('image_root', None, 'Folder to which the paths in the manifests are relative.')
 
 

@@ -33,6 +33,7 @@ from binaries.reproduction_table import COLUMNS, score_attack, write_csv
 from tff_shadow.data import FederatedData
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import RoundReport, TrainingRun, evaluate
+from tff_shadow.learning.run_state import has_state
 from tff_shadow.models import build_model
 from tff_shadow.observations import (
   ClientObservation,
@@ -85,7 +86,7 @@ def train(plan: Plan, data: FederatedData, defense: str, run_dir: pathlib.Path) 
     seed=plan.seed,
   )
   training = TrainingRun(data, model, training_settings(plan, data, defense), run_dir)
-  resume = any((run_dir / 'state').glob('round_*'))
+  resume = has_state(run_dir / 'state')
   with (
     local_worker_context(log_path=run_dir / 'worker.log'),
     Progress('latents', sum(map(len, data.clients.values())), 'images') as latents,

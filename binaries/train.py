@@ -34,6 +34,7 @@ from tff_shadow.learning import (
   evaluate,
 )
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
+from tff_shadow.learning.run_state import has_state
 from tff_shadow.models import MODELS, NORMS, build_model, load_keras_file, model_to_config
 from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining
 from tff_shadow.shadow import build_region_map
@@ -184,7 +185,7 @@ def main() -> None:
   )
   secrets = None
   if noise or (published and published.map_kind == 'white'):
-    secrets = _client_secrets(run_dir / _SECRETS, list(data.clients))
+    secrets = _client_secrets(run_dir, list(data.clients))
   if noise:
     defense = shadow_flags.shadow_defense(noise, secrets, data.validation)
   elif published:
@@ -215,7 +216,7 @@ def main() -> None:
   # The published schedules run over all rounds.
   may_change = _MAY_CHANGE - {'rounds'} if published else _MAY_CHANGE
   run_directory.claim(run_dir, config, resume=_RESUME.value, may_change=may_change)
-  if secrets and not _RESUME.value:
+  if secrets and not (run_dir / _SECRETS).exists():
     write_client_secrets(run_dir / _SECRETS, secrets)
   with (
     local_worker_context(
@@ -239,10 +240,12 @@ def main() -> None:
     )
 
 
-def _client_secrets(path: pathlib.Path, client_ids: list[str]) -> dict[str, bytes]:
+def _client_secrets(run_dir: pathlib.Path, client_ids: list[str]) -> dict[str, bytes]:
+  path = run_dir / _SECRETS
   if _REPRODUCIBLE_NOISE.value:
     return {name: experiment_secret(_SEED.value, name) for name in client_ids}
-  if _RESUME.value:
+  # A run that was stopped at once may have none yet; in one that has a state they have been used.
+  if _RESUME.value and (path.exists() or has_state(run_dir / 'state')):
     return read_client_secrets(path, client_ids)
   return {name: draw_secret() for name in client_ids}
 

@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import logging
 import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attacks.results import RESULT
 from attacks.scoring import results, scores
 from attacks.scoring.gallery import check_gallery, read_gallery
 from attacks.scoring.identification import Identification, identify
@@ -81,19 +83,17 @@ class Run:
 
 
 def read_run(directory: str | pathlib.Path, measures: Measures | None = None) -> Run:
-  """Reads and scores every attack under RUN/attacks.
+  """Reads and scores every attack under RUN/attacks that has results; a warning names the others.
 
   Raises:
-    UserError: If there is no attack, a file is missing, damaged or of another version, or the
+    UserError: If no attack has results, a file is missing, damaged or of another version, or the
       images do not suit `measures`.
   """
   measures = measures or Measures()
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     raise UserError(f'--run_dir={directory}: directory not found')
-  names = sorted(path.name for path in (directory / 'attacks').glob('*/') if path.is_dir())
-  if not names:
-    raise UserError(f'--run_dir={directory}: no attack under {directory / "attacks"}; attack first')
+  names = _finished(directory)
   distractors = _gallery(directory, measures.gallery)
   attacks = [_score(results.load_attack(directory, name), distractors, measures) for name in names]
   config_path, metrics_path = directory / 'config.json', directory / 'metrics.csv'
@@ -104,6 +104,23 @@ def read_run(directory: str | pathlib.Path, measures: Measures | None = None) ->
     tuple(attacks),
     measures,
   )
+
+
+def _finished(directory: pathlib.Path) -> list[str]:
+  attacks = directory / 'attacks'
+  names = sorted(path.name for path in attacks.glob('*/') if path.is_dir())
+  if not names:
+    raise UserError(f'--run_dir={directory}: no attack under {attacks}; attack first')
+  finished = [name for name in names if (attacks / name / RESULT).exists()]
+  if not finished:
+    raise UserError(
+      f'--run_dir={directory}: no attack has a {RESULT} yet, of {", ".join(names)}; go on with'
+      ' tff-shadow-attack --resume'
+    )
+  if len(finished) < len(names):
+    unfinished = ', '.join(name for name in names if name not in finished)
+    logging.warning('%s: left out attacks without a %s yet: %s', directory, RESULT, unfinished)
+  return finished
 
 
 def _gallery(directory: pathlib.Path, gallery: str | None) -> list[np.ndarray]:

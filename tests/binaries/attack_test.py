@@ -130,6 +130,7 @@ _WRONG = [
   (('--rounds=1,1',), '--rounds=1,1: rounds are counted from 1, each once'),
   (('--tv_weight=-1',), '--tv_weight=-1.0: must not be negative'),
   (('--analytic',), 'dense'),
+  (('--targets=aggregate', '--label_rule=idlg'), "label rule 'idlg': tells the label of one image"),
   (('--knows=defense',), 'config.json is missing'),
   (('--knows=defense', '--labels=0'), '--knows: goes neither with --analytic'),
   (('--denoiser_steps=3',), '--denoiser_steps: needs --knows'),

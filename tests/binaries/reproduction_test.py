@@ -99,6 +99,7 @@ def test_published_defense_is_scaled_with_the_rounds(tmp_path):
   data = load_data(plan)
   found = training_settings(plan, data, 'published')
   assert (found.rounds, found.defense.settings.shadow_rounds) == (2, 1)
+  (tmp_path / 'state' / 'round_0_temp1234').mkdir(parents=True)  # A killed call was saving it.
   reproduction.train(plan, data, 'published', tmp_path)
   rows = _rows(tmp_path / 'metrics.csv')
   assert float(rows[0]['shadow/psnr']) > 0

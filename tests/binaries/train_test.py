@@ -55,6 +55,28 @@ def test_run_directory_holds_what_it_promises_and_resumes(tmp_path, capsys):
     assert [row['round'] for row in csv.DictReader(file)] == ['1', '2', '3']
 
 
+def test_a_run_that_was_stopped_at_once_resumes_with_secrets_of_its_own(tmp_path, monkeypatch):
+  run_dir = tmp_path / 'run'
+  arguments = {'defense': 'shadow', 'noise_shape': 'isotropic', 'rounds': 1}
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(train, 'write_client_secrets', stop)
+    with pytest.raises(KeyboardInterrupt):
+      _train(run_dir, **arguments)
+  assert [path.name for path in run_dir.iterdir()] == ['config.json']
+  _train(run_dir, **arguments, resume=True)
+  assert (run_dir / 'model.keras').is_file()
+  secrets = run_dir / 'client_state' / 'secrets.json'
+  assert len(json.loads(secrets.read_text())) == 3
+  # They have been used: others would give other noise.
+  secrets.unlink()
+  with pytest.raises(UserError, match='secrets cannot be read'):
+    _train(run_dir, **arguments, resume=True)
+
+
 def test_own_keras_model(tmp_path):
   model = build_model('conv_small', image_shape=(32, 32, 1), num_classes=2, norm='group', seed=0)
   model.save(tmp_path / 'mine.keras')

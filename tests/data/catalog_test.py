@@ -106,6 +106,42 @@ def test_sets_of_the_catalogue(name, splits, shape, num_classes, sizes, mocked, 
     assert not train & {image.tobytes() for image in getattr(data, split).images}
 
 
+class _LabelMaps(tfds.core.GeneratorBasedBuilder):
+  """Two images with regions 0 and `full`."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  full = 1
+
+  def _info(self):
+    features = {
+      'image': tfds.features.Image(shape=(16, 16, 1)),
+      'label': tfds.features.ClassLabel(names=['a', 'b']),
+      'region': tfds.features.Image(shape=(16, 16, 1)),
+    }
+    return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples() for split in ('train', 'validation', 'test')}
+
+  def _generate_examples(self):
+    for label in (0, 1):
+      region = np.zeros((16, 16, 1), np.uint8)
+      region[:4] = self.full
+      yield label, {'image': np.full_like(region, label), 'label': label, 'region': region}
+
+
+def test_regions_of_a_set_may_be_label_maps(tmp_path, monkeypatch):
+  monkeypatch.setattr(catalog, '_builder', lambda *_: _LabelMaps(data_dir=str(tmp_path / 'ones')))
+  two = Partition.parse('iid:2')
+  data = load('maps', image_size=16, partition=two, seed=0)
+  assert (data.test.regions[:, :4] == 255).all()
+  assert not data.test.regions[:, 4:].any()
+  monkeypatch.setattr(_LabelMaps, 'full', 5)
+  monkeypatch.setattr(catalog, '_builder', lambda *_: _LabelMaps(data_dir=str(tmp_path / 'fives')))
+  with pytest.raises(UserError, match=r"'__label_maps/1\.0\.0', train example 0: a region"):
+    load('maps', image_size=16, partition=two, seed=0)
+
+
 def test_a_set_without_training_examples(mocked, tmp_path):
   mocked(['test'])
   with pytest.raises(UserError, match='no train split but test'):

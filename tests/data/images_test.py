@@ -58,6 +58,58 @@ def test_palette_and_transparent_images_become_rgb(tmp_path):
   assert images.read_image(tmp_path / 'p.png')[0, 0].tolist() == [10, 20, 30]
 
 
+def write_mask(path, pixels, mode='L'):
+  if path.suffix == '.dcm':
+    return write_dicom(path, pixels)
+  Image.fromarray(pixels).convert(mode).save(path)
+  return path
+
+
+BITS = pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [('a.png', np.uint8), ('a.png', np.uint16), ('a.dcm', np.uint8), ('a.dcm', np.uint16)],
+)
+
+
+@BITS
+@pytest.mark.parametrize('full', [1, 255])
+def test_a_label_map_of_ones_is_a_full_region(name, dtype, full, tmp_path):
+  mask = np.zeros((20, 30), dtype)
+  mask[5:, 10:] = full
+  read = images.read_region(write_mask(tmp_path / name, mask))
+  assert read.dtype == np.uint8
+  np.testing.assert_array_equal(read[..., 0], (mask > 0) * 255)
+
+
+@BITS
+@pytest.mark.parametrize(('value', 'expected'), [(0, 0), (1, 255), (200, 255), (255, 255)])
+def test_a_region_of_one_value_is_all_or_nothing(name, dtype, value, expected, tmp_path):
+  path = write_mask(tmp_path / name, np.full((20, 30), value, dtype))
+  read = images.read_region(path)
+  assert read.shape == (20, 30, 1)
+  assert (read == expected).all()
+
+
+@BITS
+def test_a_region_of_several_classes_is_refused(name, dtype, tmp_path):
+  path = write_mask(tmp_path / name, (np.indices((20, 30)).sum(0) % 4).astype(dtype))
+  with pytest.raises(UserError, match=r'up to 3 is a label map of several classes: write 255'):
+    images.read_region(path)
+
+
+def test_shades_and_colours_of_a_region(tmp_path):
+  shades = np.arange(200, dtype=np.uint8).reshape(20, 10)
+  read = images.read_region(write_mask(tmp_path / 'a.png', shades))
+  np.testing.assert_array_equal(read[..., 0], shades)
+  blue = np.zeros((20, 30, 3), np.uint8)
+  blue[:10, :, 2] = 255
+  read = images.read_region(write_mask(tmp_path / 'b.png', blue, 'RGB'))
+  np.testing.assert_array_equal(read[..., 0], blue[..., 2])
+  np.testing.assert_array_equal(
+    images.as_region(np.float32([[[0], [0.5], [1]]])).ravel(), [0, 128, 255]
+  )
+
+
 def test_bad_files(tmp_path):
   with pytest.raises(UserError, match='no such file'):
     images.read_image(tmp_path / 'a.png')
@@ -155,6 +207,15 @@ def test_dicom_errors(tmp_path):
     images.read_image(write_dicom(tmp_path / 'b.dcm', RAMP, Rows=100))
   with pytest.raises(UserError, match='2 frames'):
     images.read_image(write_dicom(tmp_path / 'c.dcm', RAMP, Rows=32, NumberOfFrames=2))
+
+
+@pytest.mark.parametrize('name', ['IM0001', 'a.img'])
+def test_dicom_is_known_by_its_content(name, tmp_path):
+  read = images.read_image(write_dicom(tmp_path / name, RAMP))
+  np.testing.assert_array_equal(read, images.read_image(write_dicom(tmp_path / 'a.dcm', RAMP)))
+  (tmp_path / 'short').write_bytes(b'DICM')
+  with pytest.raises(UserError, match='not a readable image'):
+    images.read_image(tmp_path / 'short')
 
 
 @pytest.mark.parametrize('name', ['CT_small.dcm', 'MR_small.dcm'])

@@ -91,6 +91,27 @@ def test_regions_are_read_and_fitted(root):
 
 
 @pytest.mark.parametrize(
+  ('dtype', 'value', 'expected'),
+  [(np.uint8, 1, 255), (np.uint8, 255, 255), (np.uint16, 1, 255), (np.uint16, 0, 0)],
+)
+def test_regions_may_be_label_maps_or_empty(root, dtype, value, expected):
+  mask = np.zeros((20, 40), dtype)
+  mask[:, :20] = value
+  Image.fromarray(mask).save(root / 'mask.png')
+  write(root.parent, 'test', 'p06.png,1,mask.png', header='img_path,label,region_path')
+  region = load(root).test.regions[0, ..., 0]
+  assert (region[4:12, :6] == expected).all()
+  assert not region[:, 10:].any()
+
+
+def test_a_label_map_of_several_classes_names_its_row(root):
+  Image.fromarray(np.arange(800, dtype=np.uint8).reshape(20, 40) % 3).save(root / 'mask.png')
+  write(root.parent, 'test', 'p06.png,1,mask.png', header='img_path,label,region_path')
+  with pytest.raises(UserError, match=r'test\.csv, row 2: mask\.png: a region with .* up to 2 is'):
+    load(root)
+
+
+@pytest.mark.parametrize(
   ('row', 'message'),
   [
     ('gone.png,0,a', r'gone\.png: there is no such file'),

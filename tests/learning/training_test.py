@@ -16,10 +16,12 @@ from tff_shadow.learning import (
   ShadowNoise,
   TrainingRun,
   TrainingSettings,
+  client_secrets,
   evaluate,
   training,
 )
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
+from tff_shadow.learning.run_state import RunState, has_state
 from tff_shadow.models import build_model, classification_loss, model_from_config
 from tff_shadow.observations import ClientTraining, read_observation, read_truth
 from tff_shadow.published import PublishedDefense, PublishedSettings
@@ -235,9 +237,23 @@ def test_damaged_state_falls_back_to_the_one_before(tiny_data, tmp_path, caplog)
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
 
 
+def test_a_run_that_was_ended_before_its_first_state_begins(tiny_data, tmp_path, caplog):
+  (tmp_path / 'cut' / 'state' / 'round_0_temp1234').mkdir(parents=True)  # TFF was writing it.
+  assert not has_state(tmp_path / 'cut' / 'state')
+  assert not has_state(tmp_path / 'whole' / 'state')
+  assert not (tmp_path / 'whole').exists()
+  whole = _train(tiny_data, tmp_path / 'whole', _settings(1))
+  assert has_state(tmp_path / 'whole' / 'state')
+  with caplog.at_level(logging.WARNING):
+    cut = _train(tiny_data, tmp_path / 'cut', _settings(1), resume=True)
+  assert 'nothing was saved of this run yet' in caplog.text
+  for actual, wanted in zip(cut.get_weights(), whole.get_weights(), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+
+
 def test_no_readable_state_is_one_clear_line(tiny_data, tmp_path):
   with pytest.raises(UserError, match='no saved state to resume from'):
-    _train(tiny_data, tmp_path, _settings(2), resume=True)
+    RunState(tmp_path / 'none').load_latest(None)
   _train(tiny_data, tmp_path, _settings(1))
   for path in (tmp_path / 'state').rglob('*'):
     if path.is_file():
@@ -364,6 +380,23 @@ def test_unreadable_secrets_are_one_clear_line(tmp_path):
     read_client_secrets(path, ['b'])
   with pytest.raises(FileExistsError):
     write_client_secrets(path, {'a': b'y' * 32})
+
+
+def test_secrets_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / 'secrets.json'
+
+  def stop_halfway(value, file):
+    file.write('{"a": ')
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(client_secrets.json, 'dump', stop_halfway)
+    with pytest.raises(KeyboardInterrupt):
+      write_client_secrets(path, {'a': b'x' * 32})
+  assert not path.exists()
+  write_client_secrets(path, {'a': b'x' * 32})
+  assert read_client_secrets(path, ['a']) == {'a': b'x' * 32}
+  assert [kept.name for kept in tmp_path.iterdir()] == ['secrets.json']
 
 
 def _published(data, **changes):

@@ -40,8 +40,8 @@ def load(
 
   The embedded sets ('chest_phantom', 'fundus_patches', 'histology_patches') are made on first
   use and need no download. A set of the catalogue ('name' or 'name/config') must have the
-  features 'image' and 'label', and may have 'region'; where it has no validation or test split,
-  that share of the train split is held out.
+  features 'image' and 'label', and may have 'region' (see `images.as_region`); where it has no
+  validation or test split, that share of the train split is held out.
 
   Args:
     name: the set.
@@ -135,10 +135,18 @@ def _read_split(builder, split, image_size, color, max_examples):
     pictures.append(images.fit(_eight_bit(example['image']), image_size))
     labels.append(example['label'])
     if 'region' in builder.info.features:
-      regions.append(images.fit(_eight_bit(example['region'])[..., :1], image_size))
+      regions.append(images.fit(_region(builder, split, len(regions), example), image_size))
   pictures = images.stack(pictures, color)
   regions = np.stack(regions) if regions else np.full_like(pictures[..., :1], 255)
   return Examples(pictures, np.asarray(labels, np.int32), regions)
+
+
+def _region(builder, split, index, example):
+  try:
+    return images.as_region(example['region'])
+  except UserError as error:
+    name = builder.info.full_name
+    raise UserError(f'data set {name!r}, {split} example {index}: {error}') from error
 
 
 def _eight_bit(image):
@@ -174,7 +182,8 @@ def load_manifests(
   """Loads images listed in CSV manifests; see `manifests.read_manifest` for their form.
 
   Args:
-    train_csv: columns img_path, label, client (needed for the partition 'manifest').
+    train_csv: columns img_path, label, client (needed for the partition 'manifest'); as the others,
+      perhaps region_path, a mask of what is sensitive in the image.
     validation_csv: columns img_path, label; a column client is checked but not used.
     test_csv: columns img_path, label.
     root: the folder to which image paths are relative, and which they may not leave.

@@ -11,6 +11,14 @@ from pydicom import pixels as dicom_pixels
 
 from tff_shadow.errors import UserError
 
+SUFFIXES = ('.dcm', '.dicom')
+
+
+def is_dicom(path: pathlib.Path) -> bool:
+  """Whether the file says so itself: archives export DICOM under names without a suffix."""
+  with path.open('rb') as file:
+    return file.read(132)[128:] == b'DICM'
+
 
 @contextlib.contextmanager
 def _quiet():
@@ -28,16 +36,16 @@ def _quiet():
 
 @_quiet()
 def read_dicom(path: pathlib.Path) -> np.ndarray:
-  """Reads one frame as uint8 [H, W, 1 or 3].
+  """Reads one frame as float64 [H, W, 1] if it is grey, as uint8 [H, W, 3] if it has colour.
 
   Grey images pass the modality LUT or rescale, then the VOI LUT or the first window if there is
-  one; MONOCHROME1 is inverted so that dense is bright; the result is scaled from its minimum and
-  maximum (padding values aside) to 0..255. Colour images are brought to RGB. Only pixels are
-  returned: no patient data leaves this function.
+  one; MONOCHROME1 is inverted so that dense is bright; padding becomes the lowest value of the
+  rest. Their range is their own. Colour images are brought to RGB. Only pixels are returned: no
+  patient data leaves this function.
 
   Raises:
-    UserError: not DICOM, no pixel data, several frames, a compression without a decoder here, or
-      a single grey value. It does not name the file: the caller knows how the user called it.
+    UserError: not DICOM, no pixel data, several frames, or a compression without a decoder here. It
+      does not name the file: the caller knows how the user called it.
   """
   try:
     dataset = pydicom.dcmread(path)
@@ -66,8 +74,9 @@ def _reason(error):
 
 def _gray(dataset, stored, photometric):
   shown = dicom_pixels.apply_voi_lut(dicom_pixels.apply_modality_lut(stored, dataset), dataset)
-  shown = np.asarray(shown, np.float64)
-  image = np.ones(stored.shape, bool)
+  shown = np.array(shown, np.float64)
+  if photometric == 'MONOCHROME1':
+    shown = -shown
   if 'PixelPaddingValue' in dataset:
     # Padding marks what is not image; it lies far outside and would squeeze the real range.
     ends = sorted(
@@ -77,14 +86,8 @@ def _gray(dataset, stored, photometric):
       )
     )
     image = (stored < ends[0]) | (stored > ends[1])
-  low, high = (shown[image].min(), shown[image].max()) if image.any() else (0.0, 0.0)
-  if not (np.isfinite(low) and np.isfinite(high) and high > low):
-    raise UserError('the DICOM image has a single grey value')
-  scaled = np.clip((shown - low) / (high - low), 0, 1)
-  if photometric == 'MONOCHROME1':
-    scaled = 1 - scaled
-  scaled[~image] = 0
-  return np.round(scaled * 255).astype(np.uint8)[..., None]
+    shown[~image] = shown[image].min() if image.any() else 0
+  return shown[..., None]
 
 
 def _color(dataset, stored, photometric):

@@ -13,6 +13,8 @@ from tff_shadow.errors import UserError
 COLORS = ('native', 'gray', 'rgb')
 # Below this, models with a few pooling steps and the attacks' metrics have nothing to work on.
 MIN_IMAGE_SIZE = 16
+# Whole numbers of a region that all stay below this are those of classes, not shades up to 255.
+_FAINTEST_PEAK = 32
 
 
 def check_size_and_color(image_size: int, color: str) -> None:
@@ -24,24 +26,65 @@ def check_size_and_color(image_size: int, color: str) -> None:
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
-  """Reads PNG, JPEG or what else Pillow reads, and DICOM (*.dcm), as uint8 [H, W, 1 or 3].
+  """Reads PNG, JPEG or what else Pillow reads, and DICOM, as uint8 [H, W, 1 or 3].
 
-  Images of more than 8 bits are scaled from their own minimum and maximum. Transparency is
-  dropped.
+  DICOM is known by its content, or the suffix .dcm or .dicom. It and images of more than 8 bits are
+  scaled from their own minimum and maximum. Transparency is dropped.
 
   Raises:
     UserError: the file is missing, damaged or holds no image. It does not name the file: the
       caller knows how the user called it.
   """
+  pixels = _read_pixels(path)
+  return pixels if pixels.dtype == np.uint8 else _scale(pixels)
+
+
+def read_region(path: pathlib.Path) -> np.ndarray:
+  """Reads a sensitive region, from a file as `read_image` takes it, as uint8 [H, W, 1].
+
+  What its values mean: see `as_region`.
+
+  Raises:
+    UserError: as `read_image` does, but not for a single grey value; or as `as_region` does.
+  """
+  return as_region(_read_pixels(path))
+
+
+def as_region(pixels: np.ndarray) -> np.ndarray:
+  """Returns a region of [H, W, C] pixels of any type as uint8 [H, W, 1]; 255 is fully sensitive.
+
+  Masks are 0 and 1 (a label map) or 0 and the highest value of their type; values between say how
+  sensitive. Pixels of another type than uint8 are scaled from their own minimum and maximum, as
+  those of images. A single value other than 0 is the whole image. Of several channels the highest
+  counts, so that it does not matter in which colour a region was painted.
+
+  Raises:
+    UserError: the values are small whole numbers above 1: a label map of several classes, which
+      as shades would be next to no region. It does not name the file.
+  """
+  pixels = pixels.max(axis=-1, keepdims=True)
+  low, high = pixels.min(), pixels.max()
+  if low == high:
+    return np.full(pixels.shape, 255 if high else 0, np.uint8)
+  if low >= 0 and 1 < high < _FAINTEST_PEAK and (pixels == np.round(pixels)).all():
+    raise UserError(
+      f'a region with whole numbers up to {high:.0f} is a label map of several classes: write 255'
+      ' where the image is sensitive and 0 elsewhere, or 1 and 0'
+    )
+  return pixels if pixels.dtype == np.uint8 and high > 1 else _scale(pixels)
+
+
+def _read_pixels(path):
+  """Returns uint8 [H, W, 1 or 3], or float64 [H, W, 1] in the file's own range."""
   if not path.is_file():
     raise UserError('there is no such file')
-  if path.suffix.lower() in ('.dcm', '.dicom'):
-    return dicom.read_dicom(path)
   try:
+    if path.suffix.lower() in dicom.SUFFIXES or dicom.is_dicom(path):
+      return dicom.read_dicom(path)
     with Image.open(path) as opened:
       opened.load()
       if opened.mode[0] in 'IF':
-        return _scale(np.asarray(opened, np.float64))[..., None]
+        return np.asarray(opened, np.float64)[..., None]
       gray = opened.mode in ('1', 'L', 'LA')
       return _with_channels(np.asarray(opened.convert('L' if gray else 'RGB')))
   except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
@@ -49,6 +92,7 @@ def read_image(path: pathlib.Path) -> np.ndarray:
 
 
 def _scale(pixels):
+  pixels = np.asarray(pixels, np.float64)
   low, high = pixels.min(), pixels.max()
   if not (np.isfinite(low) and np.isfinite(high) and high > low):
     raise UserError('the image has a single grey value or none that is finite')

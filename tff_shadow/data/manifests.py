@@ -50,7 +50,8 @@ def read_manifest(
   """Reads one manifest.
 
   Train has the columns img_path, label, client; validation img_path, label and perhaps client,
-  which is checked but not used; test img_path, label. Any may have region_path. Paths are
+  which is checked but not used; test img_path, label. Any may have region_path, a mask of the
+  image's size (see `images.as_region`), or nothing where the whole image is sensitive. Paths are
   relative to `root` and may not leave it.
 
   Args:
@@ -223,9 +224,9 @@ def read_rows(
   return result
 
 
-def _read(row, path):
+def _read(row, path, read=images.read_image):
   try:
-    return images.read_image(path)
+    return read(path)
   except UserError as error:
     raise UserError(f'{row.where}: {path.name}: {error}') from error
 
@@ -233,7 +234,7 @@ def _read(row, path):
 def _region(row, shape, image_size):
   if row.region is None:
     return np.full((image_size, image_size, 1), 255, np.uint8)
-  region = images.to_gray(_read(row, row.region))
+  region = _read(row, row.region, images.read_region)
   if region.shape[:2] != shape[:2]:
     raise UserError(
       f'{row.where}: region {row.region.name} is {region.shape[1]}x{region.shape[0]} px, '

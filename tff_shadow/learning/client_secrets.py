@@ -13,15 +13,22 @@ from tff_shadow.errors import UserError
 
 
 def write_client_secrets(path: pathlib.Path, client_secrets: dict[str, bytes]) -> None:
-  """Writes the secrets, readable by their owner only.
+  """Writes the secrets, readable by their owner only, whole or not at all.
 
   Raises:
     FileExistsError: If there are secrets already; others would not give the same noise.
   """
+  if path.exists():
+    raise FileExistsError(f'{path}: there are secrets already')
   path.parent.mkdir(parents=True, exist_ok=True)
-  descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.unlink(missing_ok=True)  # Of a run that was killed here.
+  descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
   with os.fdopen(descriptor, 'w') as file:
     json.dump({client_id: secret.hex() for client_id, secret in client_secrets.items()}, file)
+    file.flush()
+    os.fsync(file.fileno())  # No state that rests on them is on the disk before them.
+  os.replace(temporary, path)
 
 
 def read_client_secrets(path: pathlib.Path, client_ids: Iterable[str]) -> dict[str, bytes]:

@@ -12,6 +12,14 @@ from tff_shadow.errors import UserError
 _KEEP = 3
 
 
+def has_state(directory: pathlib.Path) -> bool:
+  """Whether the state of any round was saved in `directory`, which is not made for that.
+
+  What a killed run left half written is no state; one that is damaged is.
+  """
+  return directory.is_dir() and RunState(directory).any()
+
+
 class RunState:
   """States of the rounds of one run, in `directory`; written whole or not at all."""
 
@@ -21,6 +29,10 @@ class RunState:
     self._manager = tff.program.FileProgramStateManager(
       directory, prefix='round_', keep_total=_KEEP, keep_first=False
     )
+
+  def any(self) -> bool:
+    """Whether there is the state of any round, readable or not."""
+    return bool(self._rounds())
 
   def save(self, state: Any, round_num: int) -> None:
     """Saves the state after `round_num` unless that is saved already."""

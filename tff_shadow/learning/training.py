@@ -113,13 +113,14 @@ class TrainingRun:
     On Ctrl-C the last finished round is saved before KeyboardInterrupt goes on.
 
     Args:
-      resume: Continue from the newest saved state instead of the initial weights.
+      resume: Continue from the newest saved state instead of the initial weights. A run that was
+        ended before it saved any begins.
       report: Called after every round.
       report_latents: Before the first round of the published defence, called with the number of
         training images whose latents are fitted.
 
     Raises:
-      UserError: If there is no state to resume from, or all clients of a round were dropped.
+      UserError: If no saved state can be read, or all clients of a round were dropped.
     """
     run_state = RunState(self._run_dir / 'state')
     state, done = self._start(run_state, resume)
@@ -203,11 +204,13 @@ class TrainingRun:
   def _start(self, run_state: RunState, resume: bool) -> tuple[Any, int]:
     process = self._process_of(1)
     state = process.initialize()
-    if resume:
+    if resume and run_state.any():
       state, done = run_state.load_latest(state)
       if self._shadows:
         self._shadows.load(done)
       return state, done
+    if resume:
+      logging.warning('nothing was saved of this run yet; it begins with round 1')
     state = process.set_model_weights(state, self._initial_weights)
     self._save(run_state, state, 0)
     return state, 0

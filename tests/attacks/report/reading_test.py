@@ -29,6 +29,20 @@ def test_reads_every_attack_and_the_training(tmp_path):
   ]
 
 
+def test_unfinished_attacks_are_left_out_and_named(tmp_path, caplog):
+  directory = synthetic_run.write_run(tmp_path / 'run', targets=2, size=8)
+  for name in ('stopped', 'begun'):
+    (directory / 'attacks' / name).mkdir()
+    (directory / 'attacks' / name / 'config.json').write_text('{}')
+  run = reading.read_run(directory)
+  assert [attack.result.name for attack in run.attacks] == ['pixels']
+  (warning,) = caplog.messages
+  assert warning == f'{directory}: left out attacks without a result.json yet: begun, stopped'
+  (directory / 'attacks' / 'pixels' / 'result.json').unlink()
+  with pytest.raises(UserError, match=r'has a result\.json yet, of begun, pixels, stopped; go on'):
+    reading.read_run(directory)
+
+
 def test_gallery(tmp_path):
   directory = synthetic_run.write_run(tmp_path / 'run', targets=3, size=8)
   other = synthetic_run.write_run(tmp_path / 'other', targets=4, size=8, seed=9)
