@@ -183,7 +183,8 @@ def main() -> None:
   evidence = [audit.one_round(own) for own in separate]
   if len(audited.seen) > 1 and audited.recurring:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
-    evidence.append(audit.jointly(audited.seen, audited.recurring, control))
+    clean = [attacks for own in evidence for attacks in own.clean]
+    evidence.append(audit.jointly(audited.seen, audited.recurring, control, clean))
   rounds = [summarise_round(own, tolerated) for own in evidence]
   guarantee = guarantee_of(audited.defense, audited.participation(data), _DELTA.value)
   summary = summarise(
@@ -257,6 +258,7 @@ class _Audit:
         self._public,
         self._suite.watch,
       ),
+      [undefended if defended else made],
     )
 
   def _observed(
@@ -288,12 +290,25 @@ class _Audit:
       self._cache.store(key, self._output / place)
     return made
 
-  def jointly(self, seen: list[Seen], clients: Sequence[str], control: Scored) -> RoundEvidence:
-    """The rounds together, for clients that trained on the same images in each."""
+  def jointly(
+    self,
+    seen: list[Seen],
+    clients: Sequence[str],
+    control: Scored,
+    clean: Sequence[Sequence[Scored]],
+  ) -> RoundEvidence:
+    """The rounds together, for clients that trained on the same images in each.
+
+    Args:
+      seen: All rounds.
+      clients: Ids.
+      control: The positive control.
+      clean: Of those of the rounds that were attacked by themselves; see `RoundEvidence`.
+    """
     observations = [own.observation for own in seen]
     made, failed, problems = self._observed('jointly', observations, seen[0].truth, clients)
     numbers = tuple(own.round_num for own in observations)
-    return RoundEvidence(numbers, made, failed, (), control, problems)
+    return RoundEvidence(numbers, made, failed, (), control, problems, clean=clean)
 
   def control(self, seen: Seen, clean: list[Scored]) -> Scored:
     """The positive control, which is a part of `clean`, the undefended round, if that is one."""
