@@ -26,7 +26,13 @@ from attacks.audit.page import Annex, render
 from attacks.audit.replay import is_single_image_round, single_images, without_defense
 from attacks.audit.strongest import Scored, score_attacked
 from attacks.audit.suite import Attacked, Suite
-from attacks.audit.summary import RoundEvidence, round_words, summarise, summarise_round
+from attacks.audit.summary import (
+  RoundEvidence,
+  round_words,
+  summarise,
+  summarise_round,
+  with_problems,
+)
 from attacks.report import findings, page
 from attacks.threads import share_cores
 from binaries import command, run_directory
@@ -185,6 +191,7 @@ def main() -> None:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
     clean = [attacks for own in evidence for attacks in own.clean]
     evidence.append(audit.jointly(audited.seen, audited.recurring, control, clean))
+  evidence = with_problems(evidence, audited.apart())
   rounds = [summarise_round(own, tolerated) for own in evidence]
   guarantee = guarantee_of(audited.defense, audited.participation(data), _DELTA.value)
   summary = summarise(

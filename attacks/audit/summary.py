@@ -60,6 +60,21 @@ class RoundEvidence(NamedTuple):
   clean: Sequence[Sequence[Scored]] = ()
 
 
+def with_problems(
+  evidence: Sequence[RoundEvidence], problems: Sequence[str]
+) -> list[RoundEvidence]:
+  """With what could not be attacked jointly, in sentences.
+
+  It is added to the joint attacks, and to all rounds where there are none, so that no single one is
+  taken for all that the rounds show together.
+  """
+  joint = any(len(own.rounds) > 1 for own in evidence)
+  return [
+    own._replace(problems=[*own.problems, *problems]) if len(own.rounds) > 1 or not joint else own
+    for own in evidence
+  ]
+
+
 def summarise_round(
   evidence: RoundEvidence, tolerated: Mapping[str, float] = NEGLIGIBLE
 ) -> dict[str, Any]:

@@ -8,7 +8,13 @@ from attacks.audit.strongest import (
   strongest_names,
 )
 from attacks.audit.suite import Attacked
-from attacks.audit.summary import round_ranges, round_words
+from attacks.audit.summary import (
+  RoundEvidence,
+  round_ranges,
+  round_words,
+  summarise_round,
+  with_problems,
+)
 from attacks.audit.verdict import judge_round
 from attacks.scoring.metrics import measure
 from tests.attacks.audit.made_up import (
@@ -68,6 +74,18 @@ def test_a_round_without_a_defence_is_never_cleared(blind, seeing):
   assert entry['verdict'] == 'not_beyond_guess'
   entry, _ = audited([blind], undefended=[blind], control=seeing)
   assert entry['verdict'] == 'inconclusive'
+
+
+def test_what_was_not_attacked_jointly_is_a_doubt_where_it_belongs(blind, seeing):
+  single = RoundEvidence((1,), [blind], (), [seeing], seeing, clean=[[seeing]])
+  joint = single._replace(rounds=(1, 2), undefended=())
+
+  def verdicts(evidence):
+    rounds = [summarise_round(own) for own in with_problems(evidence, ['Not together.'])]
+    return [entry['verdict'] for entry in rounds]
+
+  assert verdicts([single, joint]) == ['not_beyond_guess', 'inconclusive']
+  assert verdicts([single, single]) == ['inconclusive'] * 2
 
 
 def test_an_attack_that_gave_nothing_is_a_doubt_however_well_others_worked(blind, seeing):
