@@ -397,6 +397,10 @@ _LIMITS = (
   'PSNR and SSIM measure likeness of pixels, not whether a person or a disease can be recognised.',
   'Which attack came closest was decided by the originals, image by image, which no attacker can'
   ' do; so what one attacker would have at best is overestimated.',
+  'Of several images of a client the originals decide which reconstruction stands for which.'
+  ' Whether originals are picked out is tested against the reconstructions of other clients with as'
+  ' many images; gains in dB are against guesses that are matched likewise, and an image that was'
+  ' rebuilt clearly is counted as it is.',
   'Intervals are over clients, each with the mean of its images, and cover no other seed.',
   'The server is assumed to follow the protocol: it does not change the model to draw out more.',
 )

@@ -111,8 +111,8 @@ def judge(
     `negligible`, or at least one image was rebuilt 6 dB closer than by either control, or
     originals are picked out by their reconstructions more often than by chance (p < 0.05).
   not_beyond_guess: all intervals lie at or below `negligible`, at least `MIN_IMAGES` images of at
-    least `MIN_CLIENTS` clients, each scored and each with both controls. A failed attack shows
-    nothing.
+    least `MIN_CLIENTS` clients, each scored and each with both controls, and enough clients have
+    equally many images where originals seem to be picked out. A failed attack shows nothing.
   inconclusive: anything else.
 
   Intervals are over clients, each with the mean of its images.
@@ -123,7 +123,7 @@ def judge(
   signs = _signs_of_leaking(scores, identification, intervals, negligible)
   if signs:
     return 'partly_leaked', '; '.join(signs)
-  reason = _reason_for_doubt(scores, intervals, negligible)
+  reason = _reason_for_doubt(scores, identification, intervals, negligible)
   return ('inconclusive', reason) if reason else ('not_beyond_guess', '')
 
 
@@ -153,7 +153,10 @@ def _signs_of_leaking(
 
 
 def _reason_for_doubt(
-  scores: list[ImageScore], intervals: dict[str, Interval], negligible: Mapping[str, float]
+  scores: list[ImageScore],
+  identification: Identification,
+  intervals: dict[str, Interval],
+  negligible: Mapping[str, float],
 ) -> str:
   unscored = sum(row.status != 'ok' for row in scores)
   if unscored:
@@ -174,6 +177,12 @@ def _reason_for_doubt(
     for metric, interval in intervals.items()
   ):
     return 'the 95 % interval allows both a gain over the guess and none'
+  least = 1 - CONFIDENCE
+  if identification.chance_p_value < least <= identification.least_p_value:
+    return (
+      f'{identification.correct} of {identification.of} originals are picked out, and too few'
+      ' clients have equally many images to tell whether that is chance'
+    )
   return ''
 
 

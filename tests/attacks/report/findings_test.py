@@ -109,6 +109,18 @@ def test_recognisable_noise_is_not_called_protection():
   assert '9 of 16 reconstructions' in reason
 
 
+def test_what_could_not_be_tested_is_a_doubt():
+  untested = dataclasses.replace(
+    _UNIDENTIFIED, correct=9, p_value=1.0, chance_p_value=1e-6, least_p_value=1.0
+  )
+  rows = _of_clients([_row(5.0)] * 16)
+  found, reason = findings.judge(rows, untested)
+  assert found == 'inconclusive'
+  assert reason.startswith('9 of 16 originals are picked out, and too few clients')
+  tested = dataclasses.replace(untested, least_p_value=1e-3)
+  assert findings.judge(rows, tested)[0] == 'not_beyond_guess'
+
+
 def test_summary_numbers(tmp_path):
   directory = synthetic_run.write_run(tmp_path / 'run', size=16, failed=('client_03',))
   run = reading.read_run(directory)
