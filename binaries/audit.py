@@ -191,7 +191,7 @@ def main() -> None:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
     clean = [attacks for own in evidence for attacks in own.clean]
     evidence.append(audit.jointly(audited.seen, audited.recurring, control, clean))
-  evidence = with_problems(evidence, audited.apart())
+  evidence = with_problems(evidence, audited.apart(separate))
   rounds = [summarise_round(own, tolerated) for own in evidence]
   guarantee = guarantee_of(audited.defense, audited.participation(data), _DELTA.value)
   summary = summarise(

@@ -162,10 +162,14 @@ class AuditedRun:
       return []
     return [known[number] for number in _chosen('separate_rounds', rounds, sorted(known))]
 
-  def apart(self) -> list[str]:
-    """Of what images were seen in several rounds that are not attacked jointly, in sentences.
+  def apart(self, separate: Sequence[Seen]) -> list[str]:
+    """Of what the server saw and no attack did, in sentences.
 
-    An attacker may take together what these rounds show, so that nothing is known of that.
+    That is what several rounds show together of images, where they are not attacked jointly, and
+    what a round shows of clients that are attacked neither in it nor jointly.
+
+    Args:
+      separate: The rounds that are attacked one by one.
     """
     reasons: dict[str, list[str]] = {}
     for name, used in self._used.items():
@@ -173,11 +177,17 @@ class AuditedRun:
       why = self._why_apart(name)
       if why and max(seen.values(), default=0) > 1:
         reasons.setdefault(why, []).append(name)
-    return [
+    found = [
       f'Several rounds show the same images of {_listed(names)}, and these rounds were not attacked'
       f' together: {why}.'
       for why, names in reasons.items()
     ]
+    attacked = {own.observation.round_num for own in separate}
+    for own in self.seen:
+      left = [name for name in own.clients if name not in self.recurring]
+      if left and own.observation.round_num not in attacked:
+        found.append(f'Round {own.observation.round_num} was not attacked for {_listed(left)}.')
+    return found
 
   def _numbers(self, rounds: Sequence[str] | None) -> list[int]:
     known = sorted(

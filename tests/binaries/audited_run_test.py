@@ -88,7 +88,7 @@ def test_clients_recur_in_whatever_order_their_images_were_first_used(tmp_path, 
   again = {'client_00': [2, 0, 3, 1], 'client_01': [7, 6, 5, 4]}
   audited = _audited(tmp_path / 'run', played, [first, again, first])
   assert audited.recurring == ['client_00', 'client_01']
-  assert audited.apart() == []
+  assert audited.apart(audited.seen) == []
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_images_that_were_not_attacked_jointly_are_told(tmp_path, played, other,
   own = {'client_00': [0, 1, 2, 3], 'client_01': [4, 5, 6, 7]}
   audited = _audited(tmp_path / 'run', played, [own, other, own])
   assert audited.recurring == ['client_01']
-  (problem,) = audited.apart()
+  (problem,) = audited.apart(audited.seen)
   assert problem == (
     'Several rounds show the same images of client_00, and these rounds were not attacked together:'
     f' {why}.'
@@ -114,7 +114,7 @@ def test_steps_on_parts_of_the_images_are_not_attacked_jointly(tmp_path, played)
   own = {f'client_{k:02d}': [4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3] for k in range(3)}
   audited = _audited(tmp_path / 'run', played, [own, own], batch_size=2, num_steps=2)
   assert audited.recurring == []
-  (problem,) = audited.apart()
+  (problem,) = audited.apart(audited.seen)
   assert 'client_00, client_01, client_02,' in problem
   assert problem.endswith(
     'steps on parts of the images, in an order that is another in each round.'
@@ -128,12 +128,21 @@ def test_a_client_that_is_attacked_in_a_later_round_alone_is_told(tmp_path, play
   large = {'client_00': [1, 2, 3], 'client_01': [5, 4]}
   audited = _audited(tmp_path / 'run', played, [small, large], max_clients=1)
   assert audited.recurring == []
-  (problem,) = audited.apart()
+  (problem,) = audited.apart(audited.seen)
   assert problem.endswith(
     'client_01, and these rounds were not attacked together: not among those attacked in round 1.'
   )
 
 
+def test_clients_that_are_attacked_nowhere_are_told(tmp_path, played):
+  first = {'client_00': [0], 'client_01': [4]}
+  second = {'client_00': [1], 'client_01': [4]}
+  audited = _audited(tmp_path / 'run', played, [first, second])
+  assert audited.recurring == ['client_01']
+  assert audited.apart(audited.seen) == []
+  assert audited.apart(audited.seen[1:]) == ['Round 1 was not attacked for client_00.']
+
+
 def test_rounds_that_share_no_image_need_no_joint_attack(tmp_path, played):
   audited = _audited(tmp_path / 'run', played, [{'client_00': [0]}, {'client_00': [1]}])
-  assert (audited.recurring, audited.apart()) == ([], [])
+  assert (audited.recurring, audited.apart(audited.seen)) == ([], [])
