@@ -179,30 +179,34 @@ class _Attack:
 
   def _result(self, target, labels, restarts, reason, controls) -> TargetResult:
     """From the finished restarts of a target, or the reason why it has none."""
-    sound = [k for k, restart in enumerate(restarts) if restart.diverged_at < 0]
-    if not reason and not sound:
+    # One that diverged later on still has the best images that it came past.
+    sound = [k for k, restart in enumerate(restarts) if np.isfinite(restart.loss)]
+    whole = [k for k in sound if restarts[k].diverged_at < 0]
+    if not reason and not whole:
       reason = (
         f'the matching loss stopped being finite in all restarts, first at iteration'
         f' {min(restart.diverged_at for restart in restarts)}'
       )
-    chosen = None if reason else min(sound, key=lambda k: restarts[k].loss)
     values = () if labels is None else labels.values
     attacked = {}
-    if not reason:
-      attacked['attack'] = self._combined([(restarts[k].loss, restarts[k].images) for k in sound])
+    if sound:
+      # A mean would suffer from one that stopped early; the best does not.
+      used = whole if whole and self._config.combination == 'mean' else sound
+      attacked['attack'] = self._combined([(restarts[k].loss, restarts[k].images) for k in used])
+    chosen = min(sound, key=lambda k: restarts[k].loss) if sound else None
     return TargetResult(
       target=target.name,
       images=target.num_images,
       labels=tuple(int(value) for value in values),
       labels_source=labels.source if labels else None,
-      status='failed' if reason else 'ok',
+      status='ok' if sound else 'failed',
       reason=reason,
-      loss=None if reason else restarts[chosen].loss,
-      restart_losses=()
-      if reason
-      else tuple(restart.loss if restart.diverged_at < 0 else None for restart in restarts),
+      loss=restarts[chosen].loss if sound else None,
+      restart_losses=tuple(own.loss if k in sound else None for k, own in enumerate(restarts))
+      if sound
+      else (),
       chosen_restart=chosen,
-      iterations=0 if reason else self._config.iterations * len(restarts),
+      iterations=self._config.iterations * len(restarts) if sound else 0,
       seconds=round(sum(restart.seconds for restart in restarts), 3),
       reconstructions={**attacked, **controls},
     )

@@ -39,9 +39,11 @@ class TargetResult:
     labels: Those used, one per image; empty if it failed before there were any.
     labels_source: Where they came from; None likewise.
     status: 'failed' if there is no result; never scored as one.
-    reason: Why it failed.
+    reason: Why it failed, or, of one that is 'ok', why it is less than it should be: all restarts
+      stopped being finite before their end, and what they had found by then is the result.
     loss: Matching loss of the chosen restart.
-    restart_losses: Of the best candidate of each restart; None for one that diverged.
+    restart_losses: Of the best candidate of each restart; None for one that never had a
+      finite loss.
     chosen_restart: The restart of least loss.
     iterations: Optimiser steps, over all restarts.
     seconds: Time spent, controls not counted.

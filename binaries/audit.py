@@ -26,7 +26,13 @@ from attacks.audit.page import Annex, render
 from attacks.audit.replay import is_single_image_round, single_images, without_defense
 from attacks.audit.strongest import Scored, score_attacked
 from attacks.audit.suite import Attacked, Suite
-from attacks.audit.summary import RoundEvidence, round_words, summarise, summarise_round
+from attacks.audit.summary import (
+  RoundEvidence,
+  round_words,
+  summarise,
+  summarise_round,
+  with_problems,
+)
 from attacks.report import findings, page
 from attacks.threads import share_cores
 from binaries import command, run_directory
@@ -183,7 +189,9 @@ def main() -> None:
   evidence = [audit.one_round(own) for own in separate]
   if len(audited.seen) > 1 and audited.recurring:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
-    evidence.append(audit.jointly(audited.seen, audited.recurring, control))
+    clean = [attacks for own in evidence for attacks in own.clean]
+    evidence.append(audit.jointly(audited.seen, audited.recurring, control, clean))
+  evidence = with_problems(evidence, audited.apart(separate))
   rounds = [summarise_round(own, tolerated) for own in evidence]
   guarantee = guarantee_of(audited.defense, audited.participation(data), _DELTA.value)
   summary = summarise(
@@ -257,6 +265,7 @@ class _Audit:
         self._public,
         self._suite.watch,
       ),
+      [undefended if defended else made],
     )
 
   def _observed(
@@ -288,12 +297,25 @@ class _Audit:
       self._cache.store(key, self._output / place)
     return made
 
-  def jointly(self, seen: list[Seen], clients: Sequence[str], control: Scored) -> RoundEvidence:
-    """The rounds together, for clients that trained on the same images in each."""
+  def jointly(
+    self,
+    seen: list[Seen],
+    clients: Sequence[str],
+    control: Scored,
+    clean: Sequence[Sequence[Scored]],
+  ) -> RoundEvidence:
+    """The rounds together, for clients that trained on the same images in each.
+
+    Args:
+      seen: All rounds.
+      clients: Ids.
+      control: The positive control.
+      clean: Of those of the rounds that were attacked by themselves; see `RoundEvidence`.
+    """
     observations = [own.observation for own in seen]
     made, failed, problems = self._observed('jointly', observations, seen[0].truth, clients)
     numbers = tuple(own.round_num for own in observations)
-    return RoundEvidence(numbers, made, failed, (), control, problems)
+    return RoundEvidence(numbers, made, failed, (), control, problems, clean=clean)
 
   def control(self, seen: Seen, clean: list[Scored]) -> Scored:
     """The positive control, which is a part of `clean`, the undefended round, if that is one."""

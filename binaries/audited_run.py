@@ -1,11 +1,14 @@
 """What an audit reads of a run of tff-shadow-train."""
 
+import collections
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from attacks.local_steps import local_steps
 from attacks.scoring.results import read_json
 from binaries import run_directory
 from binaries.recorded_data import load_data_of
@@ -55,8 +58,8 @@ class AuditedRun:
     config: Its config.json.
     defense: `Observation.defense`.
     seen: The rounds to audit.
-    recurring: Ids of the clients, of those of the first of them, that trained on the same images in
-      all.
+    recurring: Ids of the clients, of those of the first of them, that can be attacked in all
+      jointly: they trained on the same images in each, all at once in every step.
   """
 
   def __init__(self, run_dir: pathlib.Path, rounds: Sequence[str] | None, max_clients: int):
@@ -76,7 +79,13 @@ class AuditedRun:
       raise UserError(f'--run_dir={run_dir}: is not a run of tff-shadow-train')
     self.seen = [self._read(number, max_clients) for number in self._numbers(rounds)]
     self.defense = self.seen[0].observation.defense
-    self.recurring = [name for name in self.seen[0].clients if self._recurs(name)]
+    attacked = dict.fromkeys(name for own in self.seen for name in own.clients)
+    # A round's truth is in the order of its own first use: images are known by their digests.
+    self._used = {
+      name: [_digests(own.truth[name]) if _has(own, name) else None for own in self.seen]
+      for name in attacked
+    }
+    self.recurring = [name for name in self.seen[0].clients if not self._why_apart(name)]
 
   @property
   def training(self) -> dict[str, Any]:
@@ -145,11 +154,38 @@ class AuditedRun:
     if rounds is not None and len(known) > 1 and not any(map(str.strip, rounds)):
       if not self.recurring:
         raise UserError(
-          '--separate_rounds: name some, as no client trained on the same images in all rounds, so'
-          ' that they cannot be attacked jointly'
+          '--separate_rounds: name some, as no client trained on the same images in all rounds, all'
+          ' at once in each step, so that they cannot be attacked jointly'
         )
       return []
     return [known[number] for number in _chosen('separate_rounds', rounds, sorted(known))]
+
+  def apart(self, separate: Sequence[Seen]) -> list[str]:
+    """Of what the server saw and no attack did, in sentences.
+
+    That is what several rounds show together of images, where they are not attacked jointly, and
+    what a round shows of clients that are attacked neither in it nor jointly.
+
+    Args:
+      separate: The rounds that are attacked one by one.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, used in self._used.items():
+      seen = collections.Counter(image for images in used for image in set(images or ()))
+      why = self._why_apart(name)
+      if why and max(seen.values(), default=0) > 1:
+        reasons.setdefault(why, []).append(name)
+    found = [
+      f'Several rounds show the same images of {_listed(names)}, and these rounds were not attacked'
+      f' together: {why}.'
+      for why, names in reasons.items()
+    ]
+    attacked = {own.observation.round_num for own in separate}
+    for own in self.seen:
+      left = [name for name in own.clients if name not in self.recurring]
+      if left and own.observation.round_num not in attacked:
+        found.append(f'Round {own.observation.round_num} was not attacked for {_listed(left)}.')
+    return found
 
   def _numbers(self, rounds: Sequence[str] | None) -> list[int]:
     known = sorted(
@@ -159,11 +195,18 @@ class AuditedRun:
       raise UserError(f'--run_dir={self._run_dir}: no observed round; train with --observed_rounds')
     return _chosen('rounds', rounds, known)
 
-  def _recurs(self, name: str) -> bool:
-    truths = [own.truth.get(name) for own in self.seen]
-    return all(
-      truth is not None and np.array_equal(truth.images, truths[0].images) for truth in truths
-    )
+  def _why_apart(self, name: str) -> str:
+    """Why a client cannot be attacked in all rounds jointly; empty if it can."""
+    for own, images in zip(self.seen, self._used[name], strict=True):
+      if images is None:
+        return f'no part in round {own.observation.round_num}'
+    if any(sorted(images) != sorted(self._used[name][0]) for images in self._used[name]):
+      return 'other images in some of the rounds'
+    if not all(_takes_all_at_once(own.observation, name) for own in self.seen):
+      return 'steps on parts of the images, in an order that is another in each round'
+    if name not in self.seen[0].clients:
+      return f'not among those attacked in round {self.seen[0].observation.round_num}'
+    return ''
 
   def _read(self, number: int, max_clients: int) -> Seen:
     name = round_directory_name(number)
@@ -196,6 +239,31 @@ class AuditedRun:
     if test is None:
       raise UserError(f'{flag}: has no test.json; it has not ended')
     return test
+
+
+def _has(seen: Seen, name: str) -> bool:
+  known = {client.client_id for client in seen.observation.clients}
+  return name in known and name in seen.truth
+
+
+def _digests(truth: Truth) -> list[str]:
+  """Of each image."""
+  return [hashlib.sha256(image.tobytes()).hexdigest() for image in np.float32(truth.images)]
+
+
+def _takes_all_at_once(observation: Observation, name: str) -> bool:
+  """Whether each step of a client saw each of its images equally often: then they have no order."""
+  client = observation.client(name)
+  return all(
+    len({batch.count(position) for position in range(client.num_images)}) == 1
+    for batch in local_steps(client, observation.client_training).batches
+  )
+
+
+def _listed(names: Sequence[str]) -> str:
+  """The first three of them, and how many more there are."""
+  shown = ', '.join(names[:3])
+  return shown if len(names) <= 3 else f'{shown} and {len(names) - 3} more clients'
 
 
 def _chosen(flag: str, rounds: Sequence[str] | None, known: list[int]) -> list[int]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from attacks.sources import attacks_digest
 from tff_shadow.errors import UserError
 from tff_shadow.observations import load_tensors, save_tensors
 from tff_shadow.shadow.augmentation import augment
@@ -83,7 +84,7 @@ class RegionDenoiser:
       settings: See there.
       progress: Called after every step with its number and its loss.
       directory: Where trained networks are kept, each in a file that is named by the digest of
-        images, regions and settings; None to keep none.
+        images, regions, settings and sources; None to keep none.
 
     Raises:
       UserError: If the sizes cannot be used, the training diverged, or a file is damaged.
@@ -171,7 +172,7 @@ class RegionDenoiser:
 
 
 def _digest(both: np.ndarray, settings: DenoiserSettings) -> str:
-  sha = hashlib.sha256(f'{settings} {both.dtype} {both.shape}'.encode())
+  sha = hashlib.sha256(f'{attacks_digest()} {settings} {both.dtype} {both.shape}'.encode())
   sha.update(np.ascontiguousarray(both).tobytes())
   return sha.hexdigest()[:32]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from attacks.sources import attacks_digest
 from tff_shadow.observations import Observation, Truth
 
 
@@ -39,7 +40,7 @@ class AuditCache:
 def undefended_key(
   observation: Observation, truth: Mapping[str, Truth], clients: Sequence[str], settings: Any
 ) -> str:
-  """Names attacks on a round without a defence.
+  """Names attacks on a round without a defence, made by these sources.
 
   Args:
     observation: The round; of its clients only their numbers of images and steps count.
@@ -55,6 +56,7 @@ def undefended_key(
   sha.update(
     json.dumps(
       [
+        attacks_digest(),
         observation.model_config,
         vars(observation.client_training),
         observation.batch_norm_sharing,

@@ -11,7 +11,7 @@ import numpy as np
 from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_ranges
 from attacks.report.findings import VERDICTS
 from attacks.scoring.results import CLASS_MEAN, read_json
-from attacks.scoring.statistics import Interval, mean_interval, paired_differences
+from attacks.scoring.statistics import clustered_interval
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedSettings
 
@@ -106,10 +106,11 @@ def compare(
 ) -> list[dict[str, Any]]:
   """A row for each data set, defence, audited rounds and attack, the strongest first.
 
-  Seeds are pooled: the values of all their images, each with its own control. Empty where there is
+  Seeds are pooled: the values of all their images, each with its own control. Means and intervals
+  are over clients, each with the mean of its images, which share one update. Empty where there is
   nothing to tell; numbers otherwise.
 
-  psnr, ssim, region_psnr, region_ssim: Means over images; of 'strongest' each image by the attack
+  psnr, ssim, region_psnr, region_ssim: Means; of 'strongest' each image by the attack
     that came closest.
   class_region_psnr: Of the mean public image of each image's class.
   ci95_low, ci95_high: Of region_psnr minus control_region_psnr, paired by image.
@@ -235,24 +236,24 @@ def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
   for name in [STRONGEST, *names]:
     found = [entry for _, entry in own if name in entry['per_image']['values']]
     pooled = {metric: _pooled(found, name, metric) for metric in METRICS}
-    control = _pooled(found, GUESS, 'region_psnr')
+    control, owners = _pooled(found, GUESS, 'region_psnr'), _owners(found)
     row = dict.fromkeys(COLUMNS, '') | shared
-    row |= {metric: _mean(values) for metric, values in pooled.items()}
+    row |= {metric: _mean(values, owners) for metric, values in pooled.items()}
     row |= {
       'attack': name,
       'knows_noise': 'yes' if name.startswith(_KNOWING) else 'no',
-      'control_region_psnr': _mean(control),
-      'class_region_psnr': _mean(_pooled(found, CLASS_MEAN, 'region_psnr')),
+      'control_region_psnr': _mean(control, owners),
+      'class_region_psnr': _mean(_pooled(found, CLASS_MEAN, 'region_psnr'), owners),
       'images': len(pooled['psnr']),
     }
-    row |= _interval(paired_differences(pooled['region_psnr'], control), 'ci95_low', 'ci95_high')
+    row |= _interval(_minus(pooled['region_psnr'], control), owners, 'ci95_low', 'ci95_high')
     if name == STRONGEST:
       row['knows_noise'], row['verdict'] = '', worst
       clean = _pooled(found, UNDEFENDED, 'region_psnr')
-      change = paired_differences(pooled['region_psnr'], clean)
-      row |= _interval(change, 'change_ci95_low', 'change_ci95_high', 'region_psnr_change')
+      change = _minus(pooled['region_psnr'], clean)
+      row |= _interval(change, owners, 'change_ci95_low', 'change_ci95_high', 'region_psnr_change')
       less = _over_reference(own, against)
-      row |= _interval(less, 'reference_ci95_low', 'reference_ci95_high', 'over_reference')
+      row |= _interval(*less, 'reference_ci95_low', 'reference_ci95_high', 'over_reference')
     yield row
 
 
@@ -270,20 +271,41 @@ def _pooled(entries, name: str, metric: str) -> list[float | None]:
   return values
 
 
-def _mean(values: Sequence[float | None]) -> float | str:
-  known = [value for value in values if value is not None]
-  return float(np.mean(known)) if known else ''
+def _owners(entries) -> list[tuple[int, str]]:
+  """Seed and client of all images of all seeds: one update, and one draw of its noise."""
+  return [
+    (seed, image.rpartition('/')[0])
+    for seed, entry in enumerate(entries)
+    for image in entry['per_image']['images']
+  ]
 
 
-def _interval(differences: Sequence[float], low: str, high: str, mean: str | None = None) -> dict:
-  interval: Interval = mean_interval(differences)
+def _minus(first: Sequence[float | None], second: Sequence[float | None]) -> list[float | None]:
+  return [None if None in pair else pair[0] - pair[1] for pair in zip(first, second, strict=True)]
+
+
+def _mean(values: Sequence[float | None], owners: Sequence[Any]) -> float | str:
+  return _interval(values, owners, 'low', 'high', 'mean')['mean']
+
+
+def _interval(
+  values: Sequence[float | None],
+  owners: Sequence[Any],
+  low: str,
+  high: str,
+  mean: str | None = None,
+) -> dict[str, float | str]:
+  known = [pair for pair in zip(values, owners, strict=True) if pair[0] is not None]
+  interval = clustered_interval([value for value, _ in known], [owner for _, owner in known])
   row = {low: interval.low, high: interval.high} | ({mean: interval.mean} if mean else {})
   return {name: '' if value is None else value for name, value in row.items()}
 
 
-def _over_reference(own, against) -> list[float]:
-  differences: list[float] = []
-  for audit, entry in own:
+def _over_reference(own, against) -> tuple[list[float | None], list[tuple[int, str]]]:
+  """The differences, and the owner of each."""
+  differences: list[float | None] = []
+  owners: list[tuple[int, str]] = []
+  for seed, (audit, entry) in enumerate(own):
     for other, theirs in against:
       same_budget = other.summary['budget'] == audit.summary['budget']
       if other.start == audit.start and same_budget:
@@ -294,8 +316,9 @@ def _over_reference(own, against) -> list[float]:
           for one in (entry, theirs)
         ]
         common = [name for name in values[0] if name in values[1]]
-        differences += paired_differences(*([side[name] for name in common] for side in values))
-  return differences
+        differences += _minus(*([side[name] for name in common] for side in values))
+        owners += [(seed, name.rpartition('/')[0]) for name in common]
+  return differences, owners
 
 
 def _f1(own, audits: Sequence[Audit]) -> tuple[float | str, float | str]:
@@ -307,7 +330,9 @@ def _f1(own, audits: Sequence[Audit]) -> tuple[float | str, float | str]:
     if utility['test']:
       found.append(utility['test']['f1'])
       clean.append(other['f1'] if other else None)
-  return _mean(found), _mean(clean) if None not in clean else ''
+  if None in clean:
+    clean = []
+  return _mean(found, range(len(found))), _mean(clean, range(len(clean)))
 
 
 def _undefended_test(audit: Audit, audits: Sequence[Audit]) -> Mapping[str, float] | None:

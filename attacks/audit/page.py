@@ -52,6 +52,7 @@ def render(audit: Mapping[str, Any], annex: Sequence[Annex] = ()) -> str:
       clear_gain=gate.GATE_MEAN_DB,
       clear_low=gate.GATE_LOW_DB,
       min_images=findings.MIN_IMAGES,
+      min_clients=findings.MIN_CLIENTS,
     )
   )
 

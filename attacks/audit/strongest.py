@@ -93,9 +93,19 @@ def strongest(attacks: Sequence[Scored]) -> list[ImageScore]:
 
 
 def strongest_identification(attacks: Sequence[Scored]) -> Identification:
-  """That of the attack which tells most; its p-value times the number of attacks (Bonferroni)."""
-  best = min((attack.identification for attack in attacks), key=lambda own: own.p_value)
-  return dataclasses.replace(best, p_value=min(1.0, best.p_value * len(attacks)))
+  """That of the attack which tells most; p-values times the number of attacks (Bonferroni)."""
+  known = [attack.identification for attack in attacks]
+
+  def corrected(p_value: float) -> float:
+    return min(1.0, p_value * len(attacks))
+
+  best = min(known, key=lambda own: own.p_value)
+  return dataclasses.replace(
+    best,
+    p_value=corrected(best.p_value),
+    chance_p_value=corrected(min(own.chance_p_value for own in known)),
+    least_p_value=corrected(max(own.least_p_value for own in known)),
+  )
 
 
 def strongest_names(attacks: Sequence[Scored], metric: str = 'region_psnr') -> list[str | None]:

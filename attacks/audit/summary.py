@@ -26,7 +26,7 @@ from attacks.scoring import gate, results
 from attacks.scoring.label_accuracy import multiset_labels
 from attacks.scoring.metrics import psnr_from_mse
 from attacks.scoring.scores import ImageScore, values
-from attacks.scoring.statistics import mean_interval, paired_differences
+from attacks.scoring.statistics import clustered_interval
 
 STRONGEST, UNDEFENDED, GUESS = 'strongest', 'undefended', 'guess'
 METRICS = ('psnr', 'region_psnr', 'ssim', 'region_ssim')
@@ -45,6 +45,9 @@ class RoundEvidence(NamedTuple):
     bounds: PSNR in dB over the region that no attack of a kind passes on average: 'name',
       'region_psnr', 'rests_on' in words, 'holds_here', whether for the attacks of an audit, and
       'clients', over which it is averaged.
+    clean: For each of these rounds that was audited by itself, the attacks on it as it is without
+      a defence: `undefended`, or its own where it has none. Unless they see the images nothing is
+      cleared.
   """
 
   rounds: tuple[int, ...]
@@ -54,6 +57,22 @@ class RoundEvidence(NamedTuple):
   control: Scored
   problems: Sequence[str] = ()
   bounds: Sequence[Mapping[str, Any]] = ()
+  clean: Sequence[Sequence[Scored]] = ()
+
+
+def with_problems(
+  evidence: Sequence[RoundEvidence], problems: Sequence[str]
+) -> list[RoundEvidence]:
+  """With what could not be attacked jointly, in sentences.
+
+  It is added to the joint attacks, and to all rounds where there are none, so that no single one is
+  taken for all that the rounds show together.
+  """
+  joint = any(len(own.rounds) > 1 for own in evidence)
+  return [
+    own._replace(problems=[*own.problems, *problems]) if len(own.rounds) > 1 or not joint else own
+    for own in evidence
+  ]
 
 
 def summarise_round(
@@ -61,7 +80,8 @@ def summarise_round(
 ) -> dict[str, Any]:
   """One entry of 'rounds'.
 
-  Intervals are those of `findings.interval_json`; dB where PSNRs are compared.
+  Intervals are those of `findings.interval_json`, over clients, each with the mean of its images;
+  dB where PSNRs are compared.
 
   rounds: Numbers of the rounds that this rests on.
   verdict, reasons: Of `verdict.judge_round`.
@@ -93,9 +113,17 @@ def summarise_round(
   problems += [
     f'The attack {own.name} could not be made: {own.problem}.' for own in evidence.failed
   ]
+  problems += [problem for own in evidence.attacks for problem in _shortfalls(own)]
   scores = strongest(evidence.attacks) if evidence.attacks else []
   identification = strongest_identification(evidence.attacks) if scores else None
-  verdict = judge_round(scores, identification, evidence.control.scores, problems, tolerated)
+  verdict = judge_round(
+    scores,
+    identification,
+    evidence.control.scores,
+    _clean_scores(evidence, {row.target for row in scores}),
+    problems,
+    tolerated,
+  )
   clean = strongest(evidence.undefended) if evidence.undefended else []
   return {
     'rounds': list(evidence.rounds),
@@ -126,6 +154,30 @@ def summarise_round(
   }
 
 
+def _shortfalls(attack: Scored) -> list[str]:
+  """Why an attack that was made is less than one, in sentences."""
+  name, rows = attack.attacked.name, attack.scores
+  unusable = sum(row.status != 'ok' for row in rows)
+  early = [own for own in attack.attacked.results if own.status == 'ok' and own.reason]
+  found = []
+  if unusable:
+    found.append(f'The attack {name} gave no usable result on {unusable} of {len(rows)} images.')
+  if early:
+    found.append(
+      f'The attack {name} ended early on {len(early)} of {len(attack.attacked.results)} clients:'
+      f' {early[0].reason}.'
+    )
+  return found
+
+
+def _clean_scores(evidence: RoundEvidence, clients: set[str]) -> list[list[ImageScore]]:
+  """Of `clients`, in each round as it is without a defence, by the attacks that came closest."""
+  return [
+    [row for row in (strongest(attacks) if attacks else ()) if row.target in clients]
+    for attacks in evidence.clean
+  ]
+
+
 def _attacks(attacks: Sequence[Scored]) -> list[dict[str, Any]]:
   names = strongest_names(attacks) if attacks else []
   rows = []
@@ -148,7 +200,7 @@ def _attacks(attacks: Sequence[Scored]) -> list[dict[str, Any]]:
 
 
 def _control(control: Scored) -> dict[str, Any]:
-  margin = mean_interval(gate.margins(control.scores))
+  margin = gate.margin_interval(control.scores)
   return {
     'metrics': _means(control.scores, results.ATTACK),
     'margin': interval_json(margin),
@@ -158,44 +210,54 @@ def _control(control: Scored) -> dict[str, Any]:
 
 
 def _margins(scores: Sequence[ImageScore]) -> dict[str, Any]:
-  return {metric: interval_json(mean_interval(gate.margins(scores, metric))) for metric in METRICS}
+  return {metric: interval_json(gate.margin_interval(scores, metric)) for metric in METRICS}
 
 
 def _means(scores: Sequence[ImageScore], set_name: str) -> dict[str, Any]:
-  return {
-    metric: interval_json(mean_interval(values(scores, set_name, metric))) for metric in METRICS
-  }
+  return {metric: _mean(scores, set_name, metric) for metric in METRICS}
 
 
 def _guess(scores: Sequence[ImageScore], metric: str) -> dict[str, Any]:
-  control = gate.better_control(scores, metric)
-  return interval_json(mean_interval(values(scores, control, metric) if control else []))
+  return _mean(scores, gate.better_control(scores, metric), metric)
+
+
+def _mean(scores: Sequence[ImageScore], set_name: str | None, metric: str) -> dict[str, Any]:
+  return _over_clients(scores, [row.value(set_name, metric) for row in scores])
+
+
+def _over_clients(scores: Sequence[ImageScore], found: Sequence[float | None]) -> dict[str, Any]:
+  """The interval of a value of each image, of those that have one."""
+  known = [
+    (value, row.target) for row, value in zip(scores, found, strict=True) if value is not None
+  ]
+  return interval_json(
+    clustered_interval([value for value, _ in known], [client for _, client in known])
+  )
 
 
 def _differences(
   scores: Sequence[ImageScore], set_name: str, others: Sequence[ImageScore], other_name: str
 ) -> dict[str, Any]:
   """Metric -> interval of the first set minus the second, paired by image."""
-  return {
-    metric: interval_json(
-      mean_interval(
-        paired_differences(
-          [row.value(set_name, metric) for row in scores],
-          [row.value(other_name, metric) for row in others],
-        )
-      )
-    )
-    for metric in METRICS
-  }
+  differences: dict[str, list[float | None]] = {metric: [] for metric in METRICS}
+  for row, other in zip(scores, others, strict=True):
+    for metric, own in differences.items():
+      pair = row.value(set_name, metric), other.value(other_name, metric)
+      own.append(None if None in pair else pair[0] - pair[1])
+  return {metric: _over_clients(scores, own) for metric, own in differences.items()}
 
 
 def _gains(scores: Sequence[ImageScore]) -> list[float]:
   """Of each image, over the region; 0 where the attack failed. See `gate.margins`."""
-  control = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
+  common = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
   gains = []
   for row in scores:
-    pair = row.value(results.ATTACK, 'closeness'), row.value(control, 'closeness')
-    gains.append(0.0 if None in pair else pair[0] - pair[1])
+    attack = row.value(results.ATTACK, 'closeness')
+    known = {name: row.value(name, 'closeness') for name in results.GUESSES if name in row.quality}
+    if attack is None or not known:
+      gains.append(0.0)
+    else:
+      gains.append(attack - (known[common] if common in known else max(known.values())))
   return gains
 
 
@@ -247,10 +309,12 @@ def _groups(scores: Sequence[ImageScore]) -> list[dict[str, Any]]:
     chosen = [pair for pair in zip(scores, gains, strict=True) if belongs(pair[0])]
     if chosen:
       own = [gain for _, gain in chosen]
+      clients = [row.target for row, _ in chosen]
       rows.append(
         {
           'name': name,
-          'margin': interval_json(mean_interval(own)),
+          'images': len(own),
+          'margin': interval_json(clustered_interval(own, clients)),
           'worst': max(own),
           'leaked_images': leaked_images([row for row, _ in chosen]),
         }
@@ -333,7 +397,11 @@ _LIMITS = (
   'PSNR and SSIM measure likeness of pixels, not whether a person or a disease can be recognised.',
   'Which attack came closest was decided by the originals, image by image, which no attacker can'
   ' do; so what one attacker would have at best is overestimated.',
-  'Intervals treat images as independent, and cover no other seed.',
+  'Of several images of a client the originals decide which reconstruction stands for which.'
+  ' Whether originals are picked out is tested against the reconstructions of other clients with as'
+  ' many images; gains in dB are against guesses that are matched likewise, and an image that was'
+  ' rebuilt clearly is counted as it is.',
+  'Intervals are over clients, each with the mean of its images, and cover no other seed.',
   'The server is assumed to follow the protocol: it does not change the model to draw out more.',
 )
 

@@ -7,7 +7,7 @@ from attacks.report.findings import NEGLIGIBLE, judge
 from attacks.scoring import gate
 from attacks.scoring.identification import Identification
 from attacks.scoring.scores import ImageScore
-from attacks.scoring.statistics import mean_interval
+from attacks.scoring.statistics import Interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +27,23 @@ def judge_round(
   scores: Sequence[ImageScore],
   identification: Identification,
   control: Sequence[ImageScore],
+  clean: Sequence[Sequence[ImageScore]],
   problems: Sequence[str],
   tolerated: Mapping[str, float] = NEGLIGIBLE,
 ) -> Verdict:
   """The verdict on what the strongest attack recovered.
 
   A leak that was found is one, whatever else went wrong. That there is none may be said only if
-  the same attack recovers undefended single images (the positive control passes the gate), every
-  attack could be made, and there is an attacker who knows the defence.
+  the same attack recovers undefended single images (the positive control passes the gate), the
+  attacks recover the images of the same round without the defence (which have as many steps and
+  images), every attack could be made, and there is an attacker who knows the defence.
 
   Args:
     scores: Of the strongest attack; may be empty.
     identification: Likewise.
     control: Scores of the positive control.
+    clean: For each round, the scores of the strongest attack on it without a defence; of the round
+      itself where it has none, so that this is never said of it.
     problems: What could not be done, in sentences.
     tolerated: Gains over a guess that are none; see `findings.NEGLIGIBLE`.
   """
@@ -50,11 +54,29 @@ def judge_round(
   if name in ('leaked', 'partly_leaked'):
     return Verdict(name, reasons)
   doubts = [*reasons, *problems]
-  margin = mean_interval(gate.margins(list(control)))
+  margin = gate.margin_interval(control)
   if not gate.exceeds_gate(margin):
-    found = 'nothing' if margin.mean is None else f'{margin.mean:.1f} dB more than a guess'
     doubts.append(
-      f'The positive control failed: of undefended single images the attack recovers {found},'
-      ' so that it would see no leak if there were one.'
+      f'The positive control failed: of undefended single images the attack recovers'
+      f' {_gain(margin)}, so that it would see no leak if there were one.'
     )
+  if not clean:
+    doubts.append(
+      'The same images, steps and batches were not attacked without a defence, so that nothing'
+      ' shows that the attacks would see a leak there.'
+    )
+  for own in clean:
+    margin = gate.margin_interval(own)
+    if not gate.exceeds_gate(margin):
+      doubts.append(
+        f'Without a defence, from the same images, steps and batches, the attacks recover'
+        f' {_gain(margin)}: that they see nothing does not show that there is nothing.'
+      )
   return Verdict('inconclusive' if doubts else name, tuple(doubts))
+
+
+def _gain(margin: Interval) -> str:
+  if margin.mean is None:
+    return 'nothing'
+  sure = '' if margin.low is None else f' (at least {margin.low:.1f} dB)'
+  return f'{margin.mean:.1f} dB more than a guess{sure}'

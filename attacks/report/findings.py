@@ -10,12 +10,14 @@ from attacks.scoring.identification import Identification
 from attacks.scoring.label_accuracy import LabelAccuracy, matched_labels, multiset_labels
 from attacks.scoring.metrics import METRIC_NAMES
 from attacks.scoring.scores import SETS, ImageScore
-from attacks.scoring.statistics import CONFIDENCE, Interval, mean_interval
+from attacks.scoring.statistics import CONFIDENCE, Interval, clustered_interval
 
 # A gain below this is no gain: the interval must lie wholly on one side of it for a clear verdict.
 NEGLIGIBLE = {'psnr': 1.0, 'region_psnr': 1.0, 'ssim': 0.05, 'region_ssim': 0.05}
 # Absence of a leak needs as many images as its presence in the gate.
 MIN_IMAGES = gate.GATE_IMAGES
+# Over which the intervals are: a client's images share one update and one draw of its noise.
+MIN_CLIENTS = 8
 
 # From worst to best for the data subjects.
 VERDICTS = ('leaked', 'partly_leaked', 'inconclusive', 'not_beyond_guess')
@@ -108,17 +110,20 @@ def judge(
   partly_leaked: the interval of a margin (PSNR or SSIM, image or region) lies above
     `negligible`, or at least one image was rebuilt 6 dB closer than by either control, or
     originals are picked out by their reconstructions more often than by chance (p < 0.05).
-  not_beyond_guess: all intervals lie at or below `negligible`, at least `MIN_IMAGES` images,
-    each scored and each with both controls. A failed attack shows nothing.
+  not_beyond_guess: all intervals lie at or below `negligible`, at least `MIN_IMAGES` images of at
+    least `MIN_CLIENTS` clients, each scored and each with both controls, and enough clients have
+    equally many images where originals seem to be picked out. A failed attack shows nothing.
   inconclusive: anything else.
+
+  Intervals are over clients, each with the mean of its images.
   """
-  intervals = {metric: mean_interval(gate.margins(scores, metric)) for metric in negligible}
+  intervals = {metric: gate.margin_interval(scores, metric) for metric in negligible}
   if any(gate.exceeds_gate(intervals[metric]) for metric in ('psnr', 'region_psnr')):
     return 'leaked', ''
   signs = _signs_of_leaking(scores, identification, intervals, negligible)
   if signs:
     return 'partly_leaked', '; '.join(signs)
-  reason = _reason_for_doubt(scores, intervals, negligible)
+  reason = _reason_for_doubt(scores, identification, intervals, negligible)
   return ('inconclusive', reason) if reason else ('not_beyond_guess', '')
 
 
@@ -148,7 +153,10 @@ def _signs_of_leaking(
 
 
 def _reason_for_doubt(
-  scores: list[ImageScore], intervals: dict[str, Interval], negligible: Mapping[str, float]
+  scores: list[ImageScore],
+  identification: Identification,
+  intervals: dict[str, Interval],
+  negligible: Mapping[str, float],
 ) -> str:
   unscored = sum(row.status != 'ok' for row in scores)
   if unscored:
@@ -157,8 +165,24 @@ def _reason_for_doubt(
     return 'a control is missing, so there is nothing to compare with'
   if len(scores) < MIN_IMAGES:
     return f'too few images: {len(scores)}, where at least {MIN_IMAGES} are needed'
-  if any((intervals[metric].high or 0) > limit for metric, limit in negligible.items()):
+  clients = len({row.target for row in scores})
+  if clients < MIN_CLIENTS:
+    return f'too few clients: {clients}, where at least {MIN_CLIENTS} are needed'
+  for metric, interval in intervals.items():
+    # Without any region there is nothing to know of it.
+    if interval.high is None and (interval.n or not metric.startswith('region_')):
+      return f'too few clients with a value of {METRIC_WORDS[metric]}: {interval.n}'
+  if any(
+    interval.high is not None and interval.high > negligible[metric]
+    for metric, interval in intervals.items()
+  ):
     return 'the 95 % interval allows both a gain over the guess and none'
+  least = 1 - CONFIDENCE
+  if identification.chance_p_value < least <= identification.least_p_value:
+    return (
+      f'{identification.correct} of {identification.of} originals are picked out, and too few'
+      ' clients have equally many images to tell whether that is chance'
+    )
   return ''
 
 
@@ -195,7 +219,7 @@ def defense_words(defense: str) -> str:
 
 
 def _numbers(scores: list[ImageScore]) -> str:
-  margin = mean_interval(gate.margins(scores))
+  margin = gate.margin_interval(scores)
   control = gate.better_control(scores)
   attack_mean = _mean_of(scores, results.ATTACK, 'psnr').mean
   if control is None or attack_mean is None:
@@ -206,14 +230,18 @@ def _numbers(scores: list[ImageScore]) -> str:
     f'({CONTROL_WORDS[control]}). Difference per image {margin.mean:.1f} dB'
   )
   if margin.low is None:
-    return f'{text}; one image gives no confidence interval.'
-  return f'{text} (95 % interval {margin.low:.1f} to {margin.high:.1f} dB, {margin.n} images).'
+    return f'{text}; one client gives no confidence interval.'
+  images = f'{len(scores)} images'
+  if margin.n < len(scores):
+    images += f' of {margin.n} clients'
+  return f'{text} (95 % interval {margin.low:.1f} to {margin.high:.1f} dB, {images}).'
 
 
 def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
   """One entry of summary.json.
 
-  An interval is {'mean', 'ci95_low', 'ci95_high', 'n'}; the ends are null for fewer than 2 values.
+  An interval is {'mean', 'ci95_low', 'ci95_high', 'n'}, over clients, each with the mean of its
+  images; the ends are null for fewer than 2 of them.
 
   run, attack: Names of the directories.
   dataset, model, defense, round, observation, batch_norm_sharing, threat_model: As the attack says.
@@ -224,7 +252,7 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
   labels_inferred: {'correct', 'of'}; null where the attack was told the labels.
   label_accuracy: {'matched', 'multiset'} -> {'correct', 'of', 'share'}, of
     `attacks.scoring.label_accuracy`; null where no label was inferred.
-  metrics: `SETS` -> metric (a field of `Quality`) -> interval over the images that have it; the
+  metrics: `SETS` -> metric (a field of `Quality`) -> interval over the clients that have it; the
     attack also has 'rdlv'.
   lpips: {'net', 'weights_sha256'}; null where LPIPS was not measured.
   identified: The fields of `Identification`, by correlation.
@@ -262,10 +290,8 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
     'identified_by_lpips': identification_json(attack.identification_by_lpips),
     'gallery': run.measures.gallery,
     'better_control': gate.better_control(scores),
-    'margin': {
-      name: interval_json(mean_interval(gate.margins(scores, name))) for name in NEGLIGIBLE
-    },
-    'margin_per_image_control': interval_json(mean_interval(gate.margins(scores, per_image=True))),
+    'margin': {name: interval_json(gate.margin_interval(scores, name)) for name in NEGLIGIBLE},
+    'margin_per_image_control': interval_json(gate.margin_interval(scores, per_image=True)),
     'gate': {
       'line': gate.gate_line(config['dataset'], scores),
       'passed': gate.gate_passed(scores),
@@ -282,8 +308,10 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
 def _means(scores: list[ImageScore], set_name: str) -> dict[str, Any]:
   means = {name: interval_json(_mean_of(scores, set_name, name)) for name in METRIC_NAMES}
   if set_name == results.ATTACK:
-    known = [row.rdlv for row in scores if row.rdlv is not None]
-    means['rdlv'] = interval_json(mean_interval(known))
+    known = [row for row in scores if row.rdlv is not None]
+    means['rdlv'] = interval_json(
+      clustered_interval([row.rdlv for row in known], [row.target for row in known])
+    )
   return means
 
 
@@ -306,8 +334,10 @@ def _label_accuracy(matched: LabelAccuracy, multiset: LabelAccuracy) -> dict[str
 
 
 def _mean_of(scores: list[ImageScore], set_name: str, metric: str) -> Interval:
-  values = [getattr(row.quality[set_name], metric) for row in scores if set_name in row.quality]
-  return mean_interval([value for value in values if value is not None])
+  known = [row for row in scores if row.value(set_name, metric) is not None]
+  return clustered_interval(
+    [row.value(set_name, metric) for row in known], [row.target for row in known]
+  )
 
 
 def interval_json(interval: Interval) -> dict[str, float | int | None]:

@@ -132,6 +132,7 @@ def render(runs: list[Run], summary: dict[str, Any], max_images: int) -> str:
       clear_low=gate.GATE_LOW_DB,
       negligible=findings.NEGLIGIBLE,
       min_images=findings.MIN_IMAGES,
+      min_clients=findings.MIN_CLIENTS,
     )
   )
 

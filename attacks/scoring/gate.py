@@ -2,14 +2,17 @@
 
 An attack that does not beat its controls has recovered nothing, and nothing measured after an
 attack that does not work means anything; so a regime counts only once its gate has passed.
+
+A client's images share one update and one draw of its noise, so they say less than as many clients
+would: intervals are over clients, each with the mean of its images.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from attacks.scoring import results
 from attacks.scoring.scores import ImageScore, values
-from attacks.scoring.statistics import Interval, mean_interval
+from attacks.scoring.statistics import Interval, clustered_interval, mean_interval
 
 GATE_MEAN_DB = 6.0
 GATE_LOW_DB = 4.0
@@ -36,49 +39,67 @@ def margins(
     metric: A field of `Quality` that is better when higher.
     per_image: False compares every image with the same control, the better one by its mean;
       True compares each image with whichever control is better on that image, which is stricter
-      than any single guess could be.
+      than any single guess could be. An image without the common control has its own best.
 
   Returns:
     One value for every image; an image that the attack failed on counts as attack = control, so 0.
     Left out are only images on which the metric itself is undefined (an empty region).
   """
+  return [margin for _, margin in _margins(scores, metric, per_image)]
+
+
+def margin_interval(
+  scores: Sequence[ImageScore], metric: str = 'psnr', per_image: bool = False
+) -> Interval:
+  """Of clients, each the mean of its images' `margins`; the arguments are those."""
+  pairs = list(_margins(scores, metric, per_image))
+  return clustered_interval([margin for _, margin in pairs], [client for client, _ in pairs])
+
+
+def _margins(
+  scores: Sequence[ImageScore], metric: str, per_image: bool
+) -> Iterator[tuple[str, float]]:
+  """Client and margin of each image."""
   common = better_control(scores, metric)
-  differences = []
   for row in scores:
     if metric.startswith('region_') and row.region_is_empty:
       continue
-    names = results.GUESSES if per_image else (common,)
-    controls = [row.value(name, metric) for name in names]
-    controls = [value for value in controls if value is not None]
+    known = {name: row.value(name, metric) for name in results.GUESSES}
+    known = {name: value for name, value in known.items() if value is not None}
     attack = row.value(results.ATTACK, metric)
-    differences.append(attack - max(controls) if attack is not None and controls else 0.0)
-  return differences
+    if attack is None or not known:
+      yield row.target, 0.0
+    elif common in known and not per_image:
+      yield row.target, attack - known[common]
+    else:
+      yield row.target, attack - max(known.values())
 
 
 def gate_line(dataset: str, scores: Sequence[ImageScore]) -> str:
   """GATE <dataset> attack=<dB> control=<dB> margin=<dB> ci95=<low>,<high> n=<images>.
 
-  `attack` and `control` are mean PSNRs, with attack := control on failed images; `margin` is the
-  mean paired difference. A number that does not exist is printed as nan.
+  `attack` and `control` are mean PSNRs over images, with attack := control on failed images;
+  `margin` is the mean paired difference over clients, each with the mean of its images. A number
+  that does not exist is printed as nan.
   """
-  margin = mean_interval(margins(scores))
+  margin = margin_interval(scores)
   control = mean_interval(values(scores, better_control(scores), 'psnr'))
   attack = mean_interval(_attack_or_control(scores))
   numbers = [_text(value) for value in (attack.mean, control.mean, margin.mean)]
   return (
     f'GATE {dataset} attack={numbers[0]} control={numbers[1]} margin={numbers[2]} '
-    f'ci95={_text(margin.low)},{_text(margin.high)} n={margin.n}'
+    f'ci95={_text(margin.low)},{_text(margin.high)} n={len(scores)}'
   )
 
 
 def gate_passed(scores: Sequence[ImageScore]) -> bool:
   """Mean margin >= 6 dB, lower end of its interval > 4 dB, and at least 16 images."""
-  margin = mean_interval(margins(scores))
-  return margin.n >= GATE_IMAGES and exceeds_gate(margin)
+  margin = margin_interval(scores)
+  return len(scores) >= GATE_IMAGES and exceeds_gate(margin)
 
 
 def exceeds_gate(margin: Interval) -> bool:
-  """The gate's thresholds in dB alone, whatever the number of images (at least 2)."""
+  """The gate's thresholds in dB alone, whatever the number of images (of at least 2 clients)."""
   if margin.mean is None or margin.low is None:
     return False
   return margin.mean >= GATE_MEAN_DB and margin.low > GATE_LOW_DB

@@ -6,21 +6,29 @@ used to pick its original out of a gallery: image identifiability precision, IIP
 reconstructions whose own original is among the k images of the gallery nearest to them (H. Yin et
 al., "See through gradients: image batch recovery via GradInversion", CVPR 2021, section 4.4). The
 distance is Pearson correlation, which noise without structure does not change on average, or LPIPS.
+
+Of a client's several images the originals decide which reconstruction stands for which, so that
+some are picked out by chance more often than one in as many as there are to pick from. What that
+does is seen where reconstructions of one client stand, by the same rule, for the images of another:
+a permutation test over clients with as many images each. It is exact, as without a leak it makes no
+difference whose reconstructions they are.
 """
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
 
 from attacks.scoring import results
-from attacks.scoring.scores import ImageScore
+from attacks.scoring.scores import ImageScore, match
 
 # Sizes of the short list.
 KS = (1, 3, 5)
 CONTROLS = ('prior_only', results.OTHER_UPDATE)
+_PERMUTATIONS = 1999
 # Distances closer than rounding are a tie, and a tie is no identification.
 _TIE = 1e-6
 
@@ -54,11 +62,15 @@ class Identification:
     choices: Images to pick from, each counted once however often it is there.
     control_correct: As `correct`, with a control in place of the attack: whichever of `CONTROLS`
       picks out more.
-    p_value: One-sided binomial test of `correct` against the largest of 1 / `choices`, the rate of
-      'prior_only' and (k + 1) / (n + 1) where 'other_update' picks out k of n; 1 where there is
-      nothing to test.
+    p_value: `chance_p_value`; where a client has several images the larger of that and the
+      permutation test's, of `correct` among as many when clients change their reconstructions.
     control_of: Reconstructions of the control.
     precisions: IIP-k for each of `KS`; the first repeats `correct`.
+    chance_p_value: One-sided binomial test of `correct` against the largest of 1 / `choices`, the
+      rate of 'prior_only' and (k + 1) / (n + 1) where 'other_update' picks out k of n; 1 where
+      there is nothing to test. Too low where a client has several images.
+    least_p_value: The least that `p_value` may be: 1 where a client has several images and no other
+      has as many.
   """
 
   correct: int
@@ -68,6 +80,8 @@ class Identification:
   p_value: float
   control_of: int = 0
   precisions: tuple[Precision, ...] = ()
+  chance_p_value: float = 1.0
+  least_p_value: float = 0.0
 
 
 def correlation_distance(images: np.ndarray, gallery: np.ndarray) -> np.ndarray:
@@ -112,10 +126,14 @@ def identify(
   if other_update:
     # What the attack is told may show more than chance, which few draws may not: one more hit.
     chance = max(chance, (other_update.count(1) + 1) / (len(other_update) + 1))
-  p_value = 1.0
+  p_value, least = 1.0, 0.0
   if attacked:
     test = stats.binomtest(first.correct, len(attacked), chance, alternative='greater')
     p_value = float(test.pvalue)
+  chance_p_value = p_value
+  if attacked and any(len(target.images) > 1 for target in attack.targets):
+    exchanged, least = _exchanged(attack, distractors, distance)
+    p_value = max(p_value, exchanged)
   return Identification(
     correct=first.correct,
     of=len(attacked),
@@ -124,6 +142,8 @@ def identify(
     p_value=p_value,
     control_of=len(control),
     precisions=precisions,
+    chance_p_value=chance_p_value,
+    least_p_value=least,
   )
 
 
@@ -169,6 +189,62 @@ def original_ranks(
     for (set_name, place), row in zip(asked, distances, strict=True):
       ranks[set_name][place] = _rank(row, columns[_key(originals[place])])
   return ranks
+
+
+def _exchanged(
+  attack: results.AttackResult, distractors: Sequence[np.ndarray], distance: Distance
+) -> tuple[float, float]:
+  """p-value of the permutation test over clients, and the least that it may be.
+
+  Clients change reconstructions with those that have as many originals and as many reconstructions.
+  """
+  gallery = _gallery(attack, distractors)
+  alike: dict[tuple, list[results.Target]] = {}
+  for target in attack.targets:
+    made = target.reconstructions.get(results.ATTACK)
+    if made is not None:
+      alike.setdefault((target.images.shape, made.shape), []).append(target)
+  generator = np.random.default_rng(0)
+  correct, permuted = 0, np.zeros(_PERMUTATIONS, np.int64)
+  least = 1.0
+  for targets in alike.values():
+    hits = _hits(targets, gallery, distance)
+    places = np.arange(len(targets))
+    correct += int(hits[places, places].sum())
+    orders = generator.permuted(np.tile(places, (_PERMUTATIONS, 1)), axis=1)
+    permuted += hits[orders, places].sum(axis=1)
+    least /= math.factorial(len(targets))
+  if any(len(own) == 1 and len(own[0].images) > 1 for own in alike.values()):
+    least = 1.0
+  p_value = (1 + int((permuted >= correct).sum())) / (1 + _PERMUTATIONS)
+  return p_value, max(least, 1 / (1 + _PERMUTATIONS))
+
+
+def _hits(
+  targets: Sequence[results.Target], gallery: dict[bytes, np.ndarray], distance: Distance
+) -> np.ndarray:
+  """[N, N]: how many originals of the second the reconstructions of the first pick out."""
+  shape = targets[0].images.shape[1:]
+  candidates = {key: image for key, image in gallery.items() if image.shape == shape}
+  columns = {key: column for column, key in enumerate(candidates)}
+  own = [[columns[_key(image)] for image in target.images] for target in targets]
+  made = [target.reconstructions[results.ATTACK] for target in targets]
+  usable = [np.isfinite(images).all(axis=(1, 2, 3)) for images in made]
+  asked = np.concatenate([images[kept] for images, kept in zip(made, usable, strict=True)])
+  hits = np.zeros((len(targets), len(targets)), np.int64)
+  if not len(asked):
+    return hits
+  distances = distance(asked, np.stack(list(candidates.values())))
+  row = 0
+  for first, (images, kept) in enumerate(zip(made, usable, strict=True)):
+    nearest = dict(zip(np.flatnonzero(kept), distances[row : row + kept.sum()], strict=True))
+    row += kept.sum()
+    for second, target in enumerate(targets):
+      matched = match(images, target.images, reuse=False)
+      hits[first, second] = sum(
+        _rank(nearest[index], own[second][truth]) == 1 for truth, index in matched.items()
+      )
+  return hits
 
 
 def _rank(distances: np.ndarray, own: int) -> int:

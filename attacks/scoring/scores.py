@@ -135,7 +135,7 @@ def csv_columns() -> list[str]:
 def _score_target(target: results.Target, perceptual: Perceptual | None) -> list[ImageScore]:
   matches: list[dict[str, int]] = [{} for _ in target.images]
   for set_name, images in target.reconstructions.items():
-    for truth, index in _match(images, target.images, reuse=set_name != results.ATTACK).items():
+    for truth, index in match(images, target.images, reuse=set_name != results.ATTACK).items():
       matches[truth][set_name] = index
   rows = []
   for truth, matched in enumerate(matches):
@@ -165,8 +165,14 @@ def _score_target(target: results.Target, perceptual: Perceptual | None) -> list
   return rows
 
 
-def _match(images: np.ndarray, truths: np.ndarray, reuse: bool) -> dict[int, int]:
-  """From truth to reconstruction, over the finite reconstructions only."""
+def match(images: np.ndarray, truths: np.ndarray, reuse: bool) -> dict[int, int]:
+  """From truth to reconstruction, over the finite reconstructions only.
+
+  Args:
+    images: Reconstructions [N, H, W, C].
+    truths: [M, H, W, C].
+    reuse: Whether truths that are left over get the nearest image.
+  """
   usable = np.flatnonzero(np.isfinite(images).all(axis=(1, 2, 3)))
   if not len(usable):
     return {}

@@ -1,7 +1,7 @@
-"""Means over images with 95 % confidence intervals."""
+"""Means over images, or over clients with several, with 95 % confidence intervals."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -43,6 +43,22 @@ def mean_interval(values: Sequence[float]) -> Interval:
   return Interval(mean, mean - half, mean + half, count)
 
 
+def clustered_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
+  """`mean_interval` of the mean of each cluster, as values in one depend on each other.
+
+  Args:
+    values: Any number.
+    clusters: The cluster of each; where all differ this is `mean_interval` of the values.
+
+  Raises:
+    ValueError: If a value is not finite, or the lengths differ.
+  """
+  members: dict[Hashable, list[float]] = {}
+  for value, cluster in zip(values, clusters, strict=True):
+    members.setdefault(cluster, []).append(value)
+  return mean_interval([float(np.mean(own)) for own in members.values()])
+
+
 def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 9999) -> Interval:
   """Bias-corrected and accelerated bootstrap interval (Efron 1987), for skewed values.
 
@@ -72,11 +88,3 @@ def _checked(values: Sequence[float]) -> np.ndarray:
   if not np.isfinite(values).all():
     raise ValueError('values must be finite: count missing values apart, before taking a mean')
   return values
-
-
-def paired_differences(
-  first: Sequence[float | None], second: Sequence[float | None]
-) -> list[float]:
-  """First - second, of the pairs that have both."""
-  pairs = zip(first, second, strict=True)
-  return [a - b for a, b in pairs if a is not None and b is not None]

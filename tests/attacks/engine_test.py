@@ -2,9 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
+from attacks.priors import ImageNorm
 from attacks.results import read_results, write_results
 from attacks.threat_model import threat_model, warnings
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
@@ -142,6 +144,29 @@ def test_one_diverged_lane_leaves_the_others_alone(observation):
   np.testing.assert_array_equal(
     healthy.reconstructions['attack'], expected.reconstructions['attack']
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _BreaksAt(ImageNorm):
+  """A prior whose gradient is not finite at one iteration, so that no later loss is."""
+
+  iteration: int = 0
+
+  def __call__(self, images, iteration, iterations, target):
+    factor = tf.where(iteration == self.iteration, np.nan, 0.0)
+    return factor * tf.reduce_sum(images, axis=[1, 2, 3, 4])
+
+
+@pytest.mark.parametrize('combination', ['best', 'mean'])
+def test_a_restart_that_diverges_late_keeps_its_best_images(observation, combination):
+  config = dataclasses.replace(
+    _SHORT, iterations=20, image_norm=_BreaksAt(weight=1.0, iteration=18), combination=combination
+  )
+  result = attack_observation(observation, config, ['client_00'], controls=False)[0]
+  assert result.status == 'ok'
+  assert result.reason.endswith('in all restarts, first at iteration 19')
+  assert result.loss == min(result.restart_losses)
+  assert np.isfinite(result.reconstructions['attack']).all()
 
 
 def test_several_local_steps_are_simulated_exactly():

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from attacks.adaptive import denoiser as denoiser_module
 from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
 from tests.attacks.observed_rounds import smooth_images
 from tff_shadow.errors import UserError
@@ -76,7 +77,7 @@ def test_settings_out_of_range(field, value):
     DenoiserSettings(**{field: value})
 
 
-def test_a_trained_network_is_kept_and_found_again(tmp_path):
+def test_a_trained_network_is_kept_and_found_again(tmp_path, monkeypatch):
   seen = []
 
   def build(images, **settings):
@@ -94,9 +95,12 @@ def test_a_trained_network_is_kept_and_found_again(tmp_path):
   assert seen == [1, 2]
   build(smooth_images(8, seed=1))
   build(smooth_images(8), seed=1)
-  assert len(seen) == 6
+  with monkeypatch.context() as patched:
+    patched.setattr(denoiser_module, 'attacks_digest', lambda: 'others')
+    build(smooth_images(8))
+  assert len(seen) == 8
   kept = sorted(tmp_path.iterdir())
-  assert len(kept) == 3
+  assert len(kept) == 4
   for path in kept:
     path.write_bytes(path.read_bytes()[:-8])
   with pytest.raises(UserError, match=r'denoiser-\w+\.safetensors'):

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from attacks.audit import cache as cache_module
 from attacks.audit.cache import AuditCache, undefended_key
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.observations import Truth, WeightArrays
@@ -82,3 +83,10 @@ def test_the_key_follows_all_that_the_attacks_follow(observed):
   ]
   keys = [undefended_key(*arguments) for arguments in others]
   assert len({key, *keys}) == 1 + len(keys)
+
+
+def test_the_key_follows_the_sources_of_the_attacks(observed, monkeypatch):
+  observation, truth = observed
+  key = undefended_key(observation, truth, list(truth), {})
+  monkeypatch.setattr(cache_module, 'attacks_digest', lambda: 'others')
+  assert undefended_key(observation, truth, list(truth), {}) != key

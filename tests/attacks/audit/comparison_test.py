@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from attacks.audit import comparison, comparison_page
+from attacks.scoring.statistics import mean_interval
 from tests.attacks.audit.made_up import CLASS_MEANS, COUNT, attack_with, audited, close
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedDefense, PublishedSettings
@@ -125,6 +126,20 @@ def test_the_reference_is_compared_image_by_image(audits, rows):
   assert row['over_reference'] > 0
   own = next(row for row in rows if row['defense'] == 'correlated')
   assert own['over_reference'] == ''
+
+
+def test_images_of_a_client_are_one_draw(audits):
+  summary = json.loads(json.dumps(audits[2].summary))
+  per_image = summary['rounds'][0]['per_image']
+  (alone, *_) = comparison.compare([audits[2]])
+  per_image['images'] = [f'client_{k // 4:02d}/{k % 4}' for k in range(COUNT)]
+  (row, *_) = comparison.compare([audits[2]._replace(summary=summary)])
+  values = per_image['values']
+  differences = np.subtract(values['strongest']['region_psnr'], values['guess']['region_psnr'])
+  expected = mean_interval(differences.reshape(4, 4).mean(axis=1))
+  assert (row['ci95_low'], row['ci95_high']) == pytest.approx((expected.low, expected.high))
+  assert row['region_psnr'] == pytest.approx(alone['region_psnr'])
+  assert row['images'] == COUNT
 
 
 def test_the_page_and_the_table_show_all_defences(rows):

@@ -21,7 +21,7 @@ CLASS_MEANS = {label: IMAGES[label::2].mean(axis=0) for label in (0, 1)}
 NOBODY = Identification(correct=0, of=COUNT, choices=COUNT, control_correct=0, p_value=1.0)
 
 
-def attack_with(images, name='best', failed=(), other_update=None, class_means=None):
+def attack_with(images, name='best', failed=(), early=(), other_update=None, class_means=None):
   """An attack whose reconstructions are `images`, one a client."""
   found = []
   for k, client in enumerate(TRUTH):
@@ -36,7 +36,7 @@ def attack_with(images, name='best', failed=(), other_update=None, class_means=N
         labels=(k % 2,),
         labels_source='inferred',
         status='ok' if ok else 'failed',
-        reason=None if ok else 'it diverged',
+        reason=None if ok and client not in early else 'it diverged',
         loss=0.1 if ok else None,
         restart_losses=(0.1,) if ok else (),
         chosen_restart=0 if ok else None,
@@ -54,7 +54,15 @@ def close(deviation=0.02, seed=0):
 
 
 def audited(attacks, undefended=(), failed=(), control=None, bounds=(), **document):
-  evidence = RoundEvidence((1,), attacks, failed, undefended, control or attacks[0], bounds=bounds)
+  evidence = RoundEvidence(
+    (1,),
+    attacks,
+    failed,
+    undefended,
+    control or attacks[0],
+    bounds=bounds,
+    clean=[undefended or attacks],
+  )
   entry = summarise_round(evidence)
   return entry, summarise(
     [entry],

@@ -8,7 +8,13 @@ from attacks.audit.strongest import (
   strongest_names,
 )
 from attacks.audit.suite import Attacked
-from attacks.audit.summary import round_ranges, round_words
+from attacks.audit.summary import (
+  RoundEvidence,
+  round_ranges,
+  round_words,
+  summarise_round,
+  with_problems,
+)
 from attacks.audit.verdict import judge_round
 from attacks.scoring.metrics import measure
 from tests.attacks.audit.made_up import (
@@ -35,7 +41,7 @@ def blind():
 
 def test_nothing_beyond_a_guess_needs_everything(blind, seeing):
   def name(**changes):
-    arguments = {'control': seeing.scores, 'problems': ()} | changes
+    arguments = {'control': seeing.scores, 'clean': [seeing.scores], 'problems': ()} | changes
     return judge_round(blind.scores, NOBODY, **arguments)
 
   assert name().name == 'not_beyond_guess'
@@ -46,27 +52,73 @@ def test_nothing_beyond_a_guess_needs_everything(blind, seeing):
   assert 'positive control failed' in without.reasons[0]
 
 
+def test_nothing_beyond_a_guess_needs_attacks_that_work_without_the_defence(blind, seeing):
+  def reasons(clean):
+    verdict = judge_round(blind.scores, NOBODY, seeing.scores, clean, ())
+    assert verdict.name == 'inconclusive'
+    return verdict.reasons
+
+  (reason,) = reasons([blind.scores])
+  assert reason.startswith(
+    'Without a defence, from the same images, steps and batches, the attacks'
+  )
+  assert len(reasons([[]])) == 1
+  assert 'were not attacked without a defence' in reasons([])[0]
+  assert len(reasons([seeing.scores, blind.scores])) == 1  # Of two rounds, attacked jointly.
+
+
+def test_a_round_without_a_defence_is_never_cleared(blind, seeing):
+  entry, _ = audited([blind], control=seeing)
+  assert entry['verdict'] == 'inconclusive'
+  entry, _ = audited([blind], undefended=[seeing], control=seeing)
+  assert entry['verdict'] == 'not_beyond_guess'
+  entry, _ = audited([blind], undefended=[blind], control=seeing)
+  assert entry['verdict'] == 'inconclusive'
+
+
+def test_what_was_not_attacked_jointly_is_a_doubt_where_it_belongs(blind, seeing):
+  single = RoundEvidence((1,), [blind], (), [seeing], seeing, clean=[[seeing]])
+  joint = single._replace(rounds=(1, 2), undefended=())
+
+  def verdicts(evidence):
+    rounds = [summarise_round(own) for own in with_problems(evidence, ['Not together.'])]
+    return [entry['verdict'] for entry in rounds]
+
+  assert verdicts([single, joint]) == ['not_beyond_guess', 'inconclusive']
+  assert verdicts([single, single]) == ['inconclusive'] * 2
+
+
+def test_an_attack_that_gave_nothing_is_a_doubt_however_well_others_worked(blind, seeing):
+  failed = attack_with(MEAN, 'dlg', failed=list(TRUTH))
+  entry, _ = audited([blind, failed], undefended=[seeing], control=seeing)
+  assert entry['verdict'] == 'inconclusive'
+  assert entry['reasons'] == [f'The attack dlg gave no usable result on 16 of {COUNT} images.']
+  early = attack_with(MEAN, 'dlg', early=('client_03',))
+  entry, _ = audited([blind, early], undefended=[seeing], control=seeing)
+  assert entry['reasons'] == [f'The attack dlg ended early on 1 of {COUNT} clients: it diverged.']
+
+
 def test_no_attack_is_no_protection(seeing):
-  verdict = judge_round([], None, seeing.scores, ['best failed.'])
+  verdict = judge_round([], None, seeing.scores, [], ['best failed.'])
   assert verdict.name == 'inconclusive'
   assert verdict.reasons == ('No attack could be made.', 'best failed.')
 
 
 def test_a_diverged_attack_is_no_protection(seeing):
   failed = attack_with(MEAN, failed=('client_03',))
-  verdict = judge_round(failed.scores, NOBODY, seeing.scores, ())
+  verdict = judge_round(failed.scores, NOBODY, seeing.scores, [seeing.scores], ())
   assert verdict.name == 'inconclusive'
 
 
 def test_images_that_are_not_finite_are_no_protection(seeing):
   images = MEAN.copy()
   images[5] = np.nan
-  verdict = judge_round(attack_with(images).scores, NOBODY, seeing.scores, ())
+  verdict = judge_round(attack_with(images).scores, NOBODY, seeing.scores, [seeing.scores], ())
   assert verdict.name == 'inconclusive'
 
 
 def test_a_leak_is_one_whatever_else_went_wrong(seeing, blind):
-  verdict = judge_round(seeing.scores, NOBODY, blind.scores, ('Nobody tried.',))
+  verdict = judge_round(seeing.scores, NOBODY, blind.scores, [blind.scores], ('Nobody tried.',))
   assert verdict.name == 'leaked'
 
 
@@ -96,14 +148,19 @@ def test_the_strongest_is_chosen_by_image_and_metric(seeing, blind):
 def test_what_an_attacker_is_told_is_no_leak(seeing):
   told = close(0.05, seed=3)
   ignorant = attack_with(told, 'adaptive')
-  assert judge_round(strongest([ignorant]), NOBODY, seeing.scores, ()).name == 'leaked'
+  assert (
+    judge_round(strongest([ignorant]), NOBODY, seeing.scores, [seeing.scores], ()).name == 'leaked'
+  )
   others = close(0.045, seed=4)
   fair = attack_with(told, 'adaptive_region', other_update=others)
   rows = strongest([attack_with(MEAN, other_update=MEAN), fair])
   assert [row.quality['other_update'] for row in rows] == [
     row.quality['other_update'] for row in fair.scores
   ]
-  assert judge_round(strongest([fair]), NOBODY, seeing.scores, ()).name == 'not_beyond_guess'
+  assert (
+    judge_round(strongest([fair]), NOBODY, seeing.scores, [seeing.scores], ()).name
+    == 'not_beyond_guess'
+  )
   identified = strongest_identification([fair])
   assert (identified.correct, identified.control_correct) == (COUNT, COUNT)
   assert identified.p_value == 1.0

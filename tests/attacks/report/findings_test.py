@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -22,6 +24,19 @@ def _row(psnr, region=None, ssim=0.1, status='ok', controls=('prior_only', 'mean
   if status == 'ok':
     sets['attack'] = quality(psnr, region, ssim)
   return ImageScore('client_00', 0, status, '', 0, None, {}, sets)
+
+
+def _of_clients(rows, images=1):
+  """As many images each; see `ImageScore.target`."""
+  return [
+    dataclasses.replace(row, target=f'client_{k // images:02d}') for k, row in enumerate(rows)
+  ]
+
+
+def _without_region(row):
+  empty = {'region_mse': None, 'region_psnr': None, 'region_ssim': None}
+  quality = {name: dataclasses.replace(own, **empty) for name, own in row.quality.items()}
+  return dataclasses.replace(row, quality=quality)
 
 
 def _spread(mean, deviation, count=16):
@@ -51,16 +66,59 @@ def _spread(mean, deviation, count=16):
   ],
 )
 def test_verdicts(rows, verdict, reason):
-  found, found_reason = findings.judge(rows, _UNIDENTIFIED)
+  found, found_reason = findings.judge(_of_clients(rows), _UNIDENTIFIED)
   assert found == verdict
   assert reason in found_reason
   assert bool(reason) == bool(found_reason)
 
 
+@pytest.mark.parametrize(
+  ('images', 'verdict', 'reason'),
+  [
+    (2, 'not_beyond_guess', ''),
+    (4, 'inconclusive', 'too few clients: 4, where at least 8'),
+    (16, 'inconclusive', 'too few clients: 1,'),
+  ],
+)
+def test_images_of_few_clients_clear_nothing(images, verdict, reason):
+  found, found_reason = findings.judge(_of_clients([_row(10.0)] * 16, images), _UNIDENTIFIED)
+  assert found == verdict
+  assert reason in found_reason
+
+
+def test_intervals_are_over_clients():
+  # The gains of clients scatter from 0 to 1.7 dB, those of their images do not.
+  gains = np.repeat(np.linspace(0, 1.7, 8), 8)
+  rows = [_row(10.0 + gain) for gain in gains]
+  assert findings.judge(_of_clients(rows), _UNIDENTIFIED)[0] == 'not_beyond_guess'
+  found, reason = findings.judge(_of_clients(rows, images=8), _UNIDENTIFIED)
+  assert found == 'inconclusive'
+  assert 'interval allows both' in reason
+
+
+def test_a_region_without_an_interval_is_a_doubt_and_no_region_is_none():
+  rows = [_without_region(_row(10.0))] * 16
+  assert findings.judge(_of_clients(rows), _UNIDENTIFIED)[0] == 'not_beyond_guess'
+  found, reason = findings.judge(_of_clients([*rows, _row(14.0)]), _UNIDENTIFIED)
+  assert (found, reason) == ('inconclusive', 'too few clients with a value of region PSNR: 1')
+
+
 def test_recognisable_noise_is_not_called_protection():
-  found, reason = findings.judge([_row(5.0)] * 16, _IDENTIFIED)
+  found, reason = findings.judge(_of_clients([_row(5.0)] * 16), _IDENTIFIED)
   assert found == 'partly_leaked'
   assert '9 of 16 reconstructions' in reason
+
+
+def test_what_could_not_be_tested_is_a_doubt():
+  untested = dataclasses.replace(
+    _UNIDENTIFIED, correct=9, p_value=1.0, chance_p_value=1e-6, least_p_value=1.0
+  )
+  rows = _of_clients([_row(5.0)] * 16)
+  found, reason = findings.judge(rows, untested)
+  assert found == 'inconclusive'
+  assert reason.startswith('9 of 16 originals are picked out, and too few clients')
+  tested = dataclasses.replace(untested, least_p_value=1e-3)
+  assert findings.judge(rows, tested)[0] == 'not_beyond_guess'
 
 
 def test_summary_numbers(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -25,8 +26,15 @@ def _row(attack, prior_only, mean_image=None, region=True, other_update=None):
   return ImageScore('client_00', 0, status, '', 0, None, {}, quality)
 
 
+def _of_clients(rows, images=1):
+  """As many images each; see `ImageScore.target`."""
+  return [
+    dataclasses.replace(row, target=f'client_{k // images:02d}') for k, row in enumerate(rows)
+  ]
+
+
 def test_line():
-  rows = [_row(20.0, 10.0, 11.0), _row(22.0, 12.0, 11.5), _row(24.0, 11.0, 12.0)]
+  rows = _of_clients([_row(20.0, 10.0, 11.0), _row(22.0, 12.0, 11.5), _row(24.0, 11.0, 12.0)])
   margin = mean_interval([9.0, 10.5, 12.0])
   assert gate.gate_line('retina', rows) == (
     f'GATE retina attack=22.00 control=11.50 margin=10.50 '
@@ -54,15 +62,29 @@ def test_what_an_attack_makes_of_another_update_is_a_guess_too():
 
 
 def test_failed_images_count_as_no_margin_and_are_never_dropped():
-  rows = [_row(20.0, 10.0), _row(None, 12.0), _row(None, None)]
+  rows = _of_clients([_row(20.0, 10.0), _row(None, 12.0), _row(None, None)])
   assert gate.margins(rows) == [10.0, 0.0, 0.0]
   line = gate.gate_line('chest', rows)
   # The second image's attack is its control; the third has neither.
   assert re.search(r'attack=16\.00 control=11\.00 margin=3\.33 .* n=3$', line)
 
 
+def test_an_image_without_the_common_control_has_its_own_best():
+  rows = [_row(20.0, 10.0, 11.0, other_update=18.0), _row(20.0, 10.0, 11.0)]
+  assert gate.better_control(rows) == 'other_update'
+  assert gate.margins(rows) == [2.0, 9.0]
+
+
+def test_a_clients_images_are_no_more_than_one_draw():
+  rows = [_row(10.0 + margin, 10.0) for margin in (1.0, 3.0, 5.0, 7.0)]
+  assert gate.margin_interval(_of_clients(rows)) == mean_interval([1.0, 3.0, 5.0, 7.0])
+  assert gate.margin_interval(_of_clients(rows, images=2)) == mean_interval([2.0, 6.0])
+  assert gate.margin_interval(_of_clients(rows, images=4)).low is None
+  assert not gate.gate_passed(_of_clients([_row(30.0, 10.0)] * 16, images=16))
+
+
 def test_no_control_gives_no_margin():
-  rows = [_row(20.0, None)] * 16
+  rows = _of_clients([_row(20.0, None)] * 16)
   assert gate.margins(rows) == [0.0] * 16
   assert not gate.gate_passed(rows)
 
@@ -85,11 +107,11 @@ def test_empty_regions_are_left_out_of_region_margins_only():
   ],
 )
 def test_thresholds(margins, passed):
-  rows = [_row(10.0 + margin, 10.0) for margin in margins]
+  rows = _of_clients([_row(10.0 + margin, 10.0) for margin in margins])
   assert gate.gate_passed(rows) == passed
 
 
 def test_failures_can_fail_the_gate():
   good, bad = [_row(18.0, 10.0)] * 16, [_row(None, 10.0)] * 16
-  assert gate.gate_passed(good)
-  assert not gate.gate_passed(good + bad)
+  assert gate.gate_passed(_of_clients(good))
+  assert not gate.gate_passed(_of_clients(good + bad))

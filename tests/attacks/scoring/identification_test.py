@@ -189,3 +189,48 @@ def test_the_control_is_counted_alike():
   assert found.precisions[0].control_correct == found.control_correct == 4
   assert found.control_of == 6
   assert found.precisions[2].control_correct >= 4
+
+
+def _batches(truths, attacks):
+  """Clients of several images each, [N, B, H, W, C]; a list of both where they differ in number."""
+  targets = []
+  for index, (truth, attacked) in enumerate(zip(truths, attacks, strict=True)):
+    record = {'status': 'ok', 'labels': [], 'labels_source': 'known'}
+    labels, region = np.zeros(len(truth), np.int32), np.ones((*truth.shape[:3], 1))
+    targets.append(
+      results.Target(f'client_{index:02d}', record, {'attack': attacked}, truth, labels, region)
+    )
+  return results.AttackResult(None, 'a', {}, tuple(targets))
+
+
+def _identify_batches(truths, attacks):
+  result = _batches(truths, attacks)
+  return identify(result, scores.score(result))
+
+
+def test_an_assignment_by_the_originals_is_no_identification():
+  generator = np.random.default_rng(0)
+  found = []
+  for _ in range(20):
+    truths, attacked = generator.random((2, 8, 4, 8, 8, 1))
+    found.append(_identify_batches(truths, attacked))
+  assert sum(own.chance_p_value < 0.05 for own in found) > 10
+  assert sum(own.p_value < 0.05 for own in found) <= 2
+  assert {own.least_p_value for own in found} == {1 / 2000}
+
+
+def test_batches_are_identified_whatever_their_order():
+  truths = synthetic_run.photographs(32, 8, 1)
+  attacked = synthetic_run.noisy(truths, np.full(32, 0.2), seed=0)
+  batches = truths.reshape(8, 4, 8, 8, 1)
+  found = _identify_batches(batches, attacked.reshape(8, 4, 8, 8, 1)[:, ::-1])
+  assert found.correct > 16
+  assert found.p_value == pytest.approx(1 / 2000)
+
+
+def test_clients_without_others_of_their_size_cannot_be_tested():
+  truths = synthetic_run.photographs(9, 8, 1)
+  sizes = [truths[:2], truths[2:5], truths[5:]]
+  found = _identify_batches(sizes, sizes)
+  assert (found.correct, found.p_value, found.least_p_value) == (9, 1.0, 1.0)
+  assert found.chance_p_value < 1e-6
