@@ -304,12 +304,6 @@ class _PublishedPlayer(_BaselinePlayer):
     )
 
 
-_PLAYERS: dict[str, type[Player]] = {
-  'none': _BaselinePlayer,
-  **dict.fromkeys(BASELINES, _BaselinePlayer),
-}
-
-
 def build_player(
   observation: Observation, shares_statistics: bool, equipment: Equipment = NO_EQUIPMENT
 ) -> Player:
@@ -330,6 +324,6 @@ def build_player(
     return _PublishedPlayer(observation, shares_statistics, equipment.shadow)
   if name == 'shadow':
     return _ShadowPlayer(observation, shares_statistics, equipment.decoys)
-  if name not in _PLAYERS:
+  if name != 'none' and name not in BASELINES:
     raise UserError(f'observation: there is no simulation of the defence {name!r}')
-  return _PLAYERS[name](observation, shares_statistics)
+  return _BaselinePlayer(observation, shares_statistics)

@@ -9,6 +9,7 @@ from tff_shadow.learning.baselines import (
   Quantization,
   Soteria,
   TopK,
+  UpdateTransform,
 )
 from tff_shadow.learning.client_work import build_client_work
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
@@ -39,6 +40,7 @@ __all__ = [
   'TopK',
   'TrainingRun',
   'TrainingSettings',
+  'UpdateTransform',
   'build_client_work',
   'build_shadow_fed_avg',
   'build_weighted_fed_avg',
