@@ -39,7 +39,7 @@ def judge_round(
   Args:
     scores: Of the strongest attack; may be empty.
     identification: Likewise.
-    control: Scores of the positive control.
+    control: Scores of the positive control; empty if it could not be made.
     problems: What could not be done, in sentences.
     tolerated: Gains over a guess that are none; see `findings.NEGLIGIBLE`.
   """
@@ -51,7 +51,9 @@ def judge_round(
     return Verdict(name, reasons)
   doubts = [*reasons, *problems]
   margin = mean_interval(gate.margins(list(control)))
-  if not gate.exceeds_gate(margin):
+  if not control:
+    doubts.append('Without a positive control it is not shown that a leak would be seen.')
+  elif not gate.exceeds_gate(margin):
     found = 'nothing' if margin.mean is None else f'{margin.mean:.1f} dB more than a guess'
     doubts.append(
       f'The positive control failed: of undefended single images the attack recovers {found},'
