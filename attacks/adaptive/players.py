@@ -23,8 +23,8 @@ from tff_shadow.learning import BASELINES, BaselineDefense, ShadowNoise, keras_m
 from tff_shadow.learning.client_work import client_result, train_locally
 from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.noise_settings import REGION
+from tff_shadow.learning.observed_round import observed_update
 from tff_shadow.learning.shadow_work import ShadowWork
-from tff_shadow.learning.training import observed_update
 from tff_shadow.models import model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays
 from tff_shadow.published import PublishedDefense, PublishedSettings, standardization
