@@ -19,6 +19,7 @@ from tff_shadow.models import (
   classification_loss,
   collect_statistics,
   freeze_batch_norm,
+  layers_from_output,
   model_from_config,
   outputs_logits,
 )
@@ -246,7 +247,7 @@ class ClientSimulator:
   def mean_probabilities(self, images: tf.Tensor) -> tf.Tensor:
     """The model's mean prediction over images [B, H, W, C]: probabilities [classes]."""
     outputs = self.model(images, training=True)
-    probabilities = tf.nn.softmax(outputs) if outputs_logits(self.model) else outputs
+    probabilities = tf.nn.softmax(outputs) if self._outputs_logits else outputs
     return tf.reduce_mean(probabilities, axis=0)
 
   def logits_layer_gradient(
@@ -257,11 +258,7 @@ class ClientSimulator:
     Returns:
       Kernel [features, classes] and bias [classes] of the last dense layer; None where it has none.
     """
-    layer = self.model.outputs[0]._keras_history.layer
-    while not layer.weights:
-      layer = layer.inbound_nodes[0].inbound_layers
-      if isinstance(layer, list):
-        return None, None
+    layer = next((layer for layer in layers_from_output(self.model) if layer.weights), None)
     if not isinstance(layer, tf.keras.layers.Dense):
       return None, None
     position = {id(weight): i for i, weight in enumerate(self.model.trainable_variables)}

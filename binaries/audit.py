@@ -325,8 +325,6 @@ class _Audit:
     single, shown = single_images(observation, truth, clients)
     place = f'{round_directory_name(observation.round_num)}/control'
     (attacked, *_) = self._suite.unaware(place, [single], clients)
-    if attacked.problem:
-      raise UserError(f'the positive control could not be attacked: {attacked.problem}')
     return score_attacked(attacked, shown, self._distractors)
 
   def _scored(

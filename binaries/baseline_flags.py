@@ -29,14 +29,34 @@ _HELP = {
   },
 }
 
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
-_FLAGS = {
-  name: {
-    field.name: _DEFINE[field.type](f'{name}_{field.name}', field.default, _HELP[name][field.name])
-    for field in dataclasses.fields(baseline)
-  }
-  for name, baseline in BASELINES.items()
+_DEFINE = {
+  bool: flags.DEFINE_bool,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
 }
+
+
+def define_flags(name: str, baseline: type[BaselineDefense]) -> dict[str, flags.FlagHolder]:
+  """Defines --NAME_PARAMETER for each parameter of a baseline; returns them by parameter.
+
+  Raises:
+    TypeError: If a parameter has no default that a flag can have.
+  """
+  holders = {}
+  for field in dataclasses.fields(baseline):
+    if type(field.default) not in _DEFINE:
+      raise TypeError(
+        f'{baseline.__name__}.{field.name}: needs a default of the type bool, int, float or str, to'
+        f' be the flag --{name}_{field.name}'
+      )
+    words = _HELP.get(name, {}).get(field.name, f'See {baseline.__name__}.')
+    define = _DEFINE[type(field.default)]
+    holders[field.name] = define(f'{name}_{field.name}', field.default, words)
+  return holders
+
+
+_FLAGS = {name: define_flags(name, baseline) for name, baseline in BASELINES.items()}
 
 
 def baseline_defense(name: str) -> BaselineDefense:

@@ -161,7 +161,7 @@ def main() -> None:
   defense = None
   if _DEFENSE.value in BASELINES:
     defense = baseline_flags.baseline_defense(_DEFENSE.value)
-  if noise and noise.saliency.kind not in ('given', 'uniform'):
+  if noise and noise.needs_shadow and noise.saliency.kind not in ('given', 'uniform'):
     build_region_map(noise.saliency, model)  # A layer that does not exist is told before all else.
   settings = TrainingSettings(
     rounds=_ROUNDS.value,

@@ -22,8 +22,8 @@ from tff_shadow.errors import UserError
 from tff_shadow.learning import BASELINES, BaselineDefense, ShadowNoise, keras_model_fn
 from tff_shadow.learning.client_work import client_result, train_locally
 from tff_shadow.learning.decoys import decoy_batches
+from tff_shadow.learning.observed_round import observed_update
 from tff_shadow.learning.shadow_work import ShadowWork
-from tff_shadow.learning.training import observed_update
 from tff_shadow.models import model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays
 from tff_shadow.published import PublishedDefense, PublishedSettings, standardization
@@ -304,12 +304,6 @@ class _PublishedPlayer(_BaselinePlayer):
     )
 
 
-_PLAYERS: dict[str, type[Player]] = {
-  'none': _BaselinePlayer,
-  **dict.fromkeys(BASELINES, _BaselinePlayer),
-}
-
-
 def build_player(
   observation: Observation, shares_statistics: bool, equipment: Equipment = NO_EQUIPMENT
 ) -> Player:
@@ -330,6 +324,6 @@ def build_player(
     return _PublishedPlayer(observation, shares_statistics, equipment.shadow)
   if name == 'shadow':
     return _ShadowPlayer(observation, shares_statistics, equipment.decoys)
-  if name not in _PLAYERS:
+  if name != 'none' and name not in BASELINES:
     raise UserError(f'observation: there is no simulation of the defence {name!r}')
-  return _PLAYERS[name](observation, shares_statistics)
+  return _BaselinePlayer(observation, shares_statistics)

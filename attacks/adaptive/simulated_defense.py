@@ -17,8 +17,9 @@ from attacks.local_steps import local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
+from tff_shadow.learning import ShadowNoise
 from tff_shadow.observations import ClientObservation, Observation, Truth, mean_update
-from tff_shadow.shadow import SaliencyConfig, build_region_map
+from tff_shadow.shadow import build_region_map
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
 
 _PROBES = 16
@@ -100,11 +101,17 @@ def noise_key(observation: Observation, seed: int, index: int) -> tuple[int, int
 
 
 def region_map_of(observation: Observation) -> Callable[[Truth], np.ndarray]:
-  """Gives the region maps [B, H, W, 1] of a client: of the defence, or the regions as they are."""
+  """Gives the region maps [B, H, W, 1] of a client: of the defence, or the regions as they are.
+
+  Raises:
+    UserError: If the model has none of the defence's kind.
+  """
   if observation.defense['name'] != 'shadow':
     return lambda truth: truth.regions
-  config = SaliencyConfig(**observation.defense['saliency'])
-  of_defense = build_region_map(config, ClientSimulator(observation).model)
+  noise = ShadowNoise.from_public_settings(observation.defense)
+  if not noise.needs_shadow:
+    return lambda truth: truth.regions
+  of_defense = build_region_map(noise.saliency, ClientSimulator(observation).model)
 
   def maps_of(truth: Truth) -> np.ndarray:
     maps, _ = of_defense(*map(tf.constant, (truth.images, truth.labels, truth.regions)))

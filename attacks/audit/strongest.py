@@ -46,10 +46,10 @@ def score_attacked(
   distractors: Sequence[np.ndarray],
   class_means: Mapping[int, np.ndarray] = types.MappingProxyType({}),
 ) -> Scored:
-  """Scores an attack that was made.
+  """Scores an attack.
 
   Args:
-    attacked: With results.
+    attacked: Without results, as one that could not be made, it has no scores.
     truth: Of its clients.
     distractors: Images [H, W, C] that originals are picked out of, beside all attacked ones.
     class_means: From a class to the mean [H, W, C] of public images of it, as far as there are any.

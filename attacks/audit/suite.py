@@ -153,10 +153,10 @@ class Suite:
     if None not in saved:
       return saved
     told = None
-    if ADAPTIVE_REGION in names:
-      region_map = region_map_of(observations[0])
-      told = {name: region_map(truth[name]) for name in clients}
     try:
+      if ADAPTIVE_REGION in names:
+        region_map = region_map_of(observations[0])
+        told = {name: region_map(truth[name]) for name in clients}
       found = self._attacker.attack(
         observations, clients, told, shared=self._solvers(observations), name=f'{place}/{ADAPTIVE}'
       )

@@ -40,7 +40,7 @@ class RoundEvidence(NamedTuple):
     attacks: Those made on what the server saw.
     failed: Those that could not be made.
     undefended: Those made on the same round without the defence; empty if it has none.
-    control: The attack on undefended single images.
+    control: The attack on undefended single images; without scores if it could not be made.
     problems: What else could not be done, in sentences.
     bounds: PSNR in dB over the region that no attack of a kind passes on average: 'name',
       'region_psnr', 'rests_on' in words, 'holds_here', whether for the attacks of an audit, and
@@ -100,7 +100,8 @@ def summarise_round(
     seconds.
   not_made: name and problem of those that could not be made.
   identified: Of the attack that tells most, its p-value corrected for their number.
-  control: metrics, margin, passed, images of the positive control.
+  control: metrics, margin, passed, images of the positive control; of no images if it could not be
+    made.
   groups: Rows of `_groups`.
   per_client: Rows of `_clients`.
   per_image: 'images', CLIENT/NUMBER of each, and 'values': from `STRONGEST`, `UNDEFENDED`, `GUESS`
@@ -114,6 +115,8 @@ def summarise_round(
     f'The attack {own.name} could not be made: {own.problem}.' for own in evidence.failed
   ]
   problems += [problem for own in evidence.attacks for problem in _shortfalls(own)]
+  if evidence.control.attacked.problem:
+    problems.append(f'The positive control could not be made: {evidence.control.attacked.problem}.')
   scores = strongest(evidence.attacks) if evidence.attacks else []
   identification = strongest_identification(evidence.attacks) if scores else None
   verdict = judge_round(

@@ -41,7 +41,7 @@ def judge_round(
   Args:
     scores: Of the strongest attack; may be empty.
     identification: Likewise.
-    control: Scores of the positive control.
+    control: Scores of the positive control; empty if it could not be made.
     clean: For each round, the scores of the strongest attack on it without a defence; of the round
       itself where it has none, so that this is never said of it.
     problems: What could not be done, in sentences.
@@ -55,7 +55,9 @@ def judge_round(
     return Verdict(name, reasons)
   doubts = [*reasons, *problems]
   margin = gate.margin_interval(control)
-  if not gate.exceeds_gate(margin):
+  if not control:
+    doubts.append('Without a positive control it is not shown that a leak would be seen.')
+  elif not gate.exceeds_gate(margin):
     doubts.append(
       f'The positive control failed: of undefended single images the attack recovers'
       f' {_gain(margin)}, so that it would see no leak if there were one.'

@@ -122,7 +122,8 @@ def identify(
     for k in KS
   )
   first = precisions[0]
-  chance = max(1 / choices, prior_only.count(1) / len(prior_only) if prior_only else 0.0)
+  # Without originals there is nothing to pick, and nothing picked.
+  chance = max(1 / max(choices, 1), prior_only.count(1) / len(prior_only) if prior_only else 0.0)
   if other_update:
     # What the attack is told may show more than chance, which few draws may not: one more hit.
     chance = max(chance, (other_update.count(1) + 1) / (len(other_update) + 1))

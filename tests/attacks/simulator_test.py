@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from attacks.config import AttackConfig
+from attacks.labels import infer_labels
 from attacks.local_steps import LocalSteps, local_steps
 from attacks.matching import CosineMatching, SquaredMatching
 from attacks.rectifiers import ExactRectifier, SurrogateRectifier, surrogate_relu
@@ -254,3 +255,30 @@ def test_another_optimizer_is_refused():
   training = dataclasses.replace(observation.client_training, optimizer='adam')
   with pytest.raises(UserError, match="trained with 'adam'"):
     ClientSimulator(dataclasses.replace(observation, client_training=training))
+
+
+@pytest.mark.parametrize('softmax', [False, True])
+def test_a_head_inside_a_nested_model_is_found(softmax):
+  flat = small_model()
+  if softmax:
+    flat = tf.keras.Sequential([*flat.layers, tf.keras.layers.Softmax()])
+  nested = tf.keras.Sequential([tf.keras.Input((8, 8, 1)), tf.keras.layers.Rescaling(1.0), flat])
+  images, labels = smooth_images(3), [0, 1, 1]
+  of_flat, of_nested = (
+    ClientSimulator(play_round(model, [(images, labels)])) for model in (flat, nested)
+  )
+  gradient = of_nested.gradient(tf.constant(images), tf.constant(labels))
+  kernel, bias = of_nested.logits_layer_gradient(gradient)
+  np.testing.assert_array_equal(kernel, gradient[-2])
+  np.testing.assert_array_equal(bias, gradient[-1])
+  for soft in (tf.constant(labels), tf.one_hot(labels, 2)):
+    pairs = zip(
+      of_nested.gradient(tf.constant(images), soft),
+      of_flat.gradient(tf.constant(images), soft),
+      strict=True,
+    )
+    for own, wanted in pairs:
+      np.testing.assert_allclose(own, wanted, atol=1e-6)
+  prediction = of_nested.mean_probabilities(tf.constant(images))
+  np.testing.assert_allclose(prediction, of_flat.mean_probabilities(tf.constant(images)), atol=1e-6)
+  assert infer_labels(of_nested, gradient, 3, images).values.tolist() == labels

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from attacks.audit.comparison import compare, read_audit
 from tests.binaries.programs import ROOT, assert_one_error_line, run_all
 
 _TRAIN = [
@@ -90,6 +91,24 @@ def test_an_audit_has_all_its_parts(summary, run_dir):
   assert set(summary['utility']['test']) >= {'f1', 'accuracy'}
   assert summary['scope']['Rounds audited'] == '1, 2 of 2'
   assert 'Annex' in (run_dir / 'audits' / 'audit' / 'report.html').read_text()
+
+
+def test_a_run_that_cannot_be_attacked_has_a_report_that_says_so(run_dir, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(run_dir, other, ignore=shutil.ignore_patterns('audits', 'state', 'attacks'))
+  for path in other.glob('observations/*/observation.json'):
+    document = json.loads(path.read_text())
+    document['client_training']['optimizer'] = 'adam'
+    path.write_text(json.dumps(document))
+  done = _run('audit', f'--run_dir={other}', *_AUDIT)
+  assert done.returncode == 0, done.stderr
+  path = other / 'audits' / 'audit' / 'summary.json'
+  found = json.loads(path.read_text())
+  assert found['verdict'] == 'inconclusive'
+  (reason,) = [text for text in found['reasons'] if 'positive control could not' in text]
+  assert "'adam'" in reason
+  assert 'positive control could not be made' in (path.parent / 'report.html').read_text()
+  assert compare([read_audit(path)])
 
 
 def test_who_knows_the_defence_may_attack_alone(run_dir):

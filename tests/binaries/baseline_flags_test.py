@@ -6,7 +6,7 @@ from absl.testing import flagsaver
 
 from binaries import baseline_flags
 from tff_shadow.errors import UserError
-from tff_shadow.learning import BASELINES
+from tff_shadow.learning import BASELINES, BaselineDefense
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +50,33 @@ def test_a_bad_parameter_names_its_flag(name, field, value):
     pytest.raises(UserError, match=rf'^--{name}_{field} must be .* found {value}$'),
   ):
     baseline_flags.baseline_defense(name)
+
+
+def _own(**parameters):
+  fields = [(name, type(default), default) for name, default in parameters.items()]
+  return dataclasses.make_dataclass(
+    'Own', fields, bases=(BaselineDefense,), namespace={'name': 'own'}, frozen=True
+  )
+
+
+def test_a_defence_without_help_texts_has_flags_all_the_same():
+  holders = baseline_flags.define_flags('own', _own(share=0.5, bits=3, signs='both', mean=True))
+  try:
+    assert {name: flag.default for name, flag in holders.items()} == {
+      'share': 0.5,
+      'bits': 3,
+      'signs': 'both',
+      'mean': True,
+    }
+    assert flags.FLAGS['own_share'].help == 'See Own.'
+    # As a run's config takes them.
+    known = flags.FLAGS.get_key_flags_for_module(baseline_flags.__name__)
+    assert flags.FLAGS['own_bits'] in known
+  finally:
+    for name in holders:
+      delattr(flags.FLAGS, f'own_{name}')
+
+
+def test_a_parameter_that_no_flag_can_have_is_named():
+  with pytest.raises(TypeError, match=r'Own\.shares: .* the flag --own_shares'):
+    baseline_flags.define_flags('own', _own(shares=()))

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 
@@ -110,6 +111,26 @@ def test_published_defense_keeps_the_clients_state_and_resumes(tmp_path, capsys)
   (run_dir / 'client_state' / 'round_00002' / 'client_001.safetensors').unlink()
   with pytest.raises(UserError, match='client_01 kept after round 2 is gone'):
     _train(run_dir, **arguments, resume=True)
+
+
+@pytest.mark.parametrize('shape', ['isotropic', 'decoy'])
+def test_noise_without_a_region_needs_no_convolution(tmp_path, monkeypatch, shape):
+  inputs = tf.keras.Input((32, 32, 1))
+  outputs = tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(inputs))
+  tf.keras.Model(inputs, outputs).save(tmp_path / 'mine.keras')
+
+  def built(*args, **kwargs):
+    raise UserError('built')
+
+  monkeypatch.setattr(train.run_directory, 'claim', built)
+  with pytest.raises(UserError, match='built'):
+    _train(
+      tmp_path / 'run',
+      model=str(tmp_path / 'mine.keras'),
+      defense='shadow',
+      noise_shape=shape,
+      noise_strength_kind='scale',
+    )
 
 
 _PUBLISHED = {'defense': 'published', 'published_generator': 'nowhere.keras'}

@@ -7,7 +7,16 @@ import pytest
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import observation_tap_factory
-from tff_shadow.learning import DpFedAvg, DpSgd, Soteria, TopK, TrainingRun, TrainingSettings
+from tff_shadow.learning import (
+  BaselineDefense,
+  DpFedAvg,
+  DpSgd,
+  Soteria,
+  TopK,
+  TrainingRun,
+  TrainingSettings,
+  UpdateTransform,
+)
 from tff_shadow.models import build_model
 from tff_shadow.observations import ClientTraining, read_observation
 
@@ -109,3 +118,19 @@ def test_soteria_prunes_the_last_layer(tiny_data, tmp_path):
     # Of 64 scores 38 are below the 60th percentile.
     assert np.count_nonzero(np.all(kernel == 0, axis=1)) == 38
     assert np.all(client.update.trainable[-1] != 0)
+
+
+class TestOwnDefense:
+  """What the attacker who knows it plays must be what the clients do."""
+
+  @pytest.mark.parametrize('alone', ['aggregator', 'sent'])
+  def test_half_of_it_is_refused(self, alone):
+    with pytest.raises(TypeError, match=f"Half overrides '{alone}' alone"):
+      type('Half', (BaselineDefense,), {'name': 'half', alone: lambda self, *args: None})
+
+  def test_a_transform_needs_both_sides(self):
+    with pytest.raises(TypeError, match="Half overrides 'aggregator' alone"):
+      type('Half', (UpdateTransform,), {'name': 'half', 'on_client': lambda self, inner: None})
+
+  def test_gradients_alone_are_a_defence(self):
+    type('Own', (BaselineDefense,), {'name': 'own', 'gradients': lambda self, model: None})

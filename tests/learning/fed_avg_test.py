@@ -65,6 +65,14 @@ def _process(model, sharing='aggregate', **kwargs):
   )
 
 
+def _functional_model():
+  keras_model = tf.keras.Sequential(
+    [tf.keras.Input(_SHAPE), tf.keras.layers.Flatten(), tf.keras.layers.Dense(2)]
+  )
+  loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+  return tff.learning.models.functional_model_from_keras(keras_model, loss, input_spec(_SHAPE))
+
+
 def _one_round(process, model, clients):
   state = process.set_model_weights(process.initialize(), model_weights(model))
   return process.next(state, [_dataset(batches) for batches in clients])
@@ -102,6 +110,17 @@ class TestTypes:
     # The rest are scalars: weight, metrics, the flag of a dropped client.
     assert sum(1 for shape in shapes if shape) == expected
     assert not any(shape[1:] == _SHAPE for shape in shapes)
+
+  def test_other_models_are_refused(self):
+    optimizer = tff.learning.optimizers.build_sgdm(_LEARNING_RATE)
+    functional, keras_model = _functional_model(), _model()
+    for model_fn, found in (
+      (functional, 'FunctionalModel'),
+      (lambda: functional, 'FunctionalModel'),
+      (lambda: keras_model, 'Functional'),
+    ):
+      with pytest.raises(TypeError, match=rf'Keras model .*from_keras_model\), found {found}$'):
+        build_weighted_fed_avg(model_fn, optimizer)
 
   def test_unknown_sharing(self):
     with pytest.raises(ValueError, match='batch_norm_sharing'):

@@ -184,6 +184,37 @@ class TestTypes:
 
 
 class TestArguments:
+  @pytest.mark.parametrize(
+    ('types', 'message'),
+    [
+      ((tf.float32, tf.int64), "'y' of int64, .* have int32"),
+      ((tf.uint8, tf.int32), "'x' of uint8, .* have float32"),
+    ],
+  )
+  @pytest.mark.parametrize(
+    'structure', [tuple, lambda xy: collections.OrderedDict(x=xy[0], y=xy[1])]
+  )
+  def test_other_types_of_data_are_told_at_once(self, structure, types, message):
+    config = model_to_config(_model())
+    shapes = ((None, *_SHAPE), (None,))
+    specs = [tf.TensorSpec(*pair) for pair in zip(shapes, types, strict=True)]
+
+    def model_fn():
+      return tff.learning.models.from_keras_model(
+        model_from_config(config),
+        tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        structure(specs),
+      )
+
+    with pytest.raises(TypeError, match=message):
+      build_shadow_fed_avg(
+        model_fn,
+        _SGD,
+        noise=_noise('isotropic'),
+        shadow_model_fn=lambda: model_from_config(config),
+        batch_norm_sharing='local',
+      )
+
   def test_per_step_needs_plain_sgd(self):
     for optimizer in (
       tff.learning.optimizers.build_sgdm(_RATE, momentum=0.9),

@@ -7,8 +7,10 @@ from tff_shadow.models import (
   build_model,
   classification_loss,
   freeze_batch_norm,
+  layers_from_output,
   load_keras_file,
   model_from_config,
+  model_to_config,
   outputs_logits,
 )
 
@@ -50,10 +52,42 @@ def test_loss_fits_the_outputs(activation, logits):
   assert float(classification_loss(model)(labels, outputs)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_softmax_layer_at_the_end():
+@pytest.mark.parametrize(
+  ('end', 'logits'),
+  [
+    (tf.keras.layers.Softmax(), False),
+    (tf.keras.layers.Activation('softmax'), False),
+    (tf.nn.softmax, False),
+    (lambda x: tf.keras.layers.Activation('linear')(tf.nn.softmax(x)), False),
+    (tf.keras.layers.Activation('linear'), True),
+    (tf.identity, True),
+    (_dense_model(2, (2,), 'softmax'), False),
+    (_dense_model(2, (2,)), True),
+    (tf.keras.Sequential([tf.keras.Input(2), tf.keras.layers.Softmax()]), False),
+  ],
+)
+def test_what_is_at_the_end_decides(end, logits):
   inputs = tf.keras.Input(_SHAPE)
   x = tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(inputs))
-  assert not outputs_logits(tf.keras.Model(inputs, tf.keras.layers.Softmax()(x)))
+  model = tf.keras.Model(inputs, end(x))
+  assert outputs_logits(model) == logits
+  # Around it again, as whoever puts a preprocessing before a whole classifier.
+  layers = [tf.keras.Input(_SHAPE), tf.keras.layers.Rescaling(2.0), model]
+  assert outputs_logits(tf.keras.Sequential(layers)) == logits
+  rebuilt = model_from_config(model_to_config(tf.keras.Sequential(layers)))
+  assert outputs_logits(rebuilt) == logits
+
+
+def test_layers_are_followed_back_through_nested_models():
+  inner = tf.keras.Sequential([tf.keras.Input(2), tf.keras.layers.Softmax(name='last')])
+  inputs = tf.keras.Input(_SHAPE)
+  x = tf.keras.layers.Flatten(name='first')(inputs)
+  x = tf.keras.layers.Dense(2, name='logits')(x)
+  model = tf.keras.Model(inputs, inner(x))
+  assert [layer.name for layer in layers_from_output(model)] == ['last', 'logits', 'first']
+  merged = tf.keras.layers.Add(name='sum')([x, tf.keras.layers.Dense(2)(x)])
+  model = tf.keras.Model(inputs, inner(merged))
+  assert [layer.name for layer in layers_from_output(model)] == ['last', 'sum']
 
 
 def test_wrong_files(tmp_path):
@@ -84,6 +118,11 @@ def test_lambda_layers_are_not_run(tmp_path):
     (lambda: _dense_model(units=3), 'last layer must have 2 units'),
     (lambda: _dense_model(shape=(16, 16, 1)), 'set --image_size and --color'),
     (lambda: _dense_model(shape=(8, 8, 3)), 'set --image_size and --color'),
+    (lambda: _dense_model(activation='sigmoid'), 'sigmoid of each of 2 classes .* use softmax'),
+    (
+      lambda: tf.keras.Sequential([tf.keras.Input(_SHAPE), _dense_model(activation='sigmoid')]),
+      'sigmoid',
+    ),
   ],
 )
 def test_model_that_does_not_fit_the_data(tmp_path, model, message):

@@ -232,6 +232,16 @@ class TestModels:
     wanted = _library_scores('saliency', flat, images, labels, ReplaceToLinear())
     _assert_close(build_score_fn(config, nested)(images, labels).numpy()[..., 0], wanted)
 
+  def test_softmax_called_as_an_op(self):
+    inputs = tf.keras.Input(_SHAPE)
+    features = tf.keras.layers.GlobalAveragePooling2D()(tf.keras.layers.Conv2D(6, 3)(inputs))
+    logits = tf.keras.layers.Dense(3)(features)
+    images, labels = _batch(_SHAPE)
+    config = SaliencyConfig(kind='saliency', linear_output=True)
+    wanted = build_score_fn(config, tf.keras.Model(inputs, logits))(images, labels).numpy()
+    model = tf.keras.Model(inputs, tf.nn.softmax(logits, axis=-1))
+    _assert_close(build_score_fn(config, model)(images, labels).numpy(), wanted)
+
   @pytest.mark.parametrize('kind', ['gradcam_pp', 'smoothgrad'])
   def test_model_is_not_changed(self, kind):
     model = _softmax_model()

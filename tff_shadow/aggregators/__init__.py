@@ -15,6 +15,7 @@ from tff_shadow.aggregators.public_shadow_noise import public_shadow_noise_facto
 from tff_shadow.aggregators.quantization import quantization_factory
 from tff_shadow.aggregators.shadow_noise import shadow_noise_factory, shaped_update_type
 from tff_shadow.aggregators.top_k import top_k_factory
+from tff_shadow.aggregators.update_transform import update_transform_factory
 
 __all__ = [
   'NOISE_SHAPES',
@@ -29,4 +30,5 @@ __all__ = [
   'shadow_noise_factory',
   'shaped_update_type',
   'top_k_factory',
+  'update_transform_factory',
 ]

@@ -9,12 +9,14 @@ from tff_shadow.learning.baselines import (
   Quantization,
   Soteria,
   TopK,
+  UpdateTransform,
 )
 from tff_shadow.learning.client_work import build_client_work
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import input_spec, keras_model_fn, model_weights
 from tff_shadow.learning.noise_settings import PROPAGATIONS, ShadowNoise, shadow_input_spec
+from tff_shadow.learning.observed_round import Participant, observation_of
 from tff_shadow.learning.round_sampler import RoundSampler
 from tff_shadow.learning.settings import ShadowDefense, TrainingSettings
 from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
@@ -29,6 +31,7 @@ __all__ = [
   'BaselineDefense',
   'DpFedAvg',
   'DpSgd',
+  'Participant',
   'PercentileGaussian',
   'Quantization',
   'RoundReport',
@@ -39,6 +42,7 @@ __all__ = [
   'TopK',
   'TrainingRun',
   'TrainingSettings',
+  'UpdateTransform',
   'build_client_work',
   'build_shadow_fed_avg',
   'build_weighted_fed_avg',
@@ -47,5 +51,6 @@ __all__ = [
   'input_spec',
   'keras_model_fn',
   'model_weights',
+  'observation_of',
   'shadow_input_spec',
 ]

@@ -31,11 +31,34 @@ Tap = Callable[[Factory], Factory]
 
 @dataclasses.dataclass(frozen=True)
 class BaselineDefense:
-  """A baseline defence; its fields are its parameters, all of them public."""
+  """A baseline defence; its fields are its parameters, all of them public.
+
+  A defence of your own is a frozen dataclass like those below, with a name, a default for each
+  parameter, and `gradients`, or `aggregator` and `sent`, overridden; it is entered in `BASELINES`.
+  An attacker who knows it plays `gradients` and `sent`, so `sent` has to do what `aggregator` does
+  to one update before the server sees it.
+  """
 
   name: ClassVar[str]
   # Measurements of the aggregator that are figures of the round.
   figures: ClassVar[tuple[str, ...]] = ()
+
+  def __init_subclass__(cls, **kwargs: Any):
+    """Raises TypeError for a defence that clients and attacker would take for different ones.
+
+    An attacker who plays less than is sent reconstructs less, and the audit would be too kind.
+    """
+    super().__init_subclass__(**kwargs)
+    overridden = [
+      name
+      for name in ('aggregator', 'sent')
+      if getattr(cls, name) is not getattr(BaselineDefense, name)
+    ]
+    if hasattr(cls, 'name') and len(overridden) == 1:
+      raise TypeError(
+        f'{cls.__name__} overrides {overridden[0]!r} alone; aggregator and sent must do the same to'
+        ' an update, so override both or neither'
+      )
 
   def public_settings(self) -> dict[str, Any]:
     """What an attacker may know: everything."""
@@ -76,8 +99,8 @@ class BaselineDefense:
 
 
 @dataclasses.dataclass(frozen=True)
-class _UpdateTransform(BaselineDefense):
-  """A defence that changes the finished update on the client."""
+class UpdateTransform(BaselineDefense):
+  """A defence that changes the finished update on the client; `on_client` and `sent` say how."""
 
   figures: ClassVar[tuple[str, ...]] = ('distortion',)
 
@@ -101,7 +124,7 @@ class _UpdateTransform(BaselineDefense):
 
 
 @dataclasses.dataclass(frozen=True)
-class PercentileGaussian(_UpdateTransform):
+class PercentileGaussian(UpdateTransform):
   """Noise in proportion to the update; the server sees noised updates.
 
   Attributes:
@@ -123,7 +146,7 @@ class PercentileGaussian(_UpdateTransform):
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(_UpdateTransform):
+class TopK(UpdateTransform):
   """Gradient pruning; the server sees the largest entries of each update.
 
   Attributes:
@@ -143,7 +166,7 @@ class TopK(_UpdateTransform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantization(_UpdateTransform):
+class Quantization(UpdateTransform):
   """Stochastic quantisation; the server sees updates of a few bits per entry.
 
   Attributes:

@@ -30,8 +30,9 @@ def build_weighted_fed_avg(
 ) -> tff.learning.templates.LearningProcess:
   """Builds FedAvg (McMahan et al. 2017) with a choice of what BatchNorm shares.
 
-  Drop-in for `tff.learning.algorithms.build_weighted_fed_avg`, and the same algorithm for a model
-  without BatchNorm. `batch_norm_sharing` decides what is sent of the running statistics:
+  Drop-in for `tff.learning.algorithms.build_weighted_fed_avg` with Keras models, and the same
+  algorithm for one without BatchNorm. A `FunctionalModel`, which that takes too, is refused.
+  `batch_norm_sharing` decides what is sent of the running statistics:
 
   * 'aggregate': clients send their change, the server adds the mean (plain FedAvg of all weights).
   * 'local': they never leave a client (SiloBN, Andreux et al. 2020); the global model's stay at
@@ -57,7 +58,8 @@ def build_weighted_fed_avg(
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`.
-    TypeError: If the aggregator changes the structure of the update, or is not weighted.
+    TypeError: If the aggregator changes the structure of the update, or is not weighted; or if
+      `model_fn` is none that builds a `VariableModel`.
   """
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   server_optimizer_fn = server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0)
@@ -90,6 +92,7 @@ def initial_weights(
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`.
+    TypeError: If `model_fn` is none that builds a `VariableModel`.
   """
   if batch_norm_sharing not in BATCH_NORM_SHARING:
     raise ValueError(
@@ -98,7 +101,14 @@ def initial_weights(
 
   @tff.tensorflow.computation
   def initial_model_weights():
-    return tff.learning.models.ModelWeights.from_model(model_fn())
+    is_functional = isinstance(model_fn, tff.learning.models.FunctionalModel)
+    model = model_fn if is_functional else model_fn()
+    if not isinstance(model, tff.learning.models.VariableModel):
+      raise TypeError(
+        'model_fn must be a function that returns a VariableModel of a Keras model'
+        f' (tff.learning.models.from_keras_model), found {type(model).__name__}'
+      )
+    return tff.learning.models.ModelWeights.from_model(model)
 
   non_trainable = initial_model_weights.type_signature.result.non_trainable
   return initial_model_weights, batch_norm_sharing == 'aggregate' and any(

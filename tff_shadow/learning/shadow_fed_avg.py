@@ -68,6 +68,7 @@ def build_shadow_fed_avg(
       cannot be used with the optimiser or with the shared statistics, or
       'local_training' with a model that draws at random, or if decoy noise has no decoys, or such
       as do not fit the model.
+    TypeError: If the input of `model_fn`'s model has other types than `shadow_input_spec`.
   """
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   if noise.needs_shadow and noise.propagation == 'per_step':
@@ -163,12 +164,16 @@ def _build_client_work(
   with tf.Graph().as_default():
     model = model_fn()
     metrics_aggregation = metrics_aggregator(model.metric_finalizers())
-    image_shape = tuple(tf.nest.flatten(model.input_spec)[0].shape[1:])
-  data_type = tff.types.SequenceType(
-    tff.types.tensorflow_to_type(
-      shadow_input_spec(image_shape, with_regions=noise.saliency.kind == 'given')
-    )
-  )
+    # TFF takes x and y as a mapping or as a pair.
+    x, y = tf.nest.flatten(model.input_spec)
+  input_spec = shadow_input_spec(tuple(x.shape[1:]), with_regions=noise.saliency.kind == 'given')
+  for name, own in (('x', x), ('y', y)):
+    if own.dtype != input_spec[name].dtype:
+      raise TypeError(
+        f"model_fn: its input_spec has {name!r} of {own.dtype.name}, the clients' data for shadow"
+        f' noise have {input_spec[name].dtype.name}; cast them, and say so in input_spec'
+      )
+  data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(input_spec))
 
   @tff.tensorflow.computation(weights_type, data_type)
   def client_update(initial_weights, dataset):

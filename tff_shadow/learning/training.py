@@ -19,16 +19,14 @@ from tff_shadow.errors import UserError
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import keras_model_fn, model_weights, restore_eager_keras
+from tff_shadow.learning.observed_round import Participant, observation_of
 from tff_shadow.learning.round_sampler import LocalTask, RoundSampler
 from tff_shadow.learning.run_state import RunState
 from tff_shadow.learning.settings import TrainingSettings
 from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
 from tff_shadow.models import freeze_batch_norm, model_from_config, model_to_config
 from tff_shadow.observations import (
-  ClientObservation,
   ClientTraining,
-  Observation,
-  WeightArrays,
   round_directory_name,
   write_observation,
   write_truth,
@@ -312,39 +310,29 @@ class TrainingRun:
 
   def _log(self, round_num, state, tasks, flags, observed) -> None:
     """Writes the observation of a round, and apart from it the truth."""
-    updates = [_per_client(observed['updates'], index) for index in range(len(tasks))]
-    weights = state.global_model_weights
-    observation = Observation(
+    settings = self._settings
+    participants = [
+      Participant(
+        task.client_id,
+        len(task.truth.images),
+        task.num_steps,
+        settings.client_batch_sizes.get(task.client_id),
+        bool(flag),
+      )
+      for task, flag in zip(tasks, flags, strict=True)
+    ]
+    observation = observation_of(
+      observed,
+      state.global_model_weights,
+      self._model,
+      settings.training_in(round_num),
+      participants,
       round_num=round_num,
       dataset=self._data.name,
       image_shape=tuple(self._data.image_shape),
       class_names=self._data.class_names,
-      model_name=self._model.name,
-      model_config=model_to_config(self._model),
-      batch_norm_sharing=self._settings.batch_norm_sharing,
-      client_training=self._settings.training_in(round_num),
-      defense=(
-        self._settings.defense.public_settings() if self._settings.defense else {'name': 'none'}
-      ),
-      global_weights=WeightArrays(
-        tuple(np.asarray(w) for w in weights.trainable),
-        tuple(np.asarray(w) for w in weights.non_trainable),
-      ),
-      clients=tuple(
-        ClientObservation(
-          client_id=task.client_id,
-          num_images=len(task.truth.images),
-          num_steps=task.num_steps,
-          weight=float(weight),
-          update=update,
-          dropped=bool(flag),
-          batch_size=self._settings.client_batch_sizes.get(task.client_id),
-        )
-        for task, update, weight, flag in zip(
-          tasks, updates, observed['weights'], flags, strict=True
-        )
-      ),
-      aggregate=observed_update(observed['aggregate']),
+      batch_norm_sharing=settings.batch_norm_sharing,
+      defense=settings.defense.public_settings() if settings.defense else {'name': 'none'},
       public_mean_image=self._public_mean_image,
     )
     name = round_directory_name(round_num)
@@ -354,19 +342,3 @@ class TrainingRun:
       {task.client_id: task.truth for task in tasks},
     )
     write_observation(self._run_dir / 'observations' / name, observation)
-
-
-def _per_client(stacked: Any, index: int) -> WeightArrays:
-  return observed_update(tf.nest.map_structure(lambda tensor: tensor[index], stacked))
-
-
-def observed_update(update: Any) -> WeightArrays:
-  """From TFF's initial minus trained to the observation's trained minus initial weights."""
-  if isinstance(update, dict):
-    trainable, non_trainable = update['trainable'], update['non_trainable']
-  else:
-    trainable, non_trainable = update, ()
-  return WeightArrays(
-    tuple(-np.asarray(tensor) for tensor in trainable),
-    tuple(-np.asarray(tensor) for tensor in non_trainable),
-  )

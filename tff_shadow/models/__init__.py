@@ -16,8 +16,13 @@ from tff_shadow.models.keras_files import (
   load_keras_file,
   model_from_config,
   model_to_config,
-  outputs_logits,
   read_keras_file,
+)
+from tff_shadow.models.output_layers import (
+  is_functional,
+  layers_from_output,
+  output_layer,
+  outputs_logits,
 )
 from tff_shadow.models.zoo import MODELS, NORMS, Norm, build_model
 
@@ -34,10 +39,13 @@ __all__ = [
   'collect_statistics',
   'freeze_batch_norm',
   'inputs_of_layers',
+  'is_functional',
+  'layers_from_output',
   'load_generator',
   'load_keras_file',
   'model_from_config',
   'model_to_config',
+  'output_layer',
   'outputs_logits',
   'read_keras_file',
   'training_batch_norm_layers',

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tff_shadow.errors import UserError
+from tff_shadow.models.output_layers import outputs_logits, outputs_sigmoids
 
 
 def load_keras_file(
@@ -74,20 +75,16 @@ def check_model(
       f'{source}: gives outputs of shape {output_shape}, the data has {num_classes} classes, so'
       f' the last layer must have {num_classes} units'
     )
+  if num_classes > 1 and outputs_sigmoids(model):
+    raise UserError(
+      f'{source}: ends with a sigmoid of each of {num_classes} classes on its own; use softmax, or'
+      ' no activation for logits'
+    )
   if not model.trainable_variables:
     raise UserError(f'{source}: has no trainable weights')
   # Weights are matched by position in updates and observations, which a repeated call would hide.
   if any(isinstance(layer, tf.keras.layers.Lambda) for layer in model._flatten_layers()):
     raise UserError(f'{source}: contains a Lambda layer, which is code and is not loaded')
-
-
-def outputs_logits(model: tf.keras.Model) -> bool:
-  """Whether the model's outputs are logits; False for a softmax at the end."""
-  producer = model.outputs[0]._keras_history.layer
-  if isinstance(producer, tf.keras.layers.Softmax):
-    return False
-  activation = getattr(producer, 'activation', None)
-  return activation is not tf.keras.activations.softmax
 
 
 def classification_loss(model: tf.keras.Model) -> tf.keras.losses.Loss:

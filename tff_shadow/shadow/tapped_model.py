@@ -5,7 +5,7 @@ from tf_keras_vis.utils import find_layer
 from tf_keras_vis.utils.model_modifiers import Conv
 
 from tff_shadow.errors import UserError
-from tff_shadow.models import outputs_logits
+from tff_shadow.models import is_functional, output_layer, outputs_logits
 
 TAP = 'region_map_tap'
 
@@ -14,7 +14,7 @@ def convolutional_layers(model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
   """Layers that give a map [B, h, w, K], those of nested functional models included."""
   found = []
   for layer in model.layers:
-    if _is_functional(layer):
+    if is_functional(layer):
       found.extend(convolutional_layers(layer))
     elif isinstance(layer, Conv) and layer.rank == 2:
       found.append(layer)
@@ -64,14 +64,9 @@ def tap_model(
   Returns:
     The new model.
   """
-  if not _is_functional(model):
+  if not is_functional(model):
     raise UserError(f'saliency: model {model.name} must be a functional or sequential Keras model')
-  head = None
-  if linear_output:
-    innermost = model
-    while _is_functional(_output_layer(innermost)):
-      innermost = _output_layer(innermost)
-    head = None if outputs_logits(innermost) else _output_layer(innermost)
+  head = output_layer(model) if linear_output and not outputs_logits(model) else None
   inputs = tf.keras.Input(model.inputs[0].shape[1:], dtype=model.inputs[0].dtype)
   taps = []
   outputs = _replay(model, inputs, '', layer, head, taps)
@@ -89,14 +84,6 @@ class _Shared(tf.keras.layers.Wrapper):
     return self.layer(*args, **kwargs)
 
 
-def _is_functional(layer: tf.keras.layers.Layer) -> bool:
-  return isinstance(layer, tf.keras.Model) and getattr(layer, '_is_graph_network', False)
-
-
-def _output_layer(model: tf.keras.Model) -> tf.keras.layers.Layer:
-  return model.outputs[0]._keras_history.layer
-
-
 def _replay(model, inputs, prefix, tapped, head, taps):
   """Calls the layers of `model` on `inputs` one by one, as Keras' own Functional.call does."""
   values = {str(id(model.inputs[0])): inputs}
@@ -107,10 +94,12 @@ def _replay(model, inputs, prefix, tapped, head, taps):
       # Keras pops from lists that hold a tensor once per use.
       args, kwargs = node.map_arguments({key: [value] * 99 for key, value in values.items()})
       layer, name = node.layer, f'{prefix}{depth}_{index}_{node.layer.name}'
-      if _is_functional(layer):
+      if is_functional(layer):
         outputs = _replay(layer, args[0], f'{name}_', tapped, head, taps)
       elif layer is head:
-        outputs = _without_softmax(layer, name)(*args, **kwargs)
+        # An op of TensorFlow has arguments besides, such as its axis.
+        (features,) = node.keras_inputs
+        outputs = _without_softmax(layer, name)(values[str(id(features))])
       else:
         outputs = _Shared(layer, name=name)(*args, **kwargs)
       if layer is tapped:
@@ -123,7 +112,7 @@ def _replay(model, inputs, prefix, tapped, head, taps):
 
 def _without_softmax(layer: tf.keras.layers.Layer, name: str) -> tf.keras.layers.Layer:
   """A twin with the same variables; tf-keras-vis' ReplaceToLinear would change the layer itself."""
-  if isinstance(layer, tf.keras.layers.Softmax):
+  if not layer.weights:
     return tf.keras.layers.Activation('linear', name=name)
   twin = type(layer).from_config({**layer.get_config(), 'activation': 'linear', 'name': name})
   for attribute in ('kernel', 'bias'):

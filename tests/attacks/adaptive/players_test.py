@@ -1,23 +1,27 @@
 """Played clients against those of a real round, on the same images."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from attacks.adaptive.players import AttackersShadow, Equipment, build_player
 from attacks.local_steps import local_steps
 from tests.attacks.observed_rounds import small_model
 from tests.conftest import make_generator
-from tff_shadow.aggregators import NoiseStrength
+from tff_shadow.aggregators import NoiseStrength, update_transform_factory
 from tff_shadow.errors import UserError
 from tff_shadow.learning import (
+  BASELINES,
   DpFedAvg,
   ShadowDefense,
   ShadowNoise,
   Soteria,
   TrainingRun,
   TrainingSettings,
+  UpdateTransform,
 )
 from tff_shadow.observations import ClientTraining, read_observation, read_truth
 from tff_shadow.published import PublishedDefense, PublishedSettings
@@ -63,6 +67,30 @@ def test_sends_what_a_real_client_sends(tiny_data, tmp_path, defense, batch_norm
   observation, truth = _round(tiny_data, tmp_path, defense, batch_norm, momentum=0.5)
   player = build_player(observation, batch_norm)
   _assert_sends_the_same(observation, truth, player, batch_norm)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ClipEntries(UpdateTransform):
+  """A defence of one's own, as the README shows it."""
+
+  name: ClassVar[str] = 'clip_entries'
+  limit: float = 0.001
+
+  def on_client(self, inner):
+    return update_transform_factory(lambda update: self.sent(update, None), inner)
+
+  def sent(self, update, key):
+    return [tf.clip_by_value(tensor, -self.limit, self.limit) for tensor in update]
+
+
+def test_a_defence_of_one_s_own_is_played_once_it_is_entered(tiny_data, tmp_path, monkeypatch):
+  observation, truth = _round(tiny_data, tmp_path, _ClipEntries(), False)
+  largest = [np.abs(array).max() for array in observation.client(_CLIENT).update.trainable]
+  assert max(largest) == pytest.approx(0.001)
+  with pytest.raises(UserError, match="no simulation of the defence 'clip_entries'"):
+    build_player(observation, False)
+  monkeypatch.setitem(BASELINES, 'clip_entries', _ClipEntries)
+  _assert_sends_the_same(observation, truth, build_player(observation, False), False)
 
 
 @pytest.mark.parametrize(

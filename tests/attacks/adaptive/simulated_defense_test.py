@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks.adaptive.simulated_defense import Sensitivity, simulate_round
+from attacks.adaptive.simulated_defense import Sensitivity, region_map_of, simulate_round
 from attacks.batch_norm_statistics import observed_statistics
 from attacks.simulator import ClientSimulator
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
@@ -22,6 +22,7 @@ from tff_shadow.learning import (
   TopK,
 )
 from tff_shadow.models import classification_loss
+from tff_shadow.observations import Truth
 from tff_shadow.shadow import SaliencyConfig
 
 
@@ -37,8 +38,8 @@ def _observed(model=None, **settings):
   return play_round(model or small_model(), [(images[:1], [1]), (images[1:], [0])], **settings)
 
 
-def _defended(observation, shape, kind='ratio', value=0.5, **settings):
-  noise = ShadowNoise(shape, NoiseStrength(kind, value), SaliencyConfig(kind='given'), **settings)
+def _defended(observation, shape, kind='ratio', value=0.5, saliency='given', **settings):
+  noise = ShadowNoise(shape, NoiseStrength(kind, value), SaliencyConfig(kind=saliency), **settings)
   public = ShadowDefense(noise, True, {}).public_settings()
   return dataclasses.replace(observation, defense=public)
 
@@ -222,6 +223,23 @@ def test_deviations_are_the_square_roots_of_sensitivities():
     observation.defense, image, label, np.zeros_like(region)
   )
   assert all((array == 1).all() for array in nothing)
+
+
+def dense_model():
+  """Has no convolution, hence no map of Grad-CAM."""
+  inputs = tf.keras.Input((8, 8, 1))
+  return tf.keras.Model(inputs, tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(inputs)))
+
+
+def test_noise_that_needs_no_region_needs_no_convolution():
+  observation = _observed(dense_model())
+  own = _public(2)
+  truth = Truth(own.float_images(), own.labels, own.float_regions())
+  for shape in ('isotropic', 'decoy'):
+    defended = _defended(observation, shape, saliency='gradcam_pp')
+    np.testing.assert_array_equal(region_map_of(defended)(truth), truth.regions)
+  with pytest.raises(UserError, match='no convolutional layer'):
+    region_map_of(_defended(observation, 'correlated', saliency='gradcam_pp'))
 
 
 def test_what_cannot_be_simulated_takes_one_line():

@@ -7,7 +7,12 @@ import pytest
 from attacks.adaptive import attacker, calibrated
 from attacks.audit import suite as suites
 from attacks.audit.budget import BUDGETS
-from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
+from tests.attacks.adaptive.simulated_defense_test import (
+  _defended,
+  _observed,
+  _public,
+  dense_model,
+)
 from tff_shadow.observations import Truth
 
 _BUDGET = dataclasses.replace(
@@ -84,6 +89,14 @@ def test_what_cannot_be_simulated_is_a_problem_and_no_crash(tmp_path, observatio
   )
   assert 'prayer' in attacked.problem
   assert not attacked.results
+
+
+def test_a_map_that_the_model_has_not_is_a_problem_and_no_crash(tmp_path):
+  defended = _defended(_observed(dense_model()), 'correlated', saliency='gradcam_pp')
+  (attacked,) = _suite(tmp_path).adaptive(
+    'here', [defended], _only_regions(defended), ['client_00']
+  )
+  assert 'no convolutional layer' in attacked.problem
 
 
 def test_presets_that_cannot_attack_are_problems(tmp_path, observation):

@@ -3,6 +3,7 @@ import pytest
 
 from attacks.audit.page import Annex, render
 from attacks.audit.strongest import (
+  score_attacked,
   strongest,
   strongest_identification,
   strongest_names,
@@ -225,6 +226,25 @@ def test_an_attack_that_could_not_be_made_is_told(blind, seeing):
   assert entry['verdict'] == 'inconclusive'
   assert 'The attack dlg could not be made: no labels.' in entry['reasons']
   assert entry['not_made'] == [{'name': 'dlg', 'problem': 'no labels'}]
+
+
+def test_a_positive_control_that_could_not_be_made_leaves_it_open(blind, seeing):
+  control = score_attacked(Attacked('best', (), (), 'no labels'), TRUTH, ())
+  entry, audit = audited([blind], control=control)
+  assert entry['verdict'] == 'inconclusive'
+  assert entry['reasons'] == [
+    'The positive control could not be made: no labels.',
+    'Without a positive control it is not shown that a leak would be seen.',
+  ]
+  assert (entry['control']['images'], entry['control']['passed']) == (0, False)
+  assert 'NOT MADE' in render(audit)
+  # Nor could any other attack.
+  entry, audit = audited([], failed=[Attacked('best', (), (), 'no labels')], control=control)
+  assert entry['verdict'] == 'inconclusive'
+  assert entry['reasons'][0] == 'No attack could be made.'
+  assert 'could not be made: no labels' in render(audit)
+  entry, _ = audited([seeing], control=control)
+  assert entry['verdict'] == 'leaked'
 
 
 def test_the_page_shows_images_only_in_its_annex(seeing, blind):
