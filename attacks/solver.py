@@ -58,7 +58,8 @@ class Evidence(NamedTuple):
     target: int32 [R], which target a lane attacks.
     labels: int32 [T, B]; not used where labels are optimised with the images.
     gradients: Per view, per trainable variable: [T, ...], the observed mean gradients.
-    statistics: Per BatchNorm layer (mean, variance), [T, channels] each; empty without that prior.
+    statistics: Per view, per BatchNorm layer (mean, variance), [T, channels] each; a view without
+      them has none, and without that prior it is empty.
     seeds: int32 [R, 2], of each lane's own draws.
     weights: Per view, per trainable variable: [T, ...], what both gradients are multiplied by
       before they are compared; empty to compare them as they are.
@@ -301,25 +302,25 @@ class Solver:
     sharpness = None
     if isinstance(config.rectifier, SurrogateRectifier):
       sharpness = config.rectifier.sharpness(iteration, config.iterations, images.dtype)
-    losses, penalty = [], tf.zeros((), images.dtype)
+    losses, penalties = [], []
     for view, (simulator, steps) in enumerate(
       zip(self._simulators, self._local_steps, strict=True)
     ):
       observed = [tensor[target] for tensor in evidence.gradients[view]]
+      statistics = evidence.statistics[view] if evidence.statistics else ()
+      known = [(mean[target], variance[target]) for mean, variance in statistics]
       if isinstance(config.matching, NoMatching):
-        if evidence.statistics and view == 0:
-          known = [(mean[target], variance[target]) for mean, variance in evidence.statistics]
-          penalty += config.batch_norm_statistics(simulator.statistics(images), known)
+        if known:
+          penalties.append(config.batch_norm_statistics(simulator.statistics(images), known))
         losses.append(tf.zeros((), images.dtype))
         continue
       if _POSITION in own:
         scale = -simulator.update_over_gradient(len(steps.batches))
         update = [scale * tensor for tensor in observed]
         simulated = simulator.gradient_between(images, labels, update, own[_POSITION], sharpness)
-      elif evidence.statistics and view == 0:
+      elif known:
         simulated, statistics = simulator.gradient_and_statistics(images, labels, sharpness)
-        known = [(mean[target], variance[target]) for mean, variance in evidence.statistics]
-        penalty += config.batch_norm_statistics(statistics, known)
+        penalties.append(config.batch_norm_statistics(statistics, known))
       else:
         simulated = simulator.mean_gradient(images, labels, steps, sharpness)
       if evidence.weights:
@@ -327,6 +328,7 @@ class Solver:
         simulated = [tensor * w for tensor, w in zip(simulated, weights, strict=True)]
         observed = [tensor * w for tensor, w in zip(observed, weights, strict=True)]
       losses.append(config.matching(simulated, observed))
+    penalty = tf.add_n(penalties) / len(penalties) if penalties else tf.zeros((), images.dtype)
     return tf.add_n(losses) / len(losses), penalty
 
   def _with_noise(self, change, evidence, iteration, factor):

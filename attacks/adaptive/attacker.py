@@ -13,7 +13,11 @@ import tensorflow as tf
 
 from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
 from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
-from attacks.adaptive.learned_inversion import InversionSettings, LearnedInversion
+from attacks.adaptive.learned_inversion import (
+  InversionSettings,
+  LabelReader,
+  LearnedInversion,
+)
 from attacks.adaptive.players import AttackersShadow, Equipment
 from attacks.adaptive.simulated_defense import simulate_round
 from attacks.config import AttackConfig
@@ -247,11 +251,15 @@ class AdaptiveAttacker:
       return None
     targets = Targets(observations, self._config, shared.simulators)
     # The rule that the attacked clients' labels are inferred by.
-    target = targets.find(like.client_id, None)
+    inference = targets.label_inference(like.num_images)
 
-    def infer(update: WeightArrays) -> np.ndarray:
+    def shown(view: int, update: WeightArrays) -> np.ndarray:
       client = dataclasses.replace(like, update=update)
-      return targets.labels(target._replace(clients=(client,))).values
+      gradient = targets.simulators[view].observed_gradient(client)
+      return inference.shown(view, gradient).numpy()
+
+    def labels(shown: Sequence[np.ndarray]) -> np.ndarray:
+      return inference.labels(shown).values
 
     with self._watch(f'{name}: learned inversion', settings.clients) as update:
       return LearnedInversion(
@@ -259,7 +267,7 @@ class AdaptiveAttacker:
         like,
         self._learned,
         settings,
-        infer=infer,
+        reader=LabelReader(shown, labels),
         equipment=self._equipment,
         progress=update,
       )

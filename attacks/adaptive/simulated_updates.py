@@ -6,6 +6,7 @@ public images differ, each entry in units of the noise: for white noise a matche
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -106,7 +107,8 @@ class SimulatedUpdates:
     noise: [defended clients, k], by how much defended ones differ from them.
     loudness: [clients], of the noise of each, as far as it follows from the norm of the update;
       the geometric mean is 1.
-    inferred: int32 [defended clients, B], what an attacker takes their labels for.
+    shown: Of each defended client, what its update shows of its labels; empty for an attacker who
+      is told them.
   """
 
   def __init__(
@@ -118,7 +120,7 @@ class SimulatedUpdates:
     num_defended: int,
     num_basis: int,
     num_features: int,
-    infer: Callable[[WeightArrays], Sequence[int]] | None,
+    shown: Callable[[WeightArrays], Any] | None,
     equipment: Equipment,
     progress: Callable[[float, str], None],
   ):
@@ -131,8 +133,8 @@ class SimulatedUpdates:
       num_defended: How many of them play under the defence too, for the noise.
       num_basis: How many of them give the directions; fewer for large models.
       num_features: k at most.
-      infer: From a defended update to the labels that an attacker takes its images to have; None
-        for one who is told them.
+      shown: From a defended update to what it shows of the labels; None for an attacker who is
+        told them.
       equipment: With which the defence is played.
       progress: Called with the share that is done, in [0, 1], and what is.
 
@@ -148,16 +150,15 @@ class SimulatedUpdates:
     steps = local_steps(like, observation.client_training)
 
     num_defended = min(num_defended, len(clients))
-    self.inferred = clients.labels[:num_defended].copy()
+    self.shown: list[Any] = []
 
     def play(kind: str, count: int) -> Iterator[np.ndarray]:
       done = 0
       for truths in clients.chunks(count):
         keys = {number: noise_key(observation, clients.seed, number) for number in truths}
         sent = players[kind].updates(truths, steps, keys)
-        if kind == 'defended' and infer is not None:
-          for number, update in sent.items():
-            self.inferred[number] = infer(update)
+        if kind == 'defended' and shown is not None:
+          self.shown += map(shown, sent.values())
         yield np.concatenate([_flat(update) for update in sent.values()])
         done += len(truths)
         progress(done / len(clients), f'{kind} clients')
