@@ -28,6 +28,7 @@ from sklearn.covariance import ledoit_wolf
 
 from attacks.adaptive.players import NO_EQUIPMENT, Equipment
 from attacks.adaptive.simulated_updates import SimulatedClients, SimulatedUpdates
+from attacks.local_steps import local_steps
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.observations import ClientObservation, Observation, WeightArrays
@@ -132,6 +133,7 @@ class LearnedInversion:
     self._settings = settings
     self._image_shape = observations[0].image_shape
     self._like = like
+    self._training = observations[0].client_training
     clients = SimulatedClients(
       public, like, settings.clients, settings.augmentations, settings.seed
     )
@@ -177,7 +179,8 @@ class LearnedInversion:
 
   def fits(self, client: ClientObservation) -> bool:
     """Whether a client has as many images and steps as those that it has learned from."""
-    return (client.num_images, client.num_steps) == (self._like.num_images, self._like.num_steps)
+    own, other = (local_steps(one, self._training) for one in (client, self._like))
+    return client.num_images == self._like.num_images and own == other
 
   def __call__(self, updates: Sequence[WeightArrays], labels: Sequence[int]) -> np.ndarray:
     """The images of a client, float32 [B, H, W, C] in [0, 1], in an order of their own.

@@ -149,8 +149,9 @@ def test_labels_that_are_taken_for_others_mislead_only_who_believes_in_them():
 
 
 def test_labels_are_read_in_all_rounds():
-  defended = _defended(_observed(), 'isotropic', frozen=False)
-  rounds = [dataclasses.replace(defended, round_num=k) for k in (1, 2)]
+  defended = _defended(_observed(), 'isotropic')
+  fresh = {**defended.defense, 'frozen': False}
+  rounds = [dataclasses.replace(defended, round_num=k, defense=fresh) for k in (1, 2)]
   read = []
 
   def labels(shown):
