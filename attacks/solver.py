@@ -112,7 +112,8 @@ class Solver:
 
     Args:
       simulators: Of the client, one per view.
-      steps: The client's local steps in each view.
+      steps: The client's local steps in each view; those of later views that have an order are
+        simulated as `AttackConfig.simulation` 'between'.
       config: Settings.
       matching: False deletes the matching term: the prior-only control.
       contrast: That all images have after each step (`contrast.with_contrast`); None to leave it.
@@ -121,6 +122,12 @@ class Solver:
     self._simulators = list(simulators)
     self._local_steps = list(steps)
     self._config = config
+    # Each round has an order of its own, and the images are numbered by that of the first. One
+    # gradient on all of them, in no order, is nearer to the truth than steps in a wrong one.
+    self._between = [
+      config.simulation == 'between' or (view > 0 and own.is_ordered)
+      for view, own in enumerate(steps)
+    ]
     self._matching = matching
     self._contrast = contrast
     self.use_xla = use_xla
@@ -141,7 +148,7 @@ class Solver:
     parameters = {_IMAGES: config.parametrization.parameters(images, tf.constant(seeds)[:, 1])}
     if labels is not None:
       parameters[_LABELS] = tf.constant(labels, images.dtype)
-    if config.simulation == 'between' and self._matching:
+    if any(self._between) and self._matching:
       parameters[_POSITION] = tf.fill([num_lanes], tf.cast(config.start_position, images.dtype))
     infinity = tf.fill([num_lanes], tf.constant(float('inf'), images.dtype))
     return SolverState(
@@ -314,7 +321,7 @@ class Solver:
           penalties.append(config.batch_norm_statistics(simulator.statistics(images), known))
         losses.append(tf.zeros((), images.dtype))
         continue
-      if _POSITION in own:
+      if self._between[view]:
         scale = -simulator.update_over_gradient(len(steps.batches))
         update = [scale * tensor for tensor in observed]
         simulated = simulator.gradient_between(images, labels, update, own[_POSITION], sharpness)

@@ -114,9 +114,8 @@ class Targets:
           ' can be attacked jointly'
         )
       is_mean = name == AGGREGATE
-      steps.append(
-        _one_step(client.num_images) if is_mean else local_steps(client, seen.client_training)
-      )
+      own = _one_step(client.num_images) if is_mean else local_steps(client, seen.client_training)
+      steps.append(own.in_a_later_round() if steps else own)
     told = None if told is None else tuple(told)
     return Target(name, index, clients[0].num_images, tuple(steps), clients, told)
 

@@ -284,6 +284,16 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
     clients=tuple(dataclasses.replace(client, num_steps=4) for client in several.clients),
   )
   assert 'order' in warnings(shuffled, shuffled.clients, _SHORT)[0]
+  # Over rounds every order is another.
+  assert warnings(several, several.clients, _SHORT, num_rounds=2) == []
+  once = dataclasses.replace(
+    shuffled,
+    client_training=dataclasses.replace(training, local_epochs=1),
+    clients=tuple(dataclasses.replace(client, num_steps=2) for client in several.clients),
+  )
+  assert warnings(once, once.clients, _SHORT) == []
+  (found,) = warnings(once, once.clients, _SHORT, num_rounds=2)
+  assert 'from the second round on' in found
 
 
 def test_unknown_target(observation):
