@@ -1,6 +1,9 @@
 """Which of a client's images each of its local steps trained on, as far as the server can tell."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from tff_shadow.observations import ClientObservation, ClientTraining
 
@@ -32,6 +35,15 @@ class LocalSteps(NamedTuple):
   def in_a_later_round(self) -> 'LocalSteps':
     """The same, of images that an earlier round has numbered: each round has its own order."""
     return self._replace(is_exact=self.is_exact and not self.is_ordered)
+
+  def reordered(self, seed: Sequence[int]) -> 'LocalSteps':
+    """The same with the images in another order, which `seed` decides."""
+    if not self.is_ordered:
+      return self
+    images = sorted({image for batch in self.batches for image in batch})
+    order = np.random.default_rng(seed).permutation(images)
+    place = dict(zip(images, map(int, order), strict=True))
+    return self._replace(batches=tuple(tuple(map(place.get, own)) for own in self.batches))
 
   def segments(self) -> list[tuple[tuple[int, ...], ...]]:
     """The steps in runs of equally large batches."""

@@ -259,9 +259,15 @@ class AdaptiveAttacker:
     # The same clients in each round.
     simulated = [
       simulate_round(
-        seen, like, self._played, num_clients=count, seed=config.seed, equipment=self._equipment
+        seen,
+        like,
+        self._played,
+        num_clients=count,
+        seed=config.seed,
+        equipment=self._equipment,
+        is_first=not view,
       )
-      for seen in observations
+      for view, seen in enumerate(observations)
     ]
     learned = self._trained_inversion(observations, like, name, shared)
     total = len(candidates_for(observations[0], config))

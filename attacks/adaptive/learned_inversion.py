@@ -154,6 +154,7 @@ class LearnedInversion:
           num_features=settings.features,
           shown=None if reader is None else functools.partial(reader.shown, index),
           equipment=equipment,
+          is_first=not index,
           progress=show,
         )
       )

@@ -12,8 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from attacks.adaptive.players import Equipment, build_player
-from attacks.adaptive.simulated_defense import noise_key
-from attacks.local_steps import local_steps
+from attacks.adaptive.simulated_defense import noise_key, simulated_steps
 from tff_shadow.data import Examples
 from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
 from tff_shadow.shadow.augmentation import augment
@@ -122,6 +121,7 @@ class SimulatedUpdates:
     num_features: int,
     shown: Callable[[WeightArrays], Any] | None,
     equipment: Equipment,
+    is_first: bool,
     progress: Callable[[float, str], None],
   ):
     """Plays the clients.
@@ -136,6 +136,7 @@ class SimulatedUpdates:
       shown: From a defended update to what it shows of the labels; None for an attacker who is
         told them.
       equipment: With which the defence is played.
+      is_first: See `simulate_round`.
       progress: Called with the share that is done, in [0, 1], and what is.
 
     Raises:
@@ -147,7 +148,6 @@ class SimulatedUpdates:
       'defended': build_player(observation, shares, equipment),
       'clean': build_player(undefended, shares),
     }
-    steps = local_steps(like, observation.client_training)
 
     num_defended = min(num_defended, len(clients))
     self.shown: list[Any] = []
@@ -156,6 +156,10 @@ class SimulatedUpdates:
       done = 0
       for truths in clients.chunks(count):
         keys = {number: noise_key(observation, clients.seed, number) for number in truths}
+        steps = {
+          number: simulated_steps(observation, like, clients.seed, number, is_first)
+          for number in truths
+        }
         sent = players[kind].updates(truths, steps, keys)
         if kind == 'defended' and shown is not None:
           self.shown += map(shown, sent.values())

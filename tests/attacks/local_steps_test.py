@@ -67,6 +67,21 @@ def test_later_rounds_are_exact_only_where_no_step_has_a_part_of_the_images():
     assert steps.in_a_later_round() == steps._replace(is_exact=not is_ordered)
 
 
+def test_another_order_of_the_same_images():
+  steps = local_steps(_client(5, 4), _training(3, 2))
+  other = steps.reordered([3, 1])
+  assert other != steps
+  assert other == steps.reordered([3, 1])
+  order = dict(
+    zip(steps.batches[0] + steps.batches[1], other.batches[0] + other.batches[1], strict=False)
+  )
+  assert sorted(order.values()) == list(range(5))
+  # An image that comes again, comes again.
+  assert [tuple(order[image] for image in batch) for batch in steps.batches] == list(other.batches)
+  whole = local_steps(_client(4, 3), _training(4, 3))
+  assert whole.reordered([3, 1]) is whole
+
+
 def test_clients_that_may_have_more_images_than_they_used():
   assert may_be_cut(_client(2, 1), _training(2, 1, 1))
   assert may_be_cut(_client(6, 3), _training(2, 4, 3))
