@@ -107,8 +107,8 @@ def warnings(
       f' ({several[0].client_id} among them): one gradient between their old and new weights stands'
       ' for all steps, which is not exact'
     ]
-  steps = [local_steps(client, observation.client_training) for client in clients]
-  guessed = [client for client, own in zip(clients, steps, strict=True) if not own.is_exact]
+  steps = [local_steps(client, observation.client_training) for client in several]
+  guessed = [client for client, own in zip(several, steps, strict=True) if not own.is_exact]
   found = []
   if guessed:
     found.append(
@@ -116,7 +116,7 @@ def warnings(
       f' ({guessed[0].client_id} among them): the order of the first time is taken for all, which'
       ' the server cannot know'
     )
-  ordered = [client for client, own in zip(clients, steps, strict=True) if own.is_ordered]
+  ordered = [client for client, own in zip(several, steps, strict=True) if own.is_ordered]
   if num_rounds > 1 and ordered:
     found.append(
       f'{len(ordered)} of {len(clients)} clients took several steps on parts of their images'
