@@ -50,7 +50,8 @@ class AttackConfig:
     start: Where it starts.
     simulation: How several local steps are simulated: 'exact', one after another, or 'between', by
       one gradient on all images at a point between the old and the new weights that is optimised
-      too, for clients whose steps are not known.
+      too, for clients whose steps are not known. In a joint attack those of later rounds are not,
+      but where every step is on all images.
     start_position: Where that point starts: 0 at the old weights, 1 at the new.
     label_rule: How labels are inferred; see `labels.infer_labels`.
     joint_labels: Whether labels are optimised with the images, from inferred ones.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -29,16 +30,12 @@ class Labels:
   source: LabelsSource
 
 
-def infer_labels(
-  simulator: ClientSimulator,
-  gradient: Sequence[tf.Tensor],
-  num_images: int,
-  typical_images: np.ndarray,
-  rule: LabelRule = 'bias',
-) -> Labels:
-  """Infers the labels of `num_images` images from their mean gradient.
+class LabelInference:
+  """Infers the labels of clients with one number of images, from one round or from several.
 
-  The rules:
+  Every rule reads something of the gradient of the last layer and compares it with what the model
+  makes of public images. Of several rounds both are averaged: a client's labels are the same in
+  each, and fresh noise is not. The rules:
 
   - 'bias': for several images `label_counts`; for one the same as 'idlg'.
   - 'idlg': the one class whose gradient is negative (Zhao et al. 2020, "iDLG"). One image only.
@@ -47,13 +44,117 @@ def infer_labels(
   - 'gradinversion': `distinct_labels`; for images that all have different labels.
 
   The last two read the kernel and count on features that are not negative, as behind a rectifier.
+  """
+
+  def __init__(
+    self,
+    simulators: Sequence[ClientSimulator],
+    num_images: int,
+    typical_images: np.ndarray,
+    rule: LabelRule = 'bias',
+  ):
+    """Infers nothing yet.
+
+    Args:
+      simulators: Of the clients, one per round.
+      num_images: B.
+      typical_images: [N, H, W, C] public images, or guesses, for the mean prediction.
+      rule: Which of the above.
+
+    Raises:
+      UserError: If there is no such rule, or it cannot tell that many labels.
+    """
+    if rule not in LABEL_RULES:
+      raise UserError(f'label rule {rule!r}: unknown; use one of {", ".join(LABEL_RULES)}')
+    if rule == 'idlg' and num_images > 1:
+      raise UserError(
+        f"label rule 'idlg': tells the label of one image, not of {num_images}; use 'bias' or 'llg'"
+      )
+    self._simulators = list(simulators)
+    self._num_images = num_images
+    self._typical_images = typical_images
+    self._rule = rule
+
+  def shown(self, view: int, gradient: Sequence[tf.Tensor]) -> tf.Tensor:
+    """What a client's gradient shows of its labels: all that is needed of it.
+
+    Args:
+      view: Which of the rounds it is of.
+      gradient: The observed one, per trainable variable.
+
+    Returns:
+      [classes], or the gradient of the kernel [features, classes].
+
+    Raises:
+      UserError: If the last layer is not as the rule needs it.
+    """
+    kernel, bias = self._simulators[view].logits_layer_gradient(list(gradient))
+    if kernel is None:
+      raise UserError(
+        '--labels=infer: needs a model whose last layer is dense and trained; give the labels as a'
+        ' list or use --labels=truth'
+      )
+    if self._rule == 'gradinversion':
+      return kernel
+    if self._rule == 'llg':
+      return tf.constant(np.asarray(kernel, np.float64).sum(axis=0))
+    if bias is not None:
+      return bias
+    if self._num_images > 1:
+      raise UserError(
+        "label rule 'bias': the last layer has no bias, which is needed for more than one image;"
+        " use 'llg', give the labels as a list or use --labels=truth"
+      )
+    # Features after a rectifier are not negative, so the sum over them keeps the sign.
+    return tf.reduce_sum(kernel, axis=0)
+
+  def labels(self, shown: Sequence[tf.Tensor]) -> Labels:
+    """The labels of a client, sorted.
+
+    Args:
+      shown: `LabelInference.shown` of what it sent in each round.
+
+    Raises:
+      UserError: If the rule cannot tell them.
+    """
+    mean = np.asarray(_mean(shown))
+    if self._rule == 'gradinversion':
+      return _sorted_labels(distinct_labels(mean, self._num_images))
+    if self._rule == 'llg':
+      return _from_counts(impact_counts(mean, self._num_images, *self._impact))
+    if self._num_images == 1:
+      return _sorted_labels(np.array([int(np.argmin(mean))]))
+    return _from_counts(label_counts(self._prediction, mean, self._num_images))
+
+  @functools.cached_property
+  def _prediction(self) -> np.ndarray:
+    """[classes]."""
+    images = tf.constant(self._typical_images, self._simulators[0].dtype)
+    return np.asarray(_mean([own.mean_probabilities(images) for own in self._simulators]))
+
+  @functools.cached_property
+  def _impact(self) -> tuple[float, np.ndarray]:
+    """Impact of one image and offset [classes]."""
+    found = [_impact(own, self._num_images, self._typical_images) for own in self._simulators]
+    impacts, offsets = zip(*found, strict=True)
+    return float(np.mean(impacts)), np.mean(offsets, axis=0)
+
+
+def infer_labels(
+  simulators: Sequence[ClientSimulator],
+  gradients: Sequence[Sequence[tf.Tensor]],
+  num_images: int,
+  typical_images: np.ndarray,
+  rule: LabelRule = 'bias',
+) -> Labels:
+  """Infers the labels of `num_images` images from their mean gradients; see `LabelInference`.
 
   Args:
-    simulator: Of the client.
-    gradient: The observed one, per trainable variable.
+    simulators: Of the client, one per round.
+    gradients: The observed one in each round, per trainable variable.
     num_images: B.
     typical_images: [N, H, W, C] public images, or guesses, for the mean prediction.
-    rule: Which of the above.
+    rule: Of `LABEL_RULES`.
 
   Returns:
     The labels, sorted.
@@ -61,35 +162,8 @@ def infer_labels(
   Raises:
     UserError: If the rule cannot tell that many labels, or the last layer is not as it needs it.
   """
-  if rule not in LABEL_RULES:
-    raise UserError(f'label rule {rule!r}: unknown; use one of {", ".join(LABEL_RULES)}')
-  kernel, bias = simulator.logits_layer_gradient(list(gradient))
-  if kernel is None:
-    raise UserError(
-      '--labels=infer: needs a model whose last layer is dense and trained; give the labels as a'
-      ' list or use --labels=truth'
-    )
-  if rule == 'idlg' and num_images > 1:
-    raise UserError(
-      f"label rule 'idlg': tells the label of one image, not of {num_images}; use 'bias' or 'llg'"
-    )
-  if rule == 'gradinversion':
-    return _sorted_labels(distinct_labels(np.asarray(kernel), num_images))
-  if rule == 'llg':
-    impact, offset = _impact(simulator, num_images, typical_images)
-    sums = np.asarray(kernel, np.float64).sum(axis=0)
-    return _from_counts(impact_counts(sums, num_images, impact, offset))
-  if num_images == 1:
-    # Features after a rectifier are not negative, so the sum over them keeps the sign.
-    signed = bias if bias is not None else tf.reduce_sum(kernel, axis=0)
-    return _sorted_labels(np.array([int(tf.argmin(signed))]))
-  if bias is None:
-    raise UserError(
-      "label rule 'bias': the last layer has no bias, which is needed for more than one image; use"
-      " 'llg', give the labels as a list or use --labels=truth"
-    )
-  prediction = simulator.mean_probabilities(tf.constant(typical_images, simulator.dtype))
-  return _from_counts(label_counts(np.asarray(prediction), np.asarray(bias), num_images))
+  inference = LabelInference(simulators, num_images, typical_images, rule)
+  return inference.labels([inference.shown(view, own) for view, own in enumerate(gradients)])
 
 
 def label_counts(prediction: np.ndarray, bias_gradient: np.ndarray, num_images: int) -> np.ndarray:
@@ -255,6 +329,10 @@ def _impact(
       "label rule 'llg': the features before the last layer are negative on average; use 'bias'"
     )
   return impact, np.concatenate([second[:1], first[1:]])
+
+
+def _mean(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+  return tf.add_n(list(tensors)) / len(tensors)
 
 
 def _from_counts(counts: np.ndarray) -> Labels:

@@ -1,6 +1,9 @@
 """Which of a client's images each of its local steps trained on, as far as the server can tell."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from tff_shadow.observations import ClientObservation, ClientTraining
 
@@ -11,8 +14,8 @@ class LocalSteps(NamedTuple):
   Attributes:
     batches: For each step the positions of its images among those of the client.
     is_exact: Whether these are the client's own batches up to the order of its images, which no
-      attack can tell. Not so where it saw images again in an order of its own, or where what it
-      says of its steps does not fit the public settings.
+      attack can tell. Not so where it saw images again in an order of its own, in a later epoch or
+      a later round, or where what it says of its steps does not fit the public settings.
   """
 
   batches: tuple[tuple[int, ...], ...]
@@ -22,6 +25,25 @@ class LocalSteps(NamedTuple):
   def is_single(self) -> bool:
     """Whether one step on all images is all there is."""
     return len(self.batches) == 1 and len(set(self.batches[0])) == len(self.batches[0])
+
+  @property
+  def is_ordered(self) -> bool:
+    """Whether it matters how the images are numbered; not if every step is on all of them."""
+    images = {image for batch in self.batches for image in batch}
+    return any(set(batch) != images for batch in self.batches)
+
+  def in_a_later_round(self) -> 'LocalSteps':
+    """The same, of images that an earlier round has numbered: each round has its own order."""
+    return self._replace(is_exact=self.is_exact and not self.is_ordered)
+
+  def reordered(self, seed: Sequence[int]) -> 'LocalSteps':
+    """The same with the images in another order, which `seed` decides."""
+    if not self.is_ordered:
+      return self
+    images = sorted({image for batch in self.batches for image in batch})
+    order = np.random.default_rng(seed).permutation(images)
+    place = dict(zip(images, map(int, order), strict=True))
+    return self._replace(batches=tuple(tuple(map(place.get, own)) for own in self.batches))
 
   def segments(self) -> list[tuple[tuple[int, ...], ...]]:
     """The steps in runs of equally large batches."""
@@ -60,3 +82,14 @@ def local_steps(client: ClientObservation, training: ClientTraining) -> LocalSte
     ),
     is_exact=client.num_steps == 1,
   )
+
+
+def may_be_cut(client: ClientObservation, training: ClientTraining) -> bool:
+  """Whether `client` may have images that it did not use, and use others in another round.
+
+  So it may where its steps end with the most that are allowed and no image was used twice: whether
+  they were all, the server is not told.
+  """
+  if training.max_local_steps is None:
+    return False
+  return training.max_local_steps * client.images_per_step(training) <= client.num_images

@@ -58,7 +58,8 @@ class Evidence(NamedTuple):
     target: int32 [R], which target a lane attacks.
     labels: int32 [T, B]; not used where labels are optimised with the images.
     gradients: Per view, per trainable variable: [T, ...], the observed mean gradients.
-    statistics: Per BatchNorm layer (mean, variance), [T, channels] each; empty without that prior.
+    statistics: Per view, per BatchNorm layer (mean, variance), [T, channels] each; a view without
+      them has none, and without that prior it is empty.
     seeds: int32 [R, 2], of each lane's own draws.
     weights: Per view, per trainable variable: [T, ...], what both gradients are multiplied by
       before they are compared; empty to compare them as they are.
@@ -111,7 +112,8 @@ class Solver:
 
     Args:
       simulators: Of the client, one per view.
-      steps: The client's local steps in each view.
+      steps: The client's local steps in each view; those of later views that have an order are
+        simulated as `AttackConfig.simulation` 'between'.
       config: Settings.
       matching: False deletes the matching term: the prior-only control.
       contrast: That all images have after each step (`contrast.with_contrast`); None to leave it.
@@ -120,6 +122,12 @@ class Solver:
     self._simulators = list(simulators)
     self._local_steps = list(steps)
     self._config = config
+    # Each round has an order of its own, and the images are numbered by that of the first. One
+    # gradient on all of them, in no order, is nearer to the truth than steps in a wrong one.
+    self._between = [
+      config.simulation == 'between' or (view > 0 and own.is_ordered)
+      for view, own in enumerate(steps)
+    ]
     self._matching = matching
     self._contrast = contrast
     self.use_xla = use_xla
@@ -140,7 +148,7 @@ class Solver:
     parameters = {_IMAGES: config.parametrization.parameters(images, tf.constant(seeds)[:, 1])}
     if labels is not None:
       parameters[_LABELS] = tf.constant(labels, images.dtype)
-    if config.simulation == 'between' and self._matching:
+    if any(self._between) and self._matching:
       parameters[_POSITION] = tf.fill([num_lanes], tf.cast(config.start_position, images.dtype))
     infinity = tf.fill([num_lanes], tf.constant(float('inf'), images.dtype))
     return SolverState(
@@ -301,25 +309,25 @@ class Solver:
     sharpness = None
     if isinstance(config.rectifier, SurrogateRectifier):
       sharpness = config.rectifier.sharpness(iteration, config.iterations, images.dtype)
-    losses, penalty = [], tf.zeros((), images.dtype)
+    losses, penalties = [], []
     for view, (simulator, steps) in enumerate(
       zip(self._simulators, self._local_steps, strict=True)
     ):
       observed = [tensor[target] for tensor in evidence.gradients[view]]
+      statistics = evidence.statistics[view] if evidence.statistics else ()
+      known = [(mean[target], variance[target]) for mean, variance in statistics]
       if isinstance(config.matching, NoMatching):
-        if evidence.statistics and view == 0:
-          known = [(mean[target], variance[target]) for mean, variance in evidence.statistics]
-          penalty += config.batch_norm_statistics(simulator.statistics(images), known)
+        if known:
+          penalties.append(config.batch_norm_statistics(simulator.statistics(images), known))
         losses.append(tf.zeros((), images.dtype))
         continue
-      if _POSITION in own:
+      if self._between[view]:
         scale = -simulator.update_over_gradient(len(steps.batches))
         update = [scale * tensor for tensor in observed]
         simulated = simulator.gradient_between(images, labels, update, own[_POSITION], sharpness)
-      elif evidence.statistics and view == 0:
+      elif known:
         simulated, statistics = simulator.gradient_and_statistics(images, labels, sharpness)
-        known = [(mean[target], variance[target]) for mean, variance in evidence.statistics]
-        penalty += config.batch_norm_statistics(statistics, known)
+        penalties.append(config.batch_norm_statistics(statistics, known))
       else:
         simulated = simulator.mean_gradient(images, labels, steps, sharpness)
       if evidence.weights:
@@ -327,6 +335,7 @@ class Solver:
         simulated = [tensor * w for tensor, w in zip(simulated, weights, strict=True)]
         observed = [tensor * w for tensor, w in zip(observed, weights, strict=True)]
       losses.append(config.matching(simulated, observed))
+    penalty = tf.add_n(penalties) / len(penalties) if penalties else tf.zeros((), images.dtype)
     return tf.add_n(losses) / len(losses), penalty
 
   def _with_noise(self, change, evidence, iteration, factor):

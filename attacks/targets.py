@@ -14,13 +14,16 @@ from attacks.batch_norm_statistics import (
 )
 from attacks.config import AttackConfig
 from attacks.contrast import hides_contrast
-from attacks.labels import Labels, infer_labels, known_labels, start_logits
+from attacks.labels import LabelInference, Labels, known_labels, start_logits
 from attacks.local_steps import LocalSteps, local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.errors import UserError
 from tff_shadow.observations import AGGREGATE, ClientObservation, Observation
 
 _NOISY_GUESSES = 16
+
+# Per BatchNorm layer mean and variance.
+RoundStatistics = tuple[tuple[tf.Tensor, tf.Tensor], ...]
 
 
 class Target(NamedTuple):
@@ -83,6 +86,7 @@ class Targets:
     )
     self.default_names = [client.client_id for client in first.clients]
     self.public_mean_image = first.public_mean_image
+    self._inferences: dict[int, LabelInference] = {}
 
   def find(self, name: str, told: Sequence[int] | None) -> Target:
     """The target of that name.
@@ -110,9 +114,8 @@ class Targets:
           ' can be attacked jointly'
         )
       is_mean = name == AGGREGATE
-      steps.append(
-        _one_step(client.num_images) if is_mean else local_steps(client, seen.client_training)
-      )
+      own = _one_step(client.num_images) if is_mean else local_steps(client, seen.client_training)
+      steps.append(own.in_a_later_round() if steps else own)
     told = None if told is None else tuple(told)
     return Target(name, index, clients[0].num_images, tuple(steps), clients, told)
 
@@ -153,52 +156,65 @@ class Targets:
     ]
 
   def labels(self, target: Target) -> Labels:
-    """Its labels, told or inferred from the first round.
+    """Its labels, told or inferred from all rounds.
 
     Raises:
       UserError: If told ones do not fit, or the model does not show any.
     """
-    first = self._observations[0]
     if target.told is not None:
-      classes = len(first.class_names)
+      classes = len(self._observations[0].class_names)
       return known_labels(target.told, target.num_images, classes, f'labels of {target.name}')
-    noise = tf.random.stateless_normal(
-      (_NOISY_GUESSES, *self.public_mean_image.shape), (0, 0), alg='philox'
-    ).numpy()
-    return infer_labels(
-      self.simulators[0],
-      self.simulators[0].observed_gradient(target.clients[0]),
-      target.num_images,
-      np.clip(self.public_mean_image + 0.1 * noise, 0, 1),
-      self._config.label_rule,
-    )
+    inference = self.label_inference(target.num_images)
+    gradients = self.gradients(target)
+    return inference.labels([inference.shown(view, own) for view, own in enumerate(gradients)])
+
+  def label_inference(self, num_images: int) -> LabelInference:
+    """How labels of targets with so many images are inferred."""
+    if num_images not in self._inferences:
+      noise = tf.random.stateless_normal(
+        (_NOISY_GUESSES, *self.public_mean_image.shape), (0, 0), alg='philox'
+      ).numpy()
+      self._inferences[num_images] = LabelInference(
+        self.simulators,
+        num_images,
+        np.clip(self.public_mean_image + 0.1 * noise, 0, 1),
+        self._config.label_rule,
+      )
+    return self._inferences[num_images]
 
   def start_logits(self, labels: Sequence[Labels]) -> list[np.ndarray]:
     """Where the joint optimisation of labels starts: [B, classes] for each target."""
     classes = len(self._observations[0].class_names)
     return [start_logits(np.bincount(own.values, minlength=classes)) for own in labels]
 
-  def statistics(self, targets: Sequence[Target]) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:
-    """Batch statistics that the targets shared in the first round, per layer [T, channels] each.
+  def statistics(self, targets: Sequence[Target]) -> tuple[RoundStatistics, ...]:
+    """Batch statistics that the targets shared in each round, per layer [T, channels] each.
 
-    Empty if there are no targets, or the prior on them has no weight, or is not required and a
-    target has none that can be matched.
+    Those of a round are empty if they are not required and a target has none that can be matched.
+    Empty altogether if there are no targets, no round has any, or the prior on them has no weight.
 
     Raises:
       UserError: If they are required, but a target shared none, took more than one step, or the
         model's layers do not tell them; or if the observation does not hold together.
     """
-    prior = self._config.batch_norm_statistics
-    if not targets or not prior.weight:
+    if not targets or not self._config.batch_norm_statistics.weight:
       return ()
-    first = self._observations[0]
-    for target in targets:
-      reason = without_statistics(first, target.clients[0]) or self._unmatchable_layers
-      if reason and prior.required:
+    found = tuple(
+      self._round_statistics(seen, [target.clients[view] for target in targets])
+      for view, seen in enumerate(self._observations)
+    )
+    return found if any(found) else ()
+
+  def _round_statistics(
+    self, seen: Observation, clients: Sequence[ClientObservation]
+  ) -> RoundStatistics:
+    for client in clients:
+      reason = without_statistics(seen, client) or self._unmatchable_layers
+      if reason and self._config.batch_norm_statistics.required:
         raise UserError(f'--bn_weight: {reason}')
       if reason:
         return ()
-    found = [observed_statistics(first, target.clients[0]) for target in targets]
+    found = [observed_statistics(seen, client) for client in clients]
     dtype = self.simulators[0].dtype
     return tuple(
       tuple(tf.constant(np.stack(part), dtype) for part in zip(*layers, strict=True))

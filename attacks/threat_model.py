@@ -85,9 +85,19 @@ def _uses_statistics(observation: Observation) -> bool:
 
 
 def warnings(
-  observation: Observation, clients: Sequence[ClientObservation], config: AttackConfig
+  observation: Observation,
+  clients: Sequence[ClientObservation],
+  config: AttackConfig,
+  num_rounds: int = 1,
 ) -> list[str]:
-  """Where the simulation is less than exact, one line a kind."""
+  """Where the simulation is less than exact, one line a kind.
+
+  Args:
+    observation: The first round.
+    clients: Those of it that are attacked.
+    config: Of the attack.
+    num_rounds: That are attacked jointly.
+  """
   several = [client for client in clients if client.num_steps > 1]
   if config.simulation == 'between':
     if not several:
@@ -97,12 +107,21 @@ def warnings(
       f' ({several[0].client_id} among them): one gradient between their old and new weights stands'
       ' for all steps, which is not exact'
     ]
-  training = observation.client_training
-  guessed = [client for client in several if not local_steps(client, training).is_exact]
-  if not guessed:
-    return []
-  return [
-    f'{len(guessed)} of {len(clients)} clients went through their images more than once'
-    f' ({guessed[0].client_id} among them): the order of the first time is taken for all, which the'
-    ' server cannot know'
-  ]
+  steps = [local_steps(client, observation.client_training) for client in several]
+  guessed = [client for client, own in zip(several, steps, strict=True) if not own.is_exact]
+  found = []
+  if guessed:
+    found.append(
+      f'{len(guessed)} of {len(clients)} clients went through their images more than once'
+      f' ({guessed[0].client_id} among them): the order of the first time is taken for all, which'
+      ' the server cannot know'
+    )
+  ordered = [client for client, own in zip(several, steps, strict=True) if own.is_ordered]
+  if num_rounds > 1 and ordered:
+    found.append(
+      f'{len(ordered)} of {len(clients)} clients took several steps on parts of their images'
+      f' ({ordered[0].client_id} among them), in each round in an order of its own, which the'
+      ' server cannot know: from the second round on one gradient between their old and new weights'
+      ' stands for all steps, which is not exact'
+    )
+  return found

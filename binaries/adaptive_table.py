@@ -136,9 +136,8 @@ def _attack(
   maps = {name: region_map(own) for name, own in rounds.truth.items()}
   made = attacker.attack([observation], list(maps), maps, shared=shared)
   for knows_region, own in zip(('no', 'yes'), made, strict=True):
-    chosen = (
-      f'{own.trial.candidate}, denoised {own.trial.level:g}, learned {own.trial.learned_share:g}'
-    )
+    trial = own.calibrations[0].trial  # All clients are of one kind.
+    chosen = f'{trial.candidate}, denoised {trial.level:g}, learned {trial.learned_share:g}'
     rows += _rows(rounds, own.results, _CALIBRATED, knows_region, chosen)
   return rows
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +13,21 @@ import tensorflow as tf
 
 from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
 from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
-from attacks.adaptive.learned_inversion import InversionSettings, LearnedInversion
+from attacks.adaptive.learned_inversion import (
+  InversionSettings,
+  LabelReader,
+  LearnedInversion,
+)
 from attacks.adaptive.players import AttackersShadow, Equipment
 from attacks.adaptive.simulated_defense import simulate_round
 from attacks.config import AttackConfig
+from attacks.local_steps import local_steps
 from attacks.priors import GaussianImages
 from attacks.results import TargetResult
 from attacks.shared_solvers import SharedSolvers
 from attacks.targets import Targets
 from tff_shadow.data import Examples
+from tff_shadow.errors import UserError
 from tff_shadow.learning.decoys import decoy_pool
 from tff_shadow.observations import ClientObservation, Observation, WeightArrays
 from tff_shadow.privacy import fit_gaussian_prior
@@ -29,6 +35,8 @@ from tff_shadow.shadow.augmentation import augment
 
 # Without them the covariance of a hundred images is mostly shrinkage.
 _PRIOR_DRAWS = 2000
+# Settings are chosen for so many kinds of clients; each takes as long as the first.
+_MAX_KINDS = 3
 
 # From what is being done, and its number of steps, to a context that is told how far it is.
 Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int, str], None]]]
@@ -72,24 +80,23 @@ class Effort:
     )
 
 
-class AdaptiveAttack(NamedTuple):
-  """What one attacker made of the clients.
+class Calibration(NamedTuple):
+  """How clients of one kind are attacked: with as many images and steps.
 
   Attributes:
     trial: The settings that came closest on public images.
     num_played: Clients of public images on which they were tried.
-    results: One for each attacked client.
+    like: A client of the kind.
+    others: Ids of clients of other kinds, attacked with these settings because no own were chosen.
   """
 
   trial: Trial
   num_played: int
-  results: list[TargetResult]
+  like: ClientObservation
+  others: tuple[str, ...] = ()
 
-  def knows(self, observation: Observation) -> tuple[str, ...]:
-    """What the attacker of `observation` is assumed to know, one fact a sentence."""
-    regions = 'It is told the region maps of the clients.'
-    if not self.trial.knows_region:
-      regions = 'It knows the mean region map of public images, and not those of the clients.'
+  def facts(self) -> list[str]:
+    """What the attacker does with clients of the kind, in sentences."""
     denoised = 'It leaves noise in the images as it is.'
     if self.trial.level:
       denoised = (
@@ -102,14 +109,50 @@ class AdaptiveAttack(NamedTuple):
         f'It mixes in {self.trial.learned_share:.0%} of what a network makes of the update that was'
         ' trained on simulated updates of varied public images.'
       )
-    published = observation.defense['name'] == 'published'
-    return (
-      'It is an honest-but-curious server that knows the defence with all its settings, and not its'
-      ' keys.',
+    return [
       f'It has played the round itself with {self.num_played} clients of public images, and'
       f' takes the settings that came closest there: {self.trial.candidate}.',
       denoised,
       learned,
+    ]
+
+
+class AdaptiveAttack(NamedTuple):
+  """What one attacker made of the clients.
+
+  Attributes:
+    calibrations: One for each kind of clients that it has played.
+    results: One for each attacked client.
+  """
+
+  calibrations: tuple[Calibration, ...]
+  results: list[TargetResult]
+
+  @property
+  def uncalibrated(self) -> tuple[str, ...]:
+    """Ids of clients for whose kind no settings were chosen."""
+    return tuple(name for own in self.calibrations for name in own.others)
+
+  def knows(self, observation: Observation) -> tuple[str, ...]:
+    """What the attacker of `observation` is assumed to know, one fact a sentence."""
+    regions = 'It is told the region maps of the clients.'
+    if not self.calibrations[0].trial.knows_region:
+      regions = 'It knows the mean region map of public images, and not those of the clients.'
+    facts = []
+    for own in self.calibrations:
+      kind = _in_words(own.like)
+      differ = len(self.calibrations) > 1 or own.others
+      facts += [f'Clients of {kind}: {fact}' if differ else fact for fact in own.facts()]
+      if own.others:
+        facts.append(
+          f'It has not played clients like {named(own.others)}: it attacks them with the best'
+          f' settings for clients of {kind} that do without a network for updates.'
+        )
+    published = observation.defense['name'] == 'published'
+    return (
+      'It is an honest-but-curious server that knows the defence with all its settings, and not its'
+      ' keys.',
+      *facts,
       regions,
       *(['It plays their shadows with a generator that it has.'] if published else []),
     )
@@ -128,6 +171,7 @@ class AdaptiveAttacker:
     config: AttackConfig,
     effort: Effort,
     *,
+    batch_config: AttackConfig | None = None,
     shadow: AttackersShadow | None = None,
     watch: Watch = unwatched,
     directory: pathlib.Path | None = None,
@@ -138,6 +182,7 @@ class AdaptiveAttacker:
       public: Images of the modality with labels and regions, of no attacked client.
       config: All settings that are not tried; the seed decides everything.
       effort: How much it makes of the public images.
+      batch_config: Instead of `config` for clients with several images in a step; of the same seed.
       shadow: With which the published defence is played. The decoys of decoy noise are those of
         the public images.
       watch: Shows progress.
@@ -146,6 +191,7 @@ class AdaptiveAttacker:
     order = np.random.default_rng(config.seed).permutation(len(public))
     self._played, self._learned = public.take(order[::2]), public.take(order[1::2])
     self._config = config
+    self._batch_config = batch_config or config
     self._effort = effort
     self._equipment = Equipment(shadow, decoy_pool(public))
     self._watch = watch
@@ -163,6 +209,9 @@ class AdaptiveAttacker:
   ) -> list[AdaptiveAttack]:
     """Attacks clients in one round, or in several jointly.
 
+    Settings are chosen for each kind of clients, those with as many images and steps; for the
+    `_MAX_KINDS` commonest, where there are more. Others are attacked with those of the nearest one.
+
     Args:
       observations: The rounds; the clients trained on the same images in each.
       clients: Ids.
@@ -178,20 +227,50 @@ class AdaptiveAttacker:
     Raises:
       UserError: If the defence cannot be played, or the rounds not attacked.
     """
-    config = dataclasses.replace(self._config, gaussian_images=self._prior)
+    shared = shared or SharedSolvers(observations, self._config.dtype)
+    groups = _groups(observations[0], clients, len(self._played))
+    made = []
+    for group in groups:
+      own = name if len(groups) == 1 else f'{name}, {_in_words(group.like)}'
+      made.append(self._attack_group(observations, group, told_maps, shared, own))
+    together = []
+    for parts in zip(*made, strict=True):
+      results = {result.target: result for part in parts for result in part.results}
+      calibrations = tuple(own for part in parts for own in part.calibrations)
+      ordered = [results[client] for client in dict.fromkeys(clients)]
+      together.append(AdaptiveAttack(calibrations, ordered))
+    return together
+
+  def _attack_group(
+    self,
+    observations: Sequence[Observation],
+    group: '_Group',
+    told_maps: Mapping[str, np.ndarray] | None,
+    shared: SharedSolvers,
+    name: str,
+  ) -> list[AdaptiveAttack]:
+    """See `attack`."""
+    like = group.like
+    steps = local_steps(like, observations[0].client_training)
+    config = self._config if max(map(len, steps.batches)) == 1 else self._batch_config
+    config = dataclasses.replace(config, gaussian_images=self._prior)
     denoiser = self._trained_denoiser()
-    shared = shared or SharedSolvers(observations, config.dtype)
-    like = _typical(observations[0], clients)
     count = min(self._effort.clients, len(self._played) // like.num_images)
     # The same clients in each round.
     simulated = [
       simulate_round(
-        seen, like, self._played, num_clients=count, seed=config.seed, equipment=self._equipment
+        seen,
+        like,
+        self._played,
+        num_clients=count,
+        seed=config.seed,
+        equipment=self._equipment,
+        is_first=not view,
       )
-      for seen in observations
+      for view, seen in enumerate(observations)
     ]
     learned = self._trained_inversion(observations, like, name, shared)
-    total = len(candidates_for(observations[0]))
+    total = len(candidates_for(observations[0], config))
     with self._watch(f'{name}: {total} settings on public images', total) as update:
       trials = calibrate(
         simulated,
@@ -201,18 +280,30 @@ class AdaptiveAttacker:
         progress=lambda done, best: update(done, f'best {best.region_psnr:.1f} dB'),
         shared=shared,
       )
-    maps_known = [dict.fromkeys(clients, simulated[0].mean_map)]
+    everyone = (*group.clients, *group.others)
+    maps_known = [dict.fromkeys(everyone, simulated[0].mean_map)]
     if told_maps is not None:
-      maps_known.append({client: told_maps[client] for client in clients})
-    earlier: dict = {}
+      maps_known.append({client: told_maps[client] for client in everyone})
+    # Inversions of clients of the kind, and of others.
+    earlier: tuple[dict, dict] = ({}, {})
     made = []
     with self._watch(name, len(maps_known)) as update:
       for told, maps in enumerate(maps_known):
-        trial = next(trial for trial in trials if trial.knows_region == bool(told))
-        results = attack_calibrated(
-          observations, trial, config, denoiser, maps, learned, earlier, shared
-        )
-        made.append(AdaptiveAttack(trial, count, results))
+        fitting = [trial for trial in trials if trial.knows_region == bool(told)]
+        trial, results = fitting[0], []
+        # What was learned of clients of one kind says nothing of another.
+        unlearned = next(trial for trial in fitting if not trial.learned_share)
+        for chosen, network, names, made_before in (
+          (trial, learned, group.clients, earlier[0]),
+          (unlearned, None, group.others, earlier[1]),
+        ):
+          if names:
+            own = {client: maps[client] for client in names}
+            results += attack_calibrated(
+              observations, chosen, config, denoiser, own, network, made_before, shared
+            )
+        calibration = Calibration(trial, count, like, group.others)
+        made.append(AdaptiveAttack((calibration,), results))
         update(told + 1, str(trial.candidate))
     return made
 
@@ -247,11 +338,15 @@ class AdaptiveAttacker:
       return None
     targets = Targets(observations, self._config, shared.simulators)
     # The rule that the attacked clients' labels are inferred by.
-    target = targets.find(like.client_id, None)
+    inference = targets.label_inference(like.num_images)
 
-    def infer(update: WeightArrays) -> np.ndarray:
+    def shown(view: int, update: WeightArrays) -> np.ndarray:
       client = dataclasses.replace(like, update=update)
-      return targets.labels(target._replace(clients=(client,))).values
+      gradient = targets.simulators[view].observed_gradient(client)
+      return inference.shown(view, gradient).numpy()
+
+    def labels(shown: Sequence[np.ndarray]) -> np.ndarray:
+      return inference.labels(shown).values
 
     with self._watch(f'{name}: learned inversion', settings.clients) as update:
       return LearnedInversion(
@@ -259,7 +354,7 @@ class AdaptiveAttacker:
         like,
         self._learned,
         settings,
-        infer=infer,
+        reader=LabelReader(shown, labels),
         equipment=self._equipment,
         progress=update,
       )
@@ -278,7 +373,69 @@ def _fitted_prior(
   return GaussianImages(fit_gaussian_prior(images), weight=1.0, source=source)
 
 
+class _Group(NamedTuple):
+  """Clients that are attacked with the same settings.
+
+  Attributes:
+    like: Whose kind the settings are chosen for.
+    clients: Ids of all of this kind.
+    others: Ids of clients of kinds near to it.
+  """
+
+  like: ClientObservation
+  clients: tuple[str, ...]
+  others: tuple[str, ...]
+
+
+def _groups(observation: Observation, clients: Sequence[str], most_images: int) -> list[_Group]:
+  """The commonest kinds of clients, and with each the clients whose own is none of them.
+
+  Args:
+    observation: The first round.
+    clients: Ids.
+    most_images: A kind with more cannot be played.
+
+  Raises:
+    UserError: If that is all of them.
+  """
+  kinds: dict[Hashable, list[str]] = {}
+  for name in dict.fromkeys(clients):
+    client = observation.client(name)
+    kind = (client.num_images, local_steps(client, observation.client_training))
+    kinds.setdefault(kind, []).append(name)
+  playable = [own for (images, _), own in kinds.items() if images <= most_images]
+  if not playable:
+    raise UserError(
+      f'{most_images} public images to play clients with are too few for any of them: they have'
+      f' {min(images for images, _ in kinds)} or more'
+    )
+  chosen = sorted(playable, key=len, reverse=True)[:_MAX_KINDS]
+  likes = [_typical(observation, own) for own in chosen]
+  others: list[list[str]] = [[] for _ in chosen]
+  for own in kinds.values():
+    if own not in chosen:
+      client = observation.client(own[0])
+      nearest = min(range(len(likes)), key=lambda k, client=client: _distance(client, likes[k]))
+      others[nearest] += own
+  return [_Group(*own) for own in zip(likes, map(tuple, chosen), map(tuple, others), strict=True)]
+
+
+def _distance(one: ClientObservation, other: ClientObservation) -> float:
+  """By what factors the numbers of images and steps differ."""
+  numbers = [(own.num_images, own.num_steps) for own in (one, other)]
+  return float(np.abs(np.diff(np.log(np.maximum(numbers, 1)), axis=0)).sum())
+
+
+def _in_words(client: ClientObservation) -> str:
+  images = '1 image' if client.num_images == 1 else f'{client.num_images} images'
+  return f'{images} in {client.num_steps} step{"s" * (client.num_steps != 1)}'
+
+
+def named(clients: Sequence[str]) -> str:
+  """The first of them, and how many more there are."""
+  return clients[0] if len(clients) == 1 else f'{clients[0]} and {len(clients) - 1} more'
+
+
 def _typical(observation: Observation, clients: Sequence[str]) -> ClientObservation:
-  """The client of the middle number of images."""
-  ranked = sorted(map(observation.client, clients), key=lambda client: client.num_images)
-  return ranked[len(ranked) // 2]
+  """One of clients of a kind."""
+  return observation.client(clients[len(clients) // 2])

@@ -69,6 +69,7 @@ class Candidate:
 
 _BALANCED = CosineMatching(balance=0.5)
 # First the attack that knows of no noise; its total variation is far too weak against much noise.
+# That of all is for `AttackConfig()`; other attacks take it in proportion to their own.
 CANDIDATES = (
   Candidate(_BALANCED, 0.15),
   Candidate(_BALANCED, 0.5),
@@ -101,10 +102,17 @@ MORE_CANDIDATES = {
 }
 
 
-def candidates_for(observation: Observation) -> tuple[Candidate, ...]:
-  """What is worth trying under the defence of `observation`."""
+def candidates_for(observation: Observation, config: AttackConfig) -> tuple[Candidate, ...]:
+  """What is worth trying under the defence of `observation`, the first `config` as it is."""
   defense = observation.defense
-  return CANDIDATES + MORE_CANDIDATES.get(defense.get('shape', defense['name']), ())
+  known = CANDIDATES + MORE_CANDIDATES.get(defense.get('shape', defense['name']), ())
+  return tuple(_in_proportion(candidate, config) for candidate in known)
+
+
+def _in_proportion(candidate: Candidate, config: AttackConfig) -> Candidate:
+  """With as much more total variation as the attack of `config` has by itself, if it has any."""
+  factor = config.total_variation.weight / CANDIDATES[0].tv_weight or 1.0
+  return dataclasses.replace(candidate, tv_weight=candidate.tv_weight * factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +168,7 @@ def calibrate(
   guesses: dict[str, np.ndarray] = {}
   trials: list[Trial] = []
   first: list[TargetResult] = []
-  candidates = candidates or candidates_for(observations[0])
+  candidates = candidates or candidates_for(observations[0], config)
   if config.gaussian_images is None:
     candidates = [candidate for candidate in candidates if not candidate.gaussian_weight]
   for done, candidate in enumerate(candidates):
@@ -222,7 +230,8 @@ def attack_calibrated(
 
   def invert(candidate: Candidate) -> list[TargetResult]:
     if candidate.needs_guess:
-      return _invert(observations, candidate, config, invert(CANDIDATES[0]), maps, shared)
+      first = invert(_in_proportion(CANDIDATES[0], config))
+      return _invert(observations, candidate, config, first, maps, shared)
     if candidate not in earlier:
       earlier[candidate] = _invert(observations, candidate, config, [], maps, shared)
     return earlier[candidate]

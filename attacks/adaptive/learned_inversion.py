@@ -18,7 +18,9 @@ clients are.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -26,6 +28,7 @@ from sklearn.covariance import ledoit_wolf
 
 from attacks.adaptive.players import NO_EQUIPMENT, Equipment
 from attacks.adaptive.simulated_updates import SimulatedClients, SimulatedUpdates
+from attacks.local_steps import local_steps
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.observations import ClientObservation, Observation, WeightArrays
@@ -83,6 +86,19 @@ class InversionSettings:
     check_augmentations(self.augmentations)
 
 
+class LabelReader(NamedTuple):
+  """How an attacker infers labels.
+
+  Attributes:
+    shown: From the place of a round and a client's update in it to what that shows of its labels,
+      which is kept for many clients.
+    labels: From what a client's updates in all rounds show to its labels [B].
+  """
+
+  shown: Callable[[int, WeightArrays], Any]
+  labels: Callable[[Sequence[Any]], Sequence[int]]
+
+
 class LearnedInversion:
   """Trained for rounds under their defence; called with the updates of a client."""
 
@@ -93,7 +109,7 @@ class LearnedInversion:
     public: Examples,
     settings: InversionSettings,
     *,
-    infer: Callable[[WeightArrays], Sequence[int]] | None = None,
+    reader: LabelReader | None = None,
     equipment: Equipment = NO_EQUIPMENT,
     progress: Callable[[int, str], None] = lambda done, detail: None,
   ):
@@ -104,8 +120,7 @@ class LearnedInversion:
       like: Whose numbers of images and steps the clients have.
       public: Images of the modality with labels and regions, of no attacked client.
       settings: See there.
-      infer: The labels [B] that an attacker infers from an update of the first round; by default it
-        is told them.
+      reader: How the attacker infers labels; by default it is told them.
       equipment: With which the defence is played.
       progress: Called with how far it is, from 0 to `settings.clients`, and with what it does.
 
@@ -118,6 +133,7 @@ class LearnedInversion:
     self._settings = settings
     self._image_shape = observations[0].image_shape
     self._like = like
+    self._training = observations[0].client_training
     clients = SimulatedClients(
       public, like, settings.clients, settings.augmentations, settings.seed
     )
@@ -136,11 +152,16 @@ class LearnedInversion:
           num_defended=settings.defended_clients,
           num_basis=settings.basis_clients,
           num_features=settings.features,
-          infer=None if index else infer,
+          shown=None if reader is None else functools.partial(reader.shown, index),
           equipment=equipment,
+          is_first=not index,
           progress=show,
         )
       )
+    inferred = clients.labels[: settings.defended_clients]
+    if reader is not None:
+      by_client = zip(*(own.shown for own in self._rounds), strict=True)
+      inferred = np.stack([reader.labels(shown) for shown in by_client])
     clean = np.concatenate([own.clean for own in self._rounds], axis=1)
     noise = np.concatenate([own.noise for own in self._rounds], axis=1)
     # Several rounds show much the same: the directions in which they together differ most.
@@ -152,14 +173,15 @@ class LearnedInversion:
       noise @ self._directions,
       np.mean([own.loudness for own in self._rounds], axis=0),
       clients.images(),
-      self._kinds.as_inferred(clients.labels, self._rounds[0].inferred, settings.seed),
+      self._kinds.as_inferred(clients.labels, inferred, settings.seed),
       clients.held_out,
       lambda step: progress(settings.clients, f'training, step {step}'),
     )
 
   def fits(self, client: ClientObservation) -> bool:
     """Whether a client has as many images and steps as those that it has learned from."""
-    return (client.num_images, client.num_steps) == (self._like.num_images, self._like.num_steps)
+    own, other = (local_steps(one, self._training) for one in (client, self._like))
+    return client.num_images == self._like.num_images and own == other
 
   def __call__(self, updates: Sequence[WeightArrays], labels: Sequence[int]) -> np.ndarray:
     """The images of a client, float32 [B, H, W, C] in [0, 1], in an order of their own.

@@ -132,10 +132,13 @@ class Player:
     return self._update(examples, steps, key)
 
   def updates(
-    self, clients: Mapping[str, Truth], steps: LocalSteps, keys: Mapping[str, tuple[int, int]]
+    self,
+    clients: Mapping[str, Truth],
+    steps: Mapping[str, LocalSteps],
+    keys: Mapping[str, tuple[int, int]],
   ) -> dict[str, WeightArrays]:
-    """What each of several clients with the same local steps sends; see `update`."""
-    return {name: self.update(truth, steps, keys[name]) for name, truth in clients.items()}
+    """What each of several clients with as many images in each step sends; see `update`."""
+    return {name: self.update(truth, steps[name], keys[name]) for name, truth in clients.items()}
 
   def _update(
     self, examples: Mapping[str, np.ndarray], steps: LocalSteps, key: tf.Tensor
@@ -248,7 +251,7 @@ class _PublishedPlayer(_BaselinePlayer):
 
   def update(self, truth, steps, key):
     """See `Player`."""
-    return self.updates({'alone': truth}, steps, {'alone': key})['alone']
+    return self.updates({'alone': truth}, {'alone': steps}, {'alone': key})['alone']
 
   def updates(self, clients, steps, keys):
     """See `Player`."""
@@ -265,8 +268,8 @@ class _PublishedPlayer(_BaselinePlayer):
     data = FederatedData(
       seen.dataset, seen.class_names, tuple(seen.image_shape), examples, any_split, any_split
     )
-    training = dataclasses.replace(seen.client_training, batch_size=len(steps.batches[0]))
-    order = np.concatenate(steps.batches)
+    batch_size = len(next(iter(steps.values())).batches[0])
+    training = dataclasses.replace(seen.client_training, batch_size=batch_size)
     sent = {}
     with tempfile.TemporaryDirectory() as directory:
       shadows = ClientShadows(
@@ -279,9 +282,10 @@ class _PublishedPlayer(_BaselinePlayer):
       )
       shadows.fit_latents()
       for name, truth in clients.items():
+        order = np.concatenate(steps[name].batches)
         noised, _ = shadows.prepare(name, order, training, self._weights, seen.round_num)
         own = {'x': noised, 'y': truth.labels[order]}
-        sent[name] = self._update(own, steps, tf.constant(keys[name], tf.int32))
+        sent[name] = self._update(own, steps[name], tf.constant(keys[name], tf.int32))
     return sent
 
   def _build(self, model, defense):

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from attacks.adaptive.players import NO_EQUIPMENT, Equipment, build_player
-from attacks.local_steps import local_steps
+from attacks.local_steps import LocalSteps, local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
@@ -53,11 +53,12 @@ def simulate_round(
   num_clients: int,
   seed: int,
   equipment: Equipment = NO_EQUIPMENT,
+  is_first: bool = True,
 ) -> SimulatedRound:
   """Plays the round of `observation` with clients like one of it, on public images.
 
   The clients are played exactly, all local steps, noise and what they send of BatchNorm; only the
-  order of their images after the first epoch is that of the first. Several rounds played with the
+  order of their images in later epochs is that of the first. Several rounds played with the
   same seed have the same clients, with the same noise if the defence keeps it.
 
   Args:
@@ -67,6 +68,8 @@ def simulate_round(
     num_clients: How many to play.
     seed: Decides images and noise, but for that of DP-SGD, which takes no key.
     equipment: With which it is played.
+    is_first: Whether the clients use their images in the order of `SimulatedRound.truth`; in later
+      ones of several rounds each has an order of its own.
 
   Raises:
     UserError: If the defence is none that this attacker knows, or there are too few images.
@@ -77,20 +80,28 @@ def simulate_round(
     raise UserError(f'{len(public)} public images are too few: {needed} are needed')
   chosen = np.random.default_rng(seed).permutation(len(public))[:needed]
   region_map = region_map_of(observation)
-  steps = local_steps(like, observation.client_training)
-  truth, maps, keys = {}, {}, {}
+  truth, maps, keys, steps = {}, {}, {}, {}
   for index in range(num_clients):
     name = f'public_{index:02d}'
     own = public.take(chosen[index * like.num_images : (index + 1) * like.num_images])
     truth[name] = Truth(own.float_images(), own.labels, own.float_regions())
     maps[name] = region_map(truth[name])
     keys[name] = noise_key(observation, seed, index)
+    steps[name] = simulated_steps(observation, like, seed, index, is_first)
   clients = [
     dataclasses.replace(like, client_id=name, update=update, dropped=False)
     for name, update in player.updates(truth, steps, keys).items()
   ]
   played = dataclasses.replace(observation, clients=tuple(clients), aggregate=mean_update(clients))
   return SimulatedRound(played, truth, maps)
+
+
+def simulated_steps(
+  observation: Observation, like: ClientObservation, seed: int, index: int, is_first: bool
+) -> LocalSteps:
+  """The local steps of a simulated client; a round that is not the first has its own order."""
+  steps = local_steps(like, observation.client_training)
+  return steps if is_first else steps.reordered([seed, index, observation.round_num])
 
 
 def noise_key(observation: Observation, seed: int, index: int) -> tuple[int, int]:

@@ -6,13 +6,13 @@ public images differ, each entry in units of the noise: for white noise a matche
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from attacks.adaptive.players import Equipment, build_player
-from attacks.adaptive.simulated_defense import noise_key
-from attacks.local_steps import local_steps
+from attacks.adaptive.simulated_defense import noise_key, simulated_steps
 from tff_shadow.data import Examples
 from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
 from tff_shadow.shadow.augmentation import augment
@@ -106,7 +106,8 @@ class SimulatedUpdates:
     noise: [defended clients, k], by how much defended ones differ from them.
     loudness: [clients], of the noise of each, as far as it follows from the norm of the update;
       the geometric mean is 1.
-    inferred: int32 [defended clients, B], what an attacker takes their labels for.
+    shown: Of each defended client, what its update shows of its labels; empty for an attacker who
+      is told them.
   """
 
   def __init__(
@@ -118,8 +119,9 @@ class SimulatedUpdates:
     num_defended: int,
     num_basis: int,
     num_features: int,
-    infer: Callable[[WeightArrays], Sequence[int]] | None,
+    shown: Callable[[WeightArrays], Any] | None,
     equipment: Equipment,
+    is_first: bool,
     progress: Callable[[float, str], None],
   ):
     """Plays the clients.
@@ -131,9 +133,10 @@ class SimulatedUpdates:
       num_defended: How many of them play under the defence too, for the noise.
       num_basis: How many of them give the directions; fewer for large models.
       num_features: k at most.
-      infer: From a defended update to the labels that an attacker takes its images to have; None
-        for one who is told them.
+      shown: From a defended update to what it shows of the labels; None for an attacker who is
+        told them.
       equipment: With which the defence is played.
+      is_first: See `simulate_round`.
       progress: Called with the share that is done, in [0, 1], and what is.
 
     Raises:
@@ -145,19 +148,21 @@ class SimulatedUpdates:
       'defended': build_player(observation, shares, equipment),
       'clean': build_player(undefended, shares),
     }
-    steps = local_steps(like, observation.client_training)
 
     num_defended = min(num_defended, len(clients))
-    self.inferred = clients.labels[:num_defended].copy()
+    self.shown: list[Any] = []
 
     def play(kind: str, count: int) -> Iterator[np.ndarray]:
       done = 0
       for truths in clients.chunks(count):
         keys = {number: noise_key(observation, clients.seed, number) for number in truths}
+        steps = {
+          number: simulated_steps(observation, like, clients.seed, number, is_first)
+          for number in truths
+        }
         sent = players[kind].updates(truths, steps, keys)
-        if kind == 'defended' and infer is not None:
-          for number, update in sent.items():
-            self.inferred[number] = infer(update)
+        if kind == 'defended' and shown is not None:
+          self.shown += map(shown, sent.values())
         yield np.concatenate([_flat(update) for update in sent.values()])
         done += len(truths)
         progress(done / len(clients), f'{kind} clients')

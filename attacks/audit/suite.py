@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-from attacks.adaptive.attacker import AdaptiveAttacker, Effort, Watch
+from attacks.adaptive.attacker import AdaptiveAttacker, Effort, Watch, named
 from attacks.adaptive.players import AttackersShadow
 from attacks.adaptive.simulated_defense import region_map_of
 from attacks.audit.budget import Budget
@@ -23,6 +23,7 @@ from tff_shadow.observations import Observation, Truth
 
 _CHECKPOINT = 'checkpoint.safetensors'
 _KNOWS = 'knows.json'
+_UNCALIBRATED = 'uncalibrated.json'
 ADAPTIVE, ADAPTIVE_REGION = 'adaptive', 'adaptive_region'
 
 
@@ -75,7 +76,7 @@ class Suite:
     """
     self._budget = budget
     self._directory = directory
-    config = AttackConfig(iterations=budget.iterations, lanes=lanes, seed=seed)
+    settings = {'iterations': budget.iterations, 'lanes': lanes, 'seed': seed}
     effort = Effort(
       budget.calibration_clients,
       budget.denoiser_steps,
@@ -84,8 +85,10 @@ class Suite:
     )
     self._attacker = AdaptiveAttacker(
       public,
-      config,
+      AttackConfig(**settings),
       effort,
+      # As the attackers of batches that know of no defence.
+      batch_config=dataclasses.replace(PRESETS['best_batch'].build(), **settings),
       shadow=shadow,
       watch=watch,
       directory=cache_directory or directory,
@@ -142,6 +145,10 @@ class Suite:
       observations: The rounds, attacked jointly.
       truth: Decides the region maps that one of the attackers is told, and nothing else.
       clients: Ids.
+
+    Returns:
+      These; and with a problem the one that was not made on some of the clients, where there are
+      too many kinds of them for each to have its own settings.
     """
     if not self._budget.calibration_clients:
       return []
@@ -151,7 +158,7 @@ class Suite:
       names.append(ADAPTIVE_REGION)
     saved = [self._saved(f'{place}/{name}') for name in names]
     if None not in saved:
-      return saved
+      return [*saved, *self._uncalibrated(place)]
     told = None
     try:
       if ADAPTIVE_REGION in names:
@@ -166,12 +173,25 @@ class Suite:
       Attacked(name, tuple(own.results), own.knows(observations[0]))
       for name, own in zip(names, found, strict=True)
     ]
-    for attacked in made:
+    for attacked, own in zip(made, found, strict=True):
       directory = self._directory / place / attacked.name
       directory.mkdir(parents=True, exist_ok=True)
+      (directory / _UNCALIBRATED).write_text(json.dumps(own.uncalibrated))
       (directory / _KNOWS).write_text(json.dumps(attacked.knows))
       write_results(directory, attacked.results)
-    return made
+    return [*made, *self._uncalibrated(place)]
+
+  def _uncalibrated(self, place: str) -> list[Attacked]:
+    """An attack that was not made: that with settings chosen for clients like some of these."""
+    path = self._directory / place / ADAPTIVE / _UNCALIBRATED
+    clients = json.loads(path.read_text()) if path.exists() else []
+    if not clients:
+      return []
+    problem = (
+      'their numbers of images and steps are too rare among the clients, or more than there are'
+      ' public images to play them with; the settings of the nearest kind were taken'
+    )
+    return [Attacked(f'{ADAPTIVE} calibrated for {named(clients)}', (), (), problem)]
 
   def _saved(self, place: str) -> Attacked | None:
     directory = self._directory / place

@@ -308,6 +308,30 @@ class TestAttack:
     assert abs(told.mean() - image.mean()) < 0.01
     assert psnr(told[0], image[0]) > psnr(untold[0], image[0]) + 6
 
+  def test_those_of_every_round_are_matched(self):
+    seen = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    client = seen.clients[0]
+    other = tuple(array + 0.1 for array in client.update.non_trainable)
+    client = dataclasses.replace(client, update=WeightArrays(client.update.trainable, other))
+    changed = dataclasses.replace(seen, clients=(client,))
+    silent = dataclasses.replace(seen, batch_norm_sharing='local')
+    config = dataclasses.replace(self._CONFIG, iterations=3)
+    found = {
+      name: attack_observation(rounds, config)[0].reconstructions['attack']
+      for name, rounds in {
+        'once': [seen],
+        'twice': [seen, seen],
+        'another later': [seen, changed],
+        'another first': [changed, seen],
+        'in one round': [seen, silent],
+      }.items()
+    }
+    # Their weight beside the matching does not grow with the rounds.
+    np.testing.assert_allclose(found['twice'], found['once'], atol=1e-4)
+    assert np.abs(found['another later'] - found['twice']).max() > 1e-3
+    np.testing.assert_allclose(found['another first'], found['another later'], atol=1e-4)
+    np.testing.assert_allclose(found['in one round'], found['once'], atol=1e-4)
+
   def test_used_only_where_shared(self):
     observation = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
     silent = dataclasses.replace(observation, batch_norm_sharing='local')

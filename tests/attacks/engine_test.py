@@ -203,6 +203,20 @@ def test_several_rounds_are_attacked_jointly():
     attack_observation([rounds[0], other], config)
 
 
+def test_labels_are_inferred_from_all_rounds():
+  seen = play_round(small_model(), [(smooth_images(1), [1])])
+  client = seen.clients[0]
+  rounds = []
+  for k, sign in enumerate((1, -1)):
+    # Of the bias of the logits: the first round says 0, both together 1.
+    bias = client.update.trainable[-1] + sign * np.array([1, -1], np.float32)
+    own = dataclasses.replace(client, update=WeightArrays((*client.update.trainable[:-1], bias)))
+    rounds.append(dataclasses.replace(seen, round_num=k + 1, clients=(own,)))
+  config = dataclasses.replace(_SHORT, iterations=1)
+  found = [attack_observation(own, config, controls=False)[0].labels for own in (rounds[0], rounds)]
+  assert found == [(0,), (1,)]
+
+
 def test_the_mean_of_all_clients_is_attacked_as_one_batch():
   images = smooth_images(2, seed=3)
   model = small_model(num_classes=5)
@@ -295,6 +309,16 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
     clients=tuple(dataclasses.replace(client, num_steps=4) for client in several.clients),
   )
   assert 'order' in warnings(shuffled, shuffled.clients, _SHORT)[0]
+  # Over rounds every order is another.
+  assert warnings(several, several.clients, _SHORT, num_rounds=2) == []
+  once = dataclasses.replace(
+    shuffled,
+    client_training=dataclasses.replace(training, local_epochs=1),
+    clients=tuple(dataclasses.replace(client, num_steps=2) for client in several.clients),
+  )
+  assert warnings(once, once.clients, _SHORT) == []
+  (found,) = warnings(once, once.clients, _SHORT, num_rounds=2)
+  assert 'from the second round on' in found
 
 
 def test_unknown_target(observation):

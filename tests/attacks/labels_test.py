@@ -23,7 +23,7 @@ def _inferred(observation, index=0, rule='bias'):
   simulator = ClientSimulator(observation)
   client = observation.clients[index]
   gradient = simulator.observed_gradient(client)
-  return infer_labels(simulator, gradient, client.num_images, smooth_images(8, seed=50), rule)
+  return infer_labels([simulator], [gradient], client.num_images, smooth_images(8, seed=50), rule)
 
 
 @pytest.mark.parametrize('rule', LABEL_RULES)
@@ -42,6 +42,32 @@ def test_single_images(rule):
 def test_batches(truth, rule):
   observation = play_round(small_model(num_classes=5), [(smooth_images(len(truth)), truth)])
   np.testing.assert_array_equal(_inferred(observation, rule=rule).values, sorted(truth))
+
+
+@pytest.mark.parametrize(
+  ('rule', 'truth'),
+  [
+    *((rule, [3]) for rule in LABEL_RULES),
+    ('bias', [0, 1, 1, 4]),
+    ('llg', [0, 1, 1, 4]),
+    ('gradinversion', [4, 2, 1]),
+  ],
+)
+def test_what_noise_hides_in_one_round_several_show_together(rule, truth):
+  images = smooth_images(len(truth))
+  simulators, gradients = [], []
+  for k, sign in enumerate((1, -1)):
+    observation = play_round(small_model(num_classes=5, seed=k), [(images, truth)])
+    simulators.append(ClientSimulator(observation))
+    gradient = simulators[-1].observed_gradient(observation.clients[0])
+    # Noise that says that all images are of class 2, and takes it back in the next round.
+    misleading = -10.0 * np.array([0, 0, 1, 0, 0], np.float32)
+    gradients.append([*gradient[:-2], *(own + sign * misleading for own in gradient[-2:])])
+  typical = smooth_images(8, seed=50)
+  alone = infer_labels(simulators[:1], gradients[:1], len(truth), typical, rule)
+  together = infer_labels(simulators, gradients, len(truth), typical, rule)
+  assert 2 in alone.values
+  np.testing.assert_array_equal(together.values, sorted(truth))
 
 
 @pytest.mark.parametrize('truth', [[3, 0], [4, 2, 1, 0], [0, 1, 2, 3, 4]])

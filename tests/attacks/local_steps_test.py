@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attacks.local_steps import local_steps
+from attacks.local_steps import local_steps, may_be_cut
 from tff_shadow.data import local_training_order
 from tff_shadow.observations import ClientObservation, ClientTraining, WeightArrays
 
@@ -51,6 +51,45 @@ def test_a_client_may_have_a_batch_size_of_its_own():
   assert steps.is_exact
   assert steps.batches == ((0, 1), (2, 3))
   assert local_steps(client, _training(8, 3, 2)).batches == ((0, 1), (2, 3))
+
+
+def test_later_rounds_are_exact_only_where_no_step_has_a_part_of_the_images():
+  for images, num_steps, batch_size, epochs, is_ordered in (
+    (4, 1, 4, 1, False),
+    (4, 3, 4, 3, False),
+    (1, 2, 1, 2, False),
+    (4, 2, 2, 1, True),
+    (3, 2, 2, 1, True),
+  ):
+    steps = local_steps(_client(images, num_steps), _training(batch_size, epochs))
+    assert steps.is_exact
+    assert steps.is_ordered == is_ordered
+    assert steps.in_a_later_round() == steps._replace(is_exact=not is_ordered)
+
+
+def test_another_order_of_the_same_images():
+  steps = local_steps(_client(5, 4), _training(3, 2))
+  other = steps.reordered([3, 1])
+  assert other != steps
+  assert other == steps.reordered([3, 1])
+  order = dict(
+    zip(steps.batches[0] + steps.batches[1], other.batches[0] + other.batches[1], strict=False)
+  )
+  assert sorted(order.values()) == list(range(5))
+  # An image that comes again, comes again.
+  assert [tuple(order[image] for image in batch) for batch in steps.batches] == list(other.batches)
+  whole = local_steps(_client(4, 3), _training(4, 3))
+  assert whole.reordered([3, 1]) is whole
+
+
+def test_clients_that_may_have_more_images_than_they_used():
+  assert may_be_cut(_client(2, 1), _training(2, 1, 1))
+  assert may_be_cut(_client(6, 3), _training(2, 4, 3))
+  # Less than a batch, or some twice: there are no more.
+  assert not may_be_cut(_client(1, 1), _training(2, 1, 1))
+  assert not may_be_cut(_client(5, 3), _training(2, 4, 3))
+  assert not may_be_cut(_client(2, 1), _training(2, 1))
+  assert may_be_cut(dataclasses.replace(_client(1, 1), batch_size=1), _training(2, 1, 1))
 
 
 def test_steps_that_do_not_fit_the_settings():

@@ -217,6 +217,30 @@ def test_gradient_between_old_and_new_weights(position):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_later_rounds_are_not_simulated_in_the_order_of_the_first():
+  images, labels = smooth_images(4), tf.constant([0, 0, 1, 1])
+  observation = play_round(small_model(seed=1), [(images, labels.numpy().tolist())])
+  simulator = ClientSimulator(observation)
+  first, second = LocalSteps(((0, 1), (2, 3)), True), LocalSteps(((0, 2), (1, 3)), True)
+  observed = [
+    simulator.mean_gradient(tf.constant(images), labels, steps) for steps in (first, second)
+  ]
+  evidence = _evidence(labels, observed[0])
+  evidence = evidence._replace(gradients=tuple(tuple(t[None] for t in own) for own in observed))
+  config = AttackConfig(matching=SquaredMatching())
+  steps = [first, first.in_a_later_round()]
+  solver = Solver([simulator] * 2, steps, config, matching=True)
+  assert 'position' in solver.start(images[None], [[0, 0]]).parameters
+  own = {'images': tf.constant(images), 'position': tf.constant(0.0)}
+  loss, _ = solver.lane_loss(own, 0, evidence, tf.constant(0))
+  in_the_first_order = SquaredMatching()(observed[0], observed[1]) / 2
+  assert float(loss) < 0.2 * float(in_the_first_order)
+  # Where every step is on all images there is no order.
+  whole = LocalSteps(((0, 1, 2, 3),) * 2, True)
+  solver = Solver([simulator] * 2, [whole, whole.in_a_later_round()], config, matching=True)
+  assert 'position' not in solver.start(images[None], [[0, 0]]).parameters
+
+
 def test_label_probabilities_and_layer_norm_are_differentiated():
   tf.keras.utils.set_random_seed(0)
   inputs = tf.keras.Input((6, 6, 1))

@@ -16,6 +16,7 @@ from attacks.adaptive.weightings import weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, SquaredMatching
+from attacks.presets import PRESETS
 from attacks.priors import GaussianImages
 from attacks.shared_solvers import SharedSolvers
 from attacks.simulator import ClientSimulator
@@ -180,7 +181,7 @@ def test_entries_of_much_noise_count_less(simulated):
 def test_candidates_are_those_of_the_defence(simulated):
   def weightings(defense):
     observation = dataclasses.replace(simulated.observation, defense=defense)
-    candidates = candidates_for(observation)
+    candidates = candidates_for(observation, _CONFIG)
     assert candidates[: len(CANDIDATES)] == CANDIDATES
     return {candidate.weighting for candidate in candidates}
 
@@ -189,7 +190,19 @@ def test_candidates_are_those_of_the_defence(simulated):
   assert weightings(Soteria().public_settings()) == {'none', 'nonzero', 'without_last_kernel'}
   for defense in (PercentileGaussian(), DpSgd(), DpFedAvg(), Quantization()):
     assert weightings(defense.public_settings()) == {'none'}
-  assert str(candidates_for(simulated.observation)[-1]) == 'l2 tv 5 low_noise'
+  assert str(candidates_for(simulated.observation, _CONFIG)[-1]) == 'l2 tv 5 low_noise'
+
+
+def test_total_variation_is_in_proportion_to_that_of_the_attack(simulated):
+  seen = simulated.observation
+  batch = PRESETS['best_batch'].build()
+  own, other = (candidates_for(seen, config) for config in (_CONFIG, batch))
+  assert own[: len(CANDIDATES)] == CANDIDATES
+  assert other[0].tv_weight == pytest.approx(batch.total_variation.weight)
+  for one, two in zip(own, other, strict=True):
+    assert two.tv_weight == pytest.approx(one.tv_weight * 0.5 / 0.15)
+  # An attack without any can do with that of the others.
+  assert candidates_for(seen, PRESETS['dlg'].build()) == own
 
 
 def test_entries_that_were_not_sent_are_not_compared(simulated):

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks.adaptive.learned_inversion import InversionSettings, LearnedInversion, _Kinds
+from attacks.adaptive.learned_inversion import (
+  InversionSettings,
+  LabelReader,
+  LearnedInversion,
+  _Kinds,
+)
 from attacks.adaptive.players import build_player
 from attacks.adaptive.simulated_updates import _inverse_deviations
 from attacks.local_steps import local_steps
@@ -126,21 +131,41 @@ def test_labels_that_are_taken_for_others_mislead_only_who_believes_in_them():
   labels = np.arange(60, dtype=np.int32) % 2
   sent = _sent(defended, fresh, labels)
 
-  def other_label(update):
-    return [int(np.argmin(update.trainable[1]))]  # A step moves its own label's bias up.
+  def other_label(shown):
+    return [int(np.argmin(shown[0]))]  # A step moves its own label's bias up.
 
   reached = {}
-  for name, infer, used in (
+  for name, reader, used in (
     ('told', None, labels),
-    ('swapped', other_label, 1 - labels),
+    ('swapped', LabelReader(lambda view, update: update.trainable[1], other_label), 1 - labels),
     ('believing', None, 1 - labels),
   ):
     learned = LearnedInversion(
-      [defended], defended.clients[0], _examples(public), settings, infer=infer
+      [defended], defended.clients[0], _examples(public), settings, reader=reader
     )
     reached[name] = psnr(_found(learned, [sent], used), fresh)
   assert reached['swapped'] == pytest.approx(reached['told'], abs=0.3)
   assert reached['believing'] < reached['told'] - 1
+
+
+def test_labels_are_read_in_all_rounds():
+  defended = _defended(_observed(), 'isotropic')
+  fresh = {**defended.defense, 'frozen': False}
+  rounds = [dataclasses.replace(defended, round_num=k, defense=fresh) for k in (1, 2)]
+  read = []
+
+  def labels(shown):
+    read.append(shown)
+    return [0]
+
+  reader = LabelReader(lambda view, update: (view, update), labels)
+  LearnedInversion(rounds, defended.clients[0], _public(), _QUICK, reader=reader)
+  assert len(read) == _QUICK.defended_clients
+  for (first, update), (second, later) in read:
+    assert (first, second) == (0, 1)
+    # Of one client: the same but for the noise, which is as long as half the update.
+    a, b = (np.concatenate([array.ravel() for array in own.trainable]) for own in (update, later))
+    assert 0 < np.linalg.norm(a - b) < np.linalg.norm(a)
 
 
 def test_kinds_are_confused_as_often_as_they_were():

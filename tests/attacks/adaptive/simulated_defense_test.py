@@ -115,6 +115,28 @@ def test_noise_that_is_not_frozen_is_another_in_the_next_round(frozen):
   assert np.array_equal(*(_updates(own)[0] for own in (first, second))) == frozen
 
 
+def test_in_a_later_round_clients_have_another_order():
+  images = smooth_images(4)
+  observation = play_round(small_model(), [(images, [0, 1, 0, 1])])
+  training = dataclasses.replace(observation.client_training, batch_size=2)
+  client = dataclasses.replace(observation.clients[0], num_steps=2)
+  parted = dataclasses.replace(observation, client_training=training)
+  found = {
+    (name, is_first): simulate_round(
+      seen, like, _public(), num_clients=1, seed=3, is_first=is_first
+    )
+    for name, seen, like in (
+      ('whole', observation, observation.clients[0]),
+      ('parted', parted, client),
+    )
+    for is_first in (True, False)
+  }
+  for name, differs in (('whole', False), ('parted', True)):
+    first, later = (found[name, is_first] for is_first in (True, False))
+    np.testing.assert_array_equal(first.truth['public_00'].images, later.truth['public_00'].images)
+    assert np.array_equal(_updates(first)[0], _updates(later)[0]) != differs
+
+
 class TestBaselines:
   def test_percentile_gaussian(self):
     noises = []

@@ -45,8 +45,8 @@ def observation():
 @pytest.fixture
 def one_candidate(monkeypatch):
   first = calibrated.CANDIDATES[:1]
-  monkeypatch.setattr(attacker, 'candidates_for', lambda observation: first)
-  monkeypatch.setattr(calibrated, 'candidates_for', lambda observation: first)
+  monkeypatch.setattr(attacker, 'candidates_for', lambda observation, config: first)
+  monkeypatch.setattr(calibrated, 'candidates_for', lambda observation, config: first)
 
 
 def _only_regions(observation):
@@ -109,3 +109,19 @@ def test_presets_that_cannot_attack_are_problems(tmp_path, observation):
 def test_no_budget_for_it_means_no_such_attacker(tmp_path, observation):
   budget = dataclasses.replace(_BUDGET, calibration_clients=0)
   assert _suite(tmp_path, budget).adaptive('here', [observation], {}, ['client_00']) == []
+
+
+def test_clients_without_settings_of_their_own_are_a_doubt_of_the_audit(tmp_path, observation):
+  client = observation.clients[0]
+  trial = calibrated.Trial(calibrated.CANDIDATES[0], 0.0, 0.0, False, 0.0)
+  suite = _suite(tmp_path)
+  calibration = attacker.Calibration(trial, 2, client, ('client_01',))
+  found = [attacker.AdaptiveAttack((calibration,), []) for _ in range(2)]
+  suite._attacker.attack = lambda *arguments, **settings: found
+  *_, doubt = suite.adaptive('here', [observation], _only_regions(observation), ['client_00'])
+  assert doubt.name == 'adaptive calibrated for client_01'
+  assert 'too rare' in doubt.problem
+  assert not doubt.results
+  # It is remembered.
+  (again,) = _suite(tmp_path)._uncalibrated('here')
+  assert again == doubt
