@@ -63,8 +63,8 @@ def add_region_maps(dataset: tf.data.Dataset, region_map: RegionMap) -> tf.data.
   """
 
   def add(example):
-    (region,), _ = region_map(example['x'][None], example['y'][None])
-    return collections.OrderedDict({**example, REGION: region})
+    maps, _ = region_map(example['x'][None], example['y'][None])
+    return collections.OrderedDict({**example, REGION: maps[0]})
 
   return dataset.map(add)
 
