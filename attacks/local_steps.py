@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tff_shadow.observations import ClientObservation, ClientTraining
+from tff_shadow.errors import UserError
+from tff_shadow.observations import AGGREGATE, ClientObservation, ClientTraining, Observation
 
 
 class LocalSteps(NamedTuple):
@@ -93,3 +94,16 @@ def may_be_cut(client: ClientObservation, training: ClientTraining) -> bool:
   if training.max_local_steps is None:
     return False
   return training.max_local_steps * client.images_per_step(training) <= client.num_images
+
+
+def check_images_recur(observations: Sequence[Observation], targets: Sequence[str]) -> None:
+  """Raises `UserError` if clients may have used other images in each of several rounds."""
+  for seen in observations:
+    for client in seen.clients:
+      attacked = AGGREGATE in targets or client.client_id in targets
+      if attacked and may_be_cut(client, seen.client_training):
+        raise UserError(
+          f'--rounds: with --max_local_steps={seen.client_training.max_local_steps} in the training'
+          f' {client.client_id} need not have used all of its images in round {seen.round_num};'
+          ' only rounds on the same images can be attacked jointly'
+        )

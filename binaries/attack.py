@@ -15,7 +15,7 @@ from absl import flags
 
 from attacks.analytic_attack import recover_observation
 from attacks.engine import AttackProgress, attack_observation
-from attacks.local_steps import may_be_cut
+from attacks.local_steps import check_images_recur
 from attacks.results import TargetResult, described, read_results, write_results
 from attacks.threads import share_cores
 from attacks.threat_model import threat_model, warnings
@@ -89,7 +89,7 @@ def main() -> None:
   config = attack_flags.attack_config(tuple(observation.image_shape))
   targets = _targets(observation)
   if len(observations) > 1:
-    _check_images_recur(observations, targets)
+    check_images_recur(observations, targets)
   share_cores(min(config.lanes, config.restarts * len(targets)), _OP_THREADS.value)
   labels = _labels(run_dir, observation, targets)
   sentences = threat_model(
@@ -230,19 +230,6 @@ def _targets(observation: Observation) -> list[str]:
     if target not in (*known, AGGREGATE):
       raise UserError(f'--targets: no client {target!r} in this round; it has {", ".join(known)}')
   return targets[: _MAX_TARGETS.value]
-
-
-def _check_images_recur(observations: list[Observation], targets: list[str]) -> None:
-  """Raises `UserError` if clients may have used other images in each of several rounds."""
-  for seen in observations:
-    for client in seen.clients:
-      attacked = AGGREGATE in targets or client.client_id in targets
-      if attacked and may_be_cut(client, seen.client_training):
-        raise UserError(
-          f'--rounds: with --max_local_steps={seen.client_training.max_local_steps} in the training'
-          f' {client.client_id} need not have used all of its images in round {seen.round_num};'
-          ' only rounds on the same images can be attacked jointly'
-        )
 
 
 def _labels(

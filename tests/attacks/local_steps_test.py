@@ -1,12 +1,15 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attacks.local_steps import local_steps, may_be_cut
+from attacks.local_steps import check_images_recur, local_steps, may_be_cut
+from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.data import local_training_order
-from tff_shadow.observations import ClientObservation, ClientTraining, WeightArrays
+from tff_shadow.errors import UserError
+from tff_shadow.observations import AGGREGATE, ClientObservation, ClientTraining, WeightArrays
 
 
 def _client(num_images, num_steps):
@@ -96,3 +99,15 @@ def test_steps_that_do_not_fit_the_settings():
   steps = local_steps(_client(3, 5), _training(2, 1))
   assert not steps.is_exact
   assert [len(batch) for batch in steps.batches] == [2] * 5
+
+
+def test_rounds_on_other_images_are_refused():
+  observation = play_round(small_model(), [(smooth_images(1), [1]), (smooth_images(2), [0, 1])])
+  training = dataclasses.replace(observation.client_training, max_local_steps=1)
+  cut = dataclasses.replace(observation, client_training=training)
+  # A client with less than a batch has used all that it has.
+  check_images_recur([observation, cut], ['client_00'])
+  check_images_recur([observation, observation], ['client_00', 'client_01'])
+  for targets in (['client_00', 'client_01'], [AGGREGATE]):
+    with pytest.raises(UserError, match='--max_local_steps=1 in the training client_01 need not'):
+      check_images_recur([observation, cut], targets)

@@ -305,4 +305,4 @@ def test_a_head_inside_a_nested_model_is_found(softmax):
       np.testing.assert_allclose(own, wanted, atol=1e-6)
   prediction = of_nested.mean_probabilities(tf.constant(images))
   np.testing.assert_allclose(prediction, of_flat.mean_probabilities(tf.constant(images)), atol=1e-6)
-  assert infer_labels(of_nested, gradient, 3, images).values.tolist() == labels
+  assert infer_labels([of_nested], [gradient], 3, images).values.tolist() == labels

@@ -1,6 +1,5 @@
 """The program as a process: its error lines, Ctrl-C and --resume."""
 
-import dataclasses
 import json
 import signal
 import subprocess
@@ -11,12 +10,9 @@ import numpy as np
 import pytest
 
 from attacks.scoring.scores import score_attack
-from binaries import attack
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tests.binaries.programs import ROOT, assert_one_error_line, run_all
-from tff_shadow.errors import UserError
 from tff_shadow.observations import (
-  AGGREGATE,
   Truth,
   load_tensors,
   write_observation,
@@ -129,18 +125,6 @@ def test_a_preset_with_changes_on_the_mean_of_all_clients(run_dir):
   scored = score_attack(run_dir, 'mean')
   assert [row.label for row in scored] == [1, 0]
   assert all(row.status == 'ok' for row in scored)
-
-
-def test_rounds_on_other_images_are_refused():
-  observation = play_round(small_model(), [(smooth_images(1), [1]), (smooth_images(2), [0, 1])])
-  training = dataclasses.replace(observation.client_training, max_local_steps=1)
-  cut = dataclasses.replace(observation, client_training=training)
-  # A client with less than a batch has used all that it has.
-  attack._check_images_recur([observation, cut], ['client_00'])
-  attack._check_images_recur([observation, observation], ['client_00', 'client_01'])
-  for targets in (['client_00', 'client_01'], [AGGREGATE]):
-    with pytest.raises(UserError, match='--max_local_steps=1 in the training client_01 need not'):
-      attack._check_images_recur([observation, cut], targets)
 
 
 _WRONG = [

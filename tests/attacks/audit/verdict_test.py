@@ -230,7 +230,7 @@ def test_an_attack_that_could_not_be_made_is_told(blind, seeing):
 
 def test_a_positive_control_that_could_not_be_made_leaves_it_open(blind, seeing):
   control = score_attacked(Attacked('best', (), (), 'no labels'), TRUTH, ())
-  entry, audit = audited([blind], control=control)
+  entry, audit = audited([blind], undefended=[seeing], control=control)
   assert entry['verdict'] == 'inconclusive'
   assert entry['reasons'] == [
     'The positive control could not be made: no labels.',
