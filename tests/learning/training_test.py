@@ -184,7 +184,8 @@ def test_a_round_cut_short_by_ctrl_c_is_not_counted(tiny_data, tmp_path, monkeyp
 
 def test_learning_rate_drops_make_the_run_of_its_stages_by_hand(tiny_data, tmp_path):
   settings = _settings(4, learning_rate_drops=(2,), observed_rounds=(2, 3, 4))
-  whole = _train(tiny_data, tmp_path / 'whole', settings, save_every_rounds=1)
+  _train(tiny_data, tmp_path / 'whole', dataclasses.replace(settings, rounds=3))
+  whole = _train(tiny_data, tmp_path / 'whole', settings, resume=True)
   rates = [
     read_observation(tmp_path / 'whole' / 'observations' / f'round_0000{r}').client_training
     for r in (2, 3, 4)
@@ -195,17 +196,6 @@ def test_learning_rate_drops_make_the_run_of_its_stages_by_hand(tiny_data, tmp_p
   low = _settings(4, _local(learning_rate=0.01), observed_rounds=())
   by_hand = _train(tiny_data, tmp_path / 'hand', low, resume=True)
   for actual, wanted in zip(whole.get_weights(), by_hand.get_weights(), strict=True):
-    np.testing.assert_allclose(actual, wanted, atol=1e-6)
-  constant = _train(tiny_data, tmp_path / 'constant', _settings(4))
-  assert not np.allclose(constant.get_weights()[0], whole.get_weights()[0], atol=1e-6)
-
-
-def test_resume_works_across_a_drop(tiny_data, tmp_path):
-  settings = _settings(4, learning_rate_drops=(1, 3), learning_rate_drop_factor=0.5)
-  whole = _train(tiny_data, tmp_path / 'whole', settings)
-  _train(tiny_data, tmp_path / 'cut', dataclasses.replace(settings, rounds=3))
-  resumed = _train(tiny_data, tmp_path / 'cut', settings, resume=True)
-  for actual, wanted in zip(resumed.get_weights(), whole.get_weights(), strict=True):
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
 
 
@@ -240,15 +230,13 @@ def test_damaged_state_falls_back_to_the_one_before(tiny_data, tmp_path, caplog)
 def test_a_run_that_was_ended_before_its_first_state_begins(tiny_data, tmp_path, caplog):
   (tmp_path / 'cut' / 'state' / 'round_0_temp1234').mkdir(parents=True)  # TFF was writing it.
   assert not has_state(tmp_path / 'cut' / 'state')
-  assert not has_state(tmp_path / 'whole' / 'state')
-  assert not (tmp_path / 'whole').exists()
-  whole = _train(tiny_data, tmp_path / 'whole', _settings(1))
-  assert has_state(tmp_path / 'whole' / 'state')
+  assert not has_state(tmp_path / 'none' / 'state')
+  assert not (tmp_path / 'none').exists()
   with caplog.at_level(logging.WARNING):
-    cut = _train(tiny_data, tmp_path / 'cut', _settings(1), resume=True)
+    _train(tiny_data, tmp_path / 'cut', _settings(1), resume=True)
   assert 'nothing was saved of this run yet' in caplog.text
-  for actual, wanted in zip(cut.get_weights(), whole.get_weights(), strict=True):
-    np.testing.assert_allclose(actual, wanted, atol=1e-6)
+  assert has_state(tmp_path / 'cut' / 'state')
+  assert _rows(tmp_path / 'cut')[-1]['round'] == '1'
 
 
 def test_no_readable_state_is_one_clear_line(tiny_data, tmp_path):

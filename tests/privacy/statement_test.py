@@ -43,8 +43,8 @@ def test_what_has_no_guarantee_says_why(defense, word):
 
 
 def test_differential_privacy_is_accounted_for_every_use_of_an_image():
-  dp_sgd = {'name': 'dp_sgd', 'noise_multiplier': 1.0, 'clip_norm': 1.0}
-  assert guarantee_of(dp_sgd, _PARTICIPATION, 1e-5) == dp_sgd_guarantee(1.0, 30, 1e-5)
+  dp_sgd = {'name': 'dp_sgd', 'noise_multiplier': 20.0, 'clip_norm': 1.0}
+  assert guarantee_of(dp_sgd, _PARTICIPATION, 1e-5) == dp_sgd_guarantee(20.0, 30, 1e-5)
   dp_fed_avg = {'name': 'dp_fedavg', 'noise_multiplier': 2.0, 'clip_norm': 1.0}
   guarantee = guarantee_of(dp_fed_avg, _PARTICIPATION, 1e-5)
   assert guarantee == dp_fed_avg_guarantee(2.0, 4, 16, 10, 1e-5)
