@@ -155,12 +155,13 @@ class SimulatedUpdates:
     def play(kind: str, count: int) -> Iterator[np.ndarray]:
       done = 0
       for truths in clients.chunks(count):
-        keys = {number: noise_key(observation, clients.seed, number) for number in truths}
+        named = {str(number): truth for number, truth in truths.items()}
+        keys = {str(number): noise_key(observation, clients.seed, number) for number in truths}
         steps = {
-          number: simulated_steps(observation, like, clients.seed, number, is_first)
+          str(number): simulated_steps(observation, like, clients.seed, number, is_first)
           for number in truths
         }
-        sent = players[kind].updates(truths, steps, keys)
+        sent = players[kind].updates(named, steps, keys)
         if kind == 'defended' and shown is not None:
           self.shown += map(shown, sent.values())
         yield np.concatenate([_flat(update) for update in sent.values()])

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from attacks.adaptive.players import AttackersShadow, Equipment, build_player
+from attacks.adaptive.simulated_updates import SimulatedClients, SimulatedUpdates
 from attacks.local_steps import local_steps
 from tests.attacks.observed_rounds import small_model
 from tests.conftest import make_generator
@@ -130,7 +131,8 @@ def test_with_the_client_s_generator_published_noise_is_the_same(tiny_data, tmp_
   scale = (0.4,), (0.2,)
   defense = PublishedDefense(settings, generator, *scale)
   observation, truth = _round(tiny_data, tmp_path, defense, True)
-  player = build_player(observation, True, Equipment(AttackersShadow(generator, *scale, rounds=1)))
+  equipment = Equipment(AttackersShadow(generator, *scale, rounds=1))
+  player = build_player(observation, True, equipment)
   _assert_sends_the_same(observation, truth, player, True)
   (undefended,) = (
     build_player(dataclasses.replace(observation, defense={'name': 'none'}), True)
@@ -139,6 +141,22 @@ def test_with_the_client_s_generator_published_noise_is_the_same(tiny_data, tmp_
   )
   sent = observation.client(_CLIENT).update.trainable[0]
   assert np.linalg.norm(sent - undefended) > 1e-3 * np.linalg.norm(undefended)
+  # Many at a time, as the learned inversion has them.
+  like = observation.client(_CLIENT)
+  many = SimulatedUpdates(
+    observation,
+    like,
+    SimulatedClients(tiny_data.validation, like, 4, (), seed=0),
+    num_defended=3,
+    num_basis=4,
+    num_features=2,
+    shown=None,
+    equipment=equipment,
+    is_first=True,
+    progress=lambda *_: None,
+  )
+  assert many.noise.shape == (3, 2)
+  assert np.abs(many.noise).min() > 0
 
 
 def test_the_published_defence_needs_a_generator(tiny_data, tmp_path):
