@@ -85,7 +85,7 @@ def test_own_keras_model(tmp_path):
   assert (tmp_path / 'run' / 'model.keras').is_file()
 
 
-def test_published_defense_keeps_the_clients_state_and_resumes(tmp_path, capsys):
+def test_published_defense_keeps_the_clients_state_and_says_when_it_is_gone(tmp_path, capsys):
   make_generator((32, 32, 1)).save(tmp_path / 'generator.keras')
   arguments = {
     'defense': 'published',
@@ -105,9 +105,6 @@ def test_published_defense_keeps_the_clients_state_and_resumes(tmp_path, capsys)
   assert state == ['latents', 'round_00000', 'round_00002']
   with pytest.raises(UserError, match='started with --rounds=2'):
     _train(run_dir, **arguments, resume=True, rounds=3)
-  with pytest.raises(UserError, match=r'started with --published_amplitude=0\.19'):
-    _train(run_dir, **arguments, resume=True, published_amplitude=0.3)
-  _train(run_dir, **arguments, resume=True)
   (run_dir / 'client_state' / 'round_00002' / 'client_001.safetensors').unlink()
   with pytest.raises(UserError, match='client_01 kept after round 2 is gone'):
     _train(run_dir, **arguments, resume=True)
@@ -240,6 +237,8 @@ def test_ended_run_leaves_no_worker_and_resumes(tmp_path, end_with):
     done = len(list(csv.DictReader(file)))
   # At most the rounds since the last save are done again.
   assert done - saved <= (0 if end_with == signal.SIGINT else 2)
+  if end_with == signal.SIGINT:
+    return  # How that goes on: tests/learning/training_test.py.
   _train(run_dir, resume=True, rounds=saved + 1, save_every_rounds=2)
   with (run_dir / 'metrics.csv').open() as file:
     rows = list(csv.DictReader(file))
