@@ -29,9 +29,9 @@ class LocalSteps(NamedTuple):
 
   @property
   def is_ordered(self) -> bool:
-    """Whether it matters how the images are numbered; not if every step is on all of them."""
+    """Whether it matters how the images are numbered; not if each step has all equally often."""
     images = {image for batch in self.batches for image in batch}
-    return any(set(batch) != images for batch in self.batches)
+    return any(len({batch.count(image) for image in images}) > 1 for batch in self.batches)
 
   def in_a_later_round(self) -> 'LocalSteps':
     """The same, of images that an earlier round has numbered: each round has its own order."""

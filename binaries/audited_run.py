@@ -1,12 +1,9 @@
 """What an audit reads of a run of tff-shadow-train."""
 
 import collections
-import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from attacks.local_steps import local_steps
 from attacks.scoring.results import read_json
@@ -23,6 +20,7 @@ from tff_shadow.observations import (
   round_directory_name,
 )
 from tff_shadow.privacy import Participation
+from tff_shadow.published.client_state import image_digests
 
 # What decides how useful a model becomes, besides the defence.
 _TRAINING_FLAGS = (
@@ -82,7 +80,9 @@ class AuditedRun:
     attacked = dict.fromkeys(name for own in self.seen for name in own.clients)
     # A round's truth is in the order of its own first use: images are known by their digests.
     self._used = {
-      name: [_digests(own.truth[name]) if _has(own, name) else None for own in self.seen]
+      name: [
+        image_digests(own.truth[name].images) if _has(own, name) else None for own in self.seen
+      ]
       for name in attacked
     }
     self.recurring = [name for name in self.seen[0].clients if not self._why_apart(name)]
@@ -246,18 +246,9 @@ def _has(seen: Seen, name: str) -> bool:
   return name in known and name in seen.truth
 
 
-def _digests(truth: Truth) -> list[str]:
-  """Of each image."""
-  return [hashlib.sha256(image.tobytes()).hexdigest() for image in np.float32(truth.images)]
-
-
 def _takes_all_at_once(observation: Observation, name: str) -> bool:
   """Whether each step of a client saw each of its images equally often: then they have no order."""
-  client = observation.client(name)
-  return all(
-    len({batch.count(position) for position in range(client.num_images)}) == 1
-    for batch in local_steps(client, observation.client_training).batches
-  )
+  return not local_steps(observation.client(name), observation.client_training).is_ordered
 
 
 def _listed(names: Sequence[str]) -> str:

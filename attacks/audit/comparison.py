@@ -11,7 +11,7 @@ import numpy as np
 from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_ranges
 from attacks.report.findings import VERDICTS
 from attacks.scoring.results import CLASS_MEAN, read_json
-from attacks.scoring.statistics import clustered_interval
+from attacks.scoring.statistics import clustered_interval, paired_differences
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedSettings
 
@@ -246,11 +246,13 @@ def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
       'class_region_psnr': _mean(_pooled(found, CLASS_MEAN, 'region_psnr'), owners),
       'images': len(pooled['psnr']),
     }
-    row |= _interval(_minus(pooled['region_psnr'], control), owners, 'ci95_low', 'ci95_high')
+    row |= _interval(
+      paired_differences(pooled['region_psnr'], control), owners, 'ci95_low', 'ci95_high'
+    )
     if name == STRONGEST:
       row['knows_noise'], row['verdict'] = '', worst
       clean = _pooled(found, UNDEFENDED, 'region_psnr')
-      change = _minus(pooled['region_psnr'], clean)
+      change = paired_differences(pooled['region_psnr'], clean)
       row |= _interval(change, owners, 'change_ci95_low', 'change_ci95_high', 'region_psnr_change')
       less = _over_reference(own, against)
       row |= _interval(*less, 'reference_ci95_low', 'reference_ci95_high', 'over_reference')
@@ -280,10 +282,6 @@ def _owners(entries) -> list[tuple[int, str]]:
   ]
 
 
-def _minus(first: Sequence[float | None], second: Sequence[float | None]) -> list[float | None]:
-  return [None if None in pair else pair[0] - pair[1] for pair in zip(first, second, strict=True)]
-
-
 def _mean(values: Sequence[float | None], owners: Sequence[Any]) -> float | str:
   return _interval(values, owners, 'low', 'high', 'mean')['mean']
 
@@ -295,8 +293,7 @@ def _interval(
   high: str,
   mean: str | None = None,
 ) -> dict[str, float | str]:
-  known = [pair for pair in zip(values, owners, strict=True) if pair[0] is not None]
-  interval = clustered_interval([value for value, _ in known], [owner for _, owner in known])
+  interval = clustered_interval(values, owners)
   row = {low: interval.low, high: interval.high} | ({mean: interval.mean} if mean else {})
   return {name: '' if value is None else value for name, value in row.items()}
 
@@ -316,7 +313,7 @@ def _over_reference(own, against) -> tuple[list[float | None], list[tuple[int, s
           for one in (entry, theirs)
         ]
         common = [name for name in values[0] if name in values[1]]
-        differences += _minus(*([side[name] for name in common] for side in values))
+        differences += paired_differences(*([side[name] for name in common] for side in values))
         owners += [(seed, name.rpartition('/')[0]) for name in common]
   return differences, owners
 

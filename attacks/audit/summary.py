@@ -26,7 +26,7 @@ from attacks.scoring import gate, results
 from attacks.scoring.label_accuracy import multiset_labels
 from attacks.scoring.metrics import psnr_from_mse
 from attacks.scoring.scores import ImageScore, values
-from attacks.scoring.statistics import clustered_interval
+from attacks.scoring.statistics import clustered_interval, paired_differences
 
 STRONGEST, UNDEFENDED, GUESS = 'strongest', 'undefended', 'guess'
 METRICS = ('psnr', 'region_psnr', 'ssim', 'region_ssim')
@@ -230,38 +230,29 @@ def _mean(scores: Sequence[ImageScore], set_name: str | None, metric: str) -> di
 
 def _over_clients(scores: Sequence[ImageScore], found: Sequence[float | None]) -> dict[str, Any]:
   """The interval of a value of each image, of those that have one."""
-  known = [
-    (value, row.target) for row, value in zip(scores, found, strict=True) if value is not None
-  ]
-  return interval_json(
-    clustered_interval([value for value, _ in known], [client for _, client in known])
-  )
+  return interval_json(clustered_interval(found, [row.target for row in scores]))
 
 
 def _differences(
   scores: Sequence[ImageScore], set_name: str, others: Sequence[ImageScore], other_name: str
 ) -> dict[str, Any]:
   """Metric -> interval of the first set minus the second, paired by image."""
-  differences: dict[str, list[float | None]] = {metric: [] for metric in METRICS}
-  for row, other in zip(scores, others, strict=True):
-    for metric, own in differences.items():
-      pair = row.value(set_name, metric), other.value(other_name, metric)
-      own.append(None if None in pair else pair[0] - pair[1])
-  return {metric: _over_clients(scores, own) for metric, own in differences.items()}
+  return {
+    metric: _over_clients(
+      scores,
+      paired_differences(
+        [row.value(set_name, metric) for row in scores],
+        [row.value(other_name, metric) for row in others],
+      ),
+    )
+    for metric in METRICS
+  }
 
 
 def _gains(scores: Sequence[ImageScore]) -> list[float]:
   """Of each image, over the region; 0 where the attack failed. See `gate.margins`."""
   common = gate.better_control(scores, 'region_psnr') or gate.better_control(scores)
-  gains = []
-  for row in scores:
-    attack = row.value(results.ATTACK, 'closeness')
-    known = {name: row.value(name, 'closeness') for name in results.GUESSES if name in row.quality}
-    if attack is None or not known:
-      gains.append(0.0)
-    else:
-      gains.append(attack - (known[common] if common in known else max(known.values())))
-  return gains
+  return [gate.gain(row, 'closeness', common) for row in scores]
 
 
 def _measured(attacks: Sequence[Scored], clients: Sequence[str]) -> float | None:

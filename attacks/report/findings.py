@@ -308,9 +308,8 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
 def _means(scores: list[ImageScore], set_name: str) -> dict[str, Any]:
   means = {name: interval_json(_mean_of(scores, set_name, name)) for name in METRIC_NAMES}
   if set_name == results.ATTACK:
-    known = [row for row in scores if row.rdlv is not None]
     means['rdlv'] = interval_json(
-      clustered_interval([row.rdlv for row in known], [row.target for row in known])
+      clustered_interval([row.rdlv for row in scores], [row.target for row in scores])
     )
   return means
 
@@ -334,9 +333,8 @@ def _label_accuracy(matched: LabelAccuracy, multiset: LabelAccuracy) -> dict[str
 
 
 def _mean_of(scores: list[ImageScore], set_name: str, metric: str) -> Interval:
-  known = [row for row in scores if row.value(set_name, metric) is not None]
   return clustered_interval(
-    [row.value(set_name, metric) for row in known], [row.target for row in known]
+    [row.value(set_name, metric) for row in scores], [row.target for row in scores]
   )
 
 

@@ -64,15 +64,23 @@ def _margins(
   for row in scores:
     if metric.startswith('region_') and row.region_is_empty:
       continue
-    known = {name: row.value(name, metric) for name in results.GUESSES}
-    known = {name: value for name, value in known.items() if value is not None}
-    attack = row.value(results.ATTACK, metric)
-    if attack is None or not known:
-      yield row.target, 0.0
-    elif common in known and not per_image:
-      yield row.target, attack - known[common]
-    else:
-      yield row.target, attack - max(known.values())
+    yield row.target, gain(row, metric, None if per_image else common)
+
+
+def gain(row: ImageScore, metric: str, common: str | None) -> float:
+  """Attack minus control of one image; 0 where the attack failed, or there is no control.
+
+  Args:
+    row: The image.
+    metric: See `margins`; or 'closeness'.
+    common: The control; an image that lacks it, or None, has its own best.
+  """
+  known = {name: row.value(name, metric) for name in results.GUESSES}
+  known = {name: value for name, value in known.items() if value is not None}
+  attack = row.value(results.ATTACK, metric)
+  if attack is None or not known:
+    return 0.0
+  return attack - (known[common] if common in known else max(known.values()))
 
 
 def gate_line(dataset: str, scores: Sequence[ImageScore]) -> str:

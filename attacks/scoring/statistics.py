@@ -43,11 +43,11 @@ def mean_interval(values: Sequence[float]) -> Interval:
   return Interval(mean, mean - half, mean + half, count)
 
 
-def clustered_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
+def clustered_interval(values: Sequence[float | None], clusters: Sequence[Hashable]) -> Interval:
   """`mean_interval` of the mean of each cluster, as values in one depend on each other.
 
   Args:
-    values: Any number.
+    values: Any number; None, for one that there is not, is left out.
     clusters: The cluster of each; where all differ this is `mean_interval` of the values.
 
   Raises:
@@ -55,8 +55,16 @@ def clustered_interval(values: Sequence[float], clusters: Sequence[Hashable]) ->
   """
   members: dict[Hashable, list[float]] = {}
   for value, cluster in zip(values, clusters, strict=True):
-    members.setdefault(cluster, []).append(value)
+    if value is not None:
+      members.setdefault(cluster, []).append(value)
   return mean_interval([float(np.mean(own)) for own in members.values()])
+
+
+def paired_differences(
+  first: Sequence[float | None], second: Sequence[float | None]
+) -> list[float | None]:
+  """First - second of each pair; None where one of them is."""
+  return [None if None in pair else pair[0] - pair[1] for pair in zip(first, second, strict=True)]
 
 
 def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 9999) -> Interval:

@@ -132,7 +132,7 @@ class ClientStateFiles:
 
 
 def image_digests(images: np.ndarray) -> list[str]:
-  """SHA-256 of every image of uint8 [N, H, W, C]."""
+  """SHA-256 of every image of [N, H, W, C] of one type."""
   return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images]
 
 
