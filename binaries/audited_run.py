@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from attacks.adaptive.attacker import named
 from attacks.local_steps import local_steps
 from attacks.scoring.results import read_json
 from binaries import run_directory
@@ -176,7 +177,7 @@ class AuditedRun:
       if why and max(seen.values(), default=0) > 1:
         reasons.setdefault(why, []).append(name)
     found = [
-      f'Several rounds show the same images of {_listed(names)}, and these rounds were not attacked'
+      f'Several rounds show the same images of {named(names)}, and these rounds were not attacked'
       f' together: {why}.'
       for why, names in reasons.items()
     ]
@@ -184,7 +185,7 @@ class AuditedRun:
     for own in self.seen:
       left = [name for name in own.clients if name not in self.recurring]
       if left and own.observation.round_num not in attacked:
-        found.append(f'Round {own.observation.round_num} was not attacked for {_listed(left)}.')
+        found.append(f'Round {own.observation.round_num} was not attacked for {named(left)}.')
     return found
 
   def _numbers(self, rounds: Sequence[str] | None) -> list[int]:
@@ -249,12 +250,6 @@ def _has(seen: Seen, name: str) -> bool:
 def _takes_all_at_once(observation: Observation, name: str) -> bool:
   """Whether each step of a client saw each of its images equally often: then they have no order."""
   return not local_steps(observation.client(name), observation.client_training).is_ordered
-
-
-def _listed(names: Sequence[str]) -> str:
-  """The first three of them, and how many more there are."""
-  shown = ', '.join(names[:3])
-  return shown if len(names) <= 3 else f'{shown} and {len(names) - 3} more clients'
 
 
 def _chosen(flag: str, rounds: Sequence[str] | None, known: list[int]) -> list[int]:

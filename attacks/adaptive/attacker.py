@@ -432,8 +432,9 @@ def _in_words(client: ClientObservation) -> str:
 
 
 def named(clients: Sequence[str]) -> str:
-  """The first of them, and how many more there are."""
-  return clients[0] if len(clients) == 1 else f'{clients[0]} and {len(clients) - 1} more'
+  """The first three of them, and how many more there are."""
+  shown = ', '.join(clients[:3])
+  return shown if len(clients) <= 3 else f'{shown} and {len(clients) - 3} more clients'
 
 
 def _typical(observation: Observation, clients: Sequence[str]) -> ClientObservation:

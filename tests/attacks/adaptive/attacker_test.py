@@ -90,7 +90,7 @@ def test_clients_of_rare_kinds_are_attacked_without_what_was_learned_of_others(c
   assert {calls.attacked[name] for name in made.uncalibrated} == {(0.0, None)}
   assert made.calibrations[1].others == ('client_06', 'client_07')
   assert any(
-    'not played clients like client_06 and 1 more' in own for own in made.knows(observation)
+    'not played clients like client_06, client_07' in own for own in made.knows(observation)
   )
 
 
