@@ -110,6 +110,33 @@ def test_shades_and_colours_of_a_region(tmp_path):
   )
 
 
+@pytest.mark.parametrize('background', [0, 1])
+def test_colours_of_a_palette_are_classes_of_a_region(background, tmp_path):
+  mask = np.full((20, 30), background, np.uint8)
+  mask[5:, 10:] = 1 - background
+  picture = Image.fromarray(mask, 'P')
+  dark_red = [128, 0, 0]
+  picture.putpalette([0, 0, 0, *dark_red] if background == 0 else [*dark_red, 0, 0, 0])
+  picture.save(tmp_path / 'a.png')
+  read = images.read_region(tmp_path / 'a.png')
+  np.testing.assert_array_equal(read[..., 0], (mask != background) * 255)
+  np.testing.assert_array_equal(
+    images.read_image(tmp_path / 'a.png').max(axis=-1), read[..., 0] / 255 * 128
+  )
+  mask[:3] = 2
+  picture = Image.fromarray(mask, 'P')
+  picture.putpalette([0, 0, 0, *dark_red, 0, 128, 0])
+  picture.save(tmp_path / 'b.png')
+  with pytest.raises(UserError, match=r'2 colours beside black .* paint what is sensitive in one'):
+    images.read_region(tmp_path / 'b.png')
+
+
+def test_a_palette_of_greys_has_shades(tmp_path):
+  shades = np.arange(0, 200, dtype=np.uint8).reshape(20, 10)
+  Image.fromarray(shades).quantize(256).save(tmp_path / 'a.png')
+  np.testing.assert_array_equal(images.read_region(tmp_path / 'a.png')[..., 0], shades)
+
+
 def test_bad_files(tmp_path):
   with pytest.raises(UserError, match='no such file'):
     images.read_image(tmp_path / 'a.png')
@@ -140,6 +167,25 @@ def test_fit_is_antialiased():
   checkers = (np.indices((320, 320)).sum(0) % 2 * 255).astype(np.uint8)[..., None]
   # Without a filter this would be all black or all white.
   assert np.abs(images.fit(checkers, 32).astype(int) - 127).max() <= 2
+
+
+@pytest.mark.parametrize('shape', [(512, 400), (400, 777), (33, 32), (32, 20), (90, 2000)])
+def test_nothing_sensitive_fades_when_a_region_is_made_smaller(shape):
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    row, column = rng.integers(shape)
+    region = np.zeros((*shape, 1), np.uint8)
+    region[row, column] = 200
+    fitted = images.fit_region(region, 32)[..., 0]
+    # Where its image shows it.
+    height, width = [max(1, round(side * 32 / max(shape))) for side in shape]
+    at = (
+      (32 - height) // 2 + int((row + 0.5) * height / shape[0]),
+      (32 - width) // 2 + int((column + 0.5) * width / shape[1]),
+    )
+    assert fitted[at] == 200
+    assert set(np.unique(fitted)) == {0, 200}
+    assert (fitted > 0).sum() <= 9
 
 
 def test_stack_decides_the_channels_once():

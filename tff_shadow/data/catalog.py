@@ -135,7 +135,7 @@ def _read_split(builder, split, image_size, color, max_examples):
     pictures.append(images.fit(_eight_bit(example['image']), image_size))
     labels.append(example['label'])
     if 'region' in builder.info.features:
-      regions.append(images.fit(_region(builder, split, len(regions), example), image_size))
+      regions.append(images.fit_region(_region(builder, split, len(regions), example), image_size))
   pictures = images.stack(pictures, color)
   regions = np.stack(regions) if regions else np.full_like(pictures[..., :1], 255)
   return Examples(pictures, np.asarray(labels, np.int32), regions)

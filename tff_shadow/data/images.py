@@ -1,10 +1,12 @@
 """Reading images and bringing them to one size and one number of channels."""
 
 import io
+import math
 import pathlib
 
 import numpy as np
 import PIL
+import scipy.ndimage
 from PIL import Image
 
 from tff_shadow.data import dicom
@@ -42,12 +44,13 @@ def read_image(path: pathlib.Path) -> np.ndarray:
 def read_region(path: pathlib.Path) -> np.ndarray:
   """Reads a sensitive region, from a file as `read_image` takes it, as uint8 [H, W, 1].
 
-  What its values mean: see `as_region`.
+  What its values mean: see `as_region`. Colours of a palette stand for classes and are no shades:
+  black is the background, and there may be one other.
 
   Raises:
     UserError: as `read_image` does, but not for a single grey value; or as `as_region` does.
   """
-  return as_region(_read_pixels(path))
+  return as_region(_read_pixels(path, is_region=True))
 
 
 def as_region(pixels: np.ndarray) -> np.ndarray:
@@ -74,8 +77,13 @@ def as_region(pixels: np.ndarray) -> np.ndarray:
   return pixels if pixels.dtype == np.uint8 and high > 1 else _scale(pixels)
 
 
-def _read_pixels(path):
-  """Returns uint8 [H, W, 1 or 3], or float64 [H, W, 1] in the file's own range."""
+def _read_pixels(path, is_region=False):
+  """Returns uint8 [H, W, 1 or 3], or float64 [H, W, 1] in the file's own range.
+
+  Args:
+    path: The file.
+    is_region: Whether colours of a palette are classes.
+  """
   if not path.is_file():
     raise UserError('there is no such file')
   try:
@@ -86,9 +94,23 @@ def _read_pixels(path):
       if opened.mode[0] in 'IF':
         return np.asarray(opened, np.float64)[..., None]
       gray = opened.mode in ('1', 'L', 'LA')
-      return _with_channels(np.asarray(opened.convert('L' if gray else 'RGB')))
+      pixels = _with_channels(np.asarray(opened.convert('L' if gray else 'RGB')))
+      is_painted = opened.mode == 'P' and (pixels != pixels[..., :1]).any()
+      return _classes(pixels) if is_region and is_painted else pixels
   except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
     raise UserError(f'not a readable image ({error})') from error
+
+
+def _classes(painted):
+  """0 where uint8 [H, W, 3] is black and 1 where it has its other colour: uint8 [H, W, 1]."""
+  is_background = (painted == 0).all(axis=-1, keepdims=True)
+  others = np.unique(painted[~is_background[..., 0]], axis=0)
+  if len(others) > 1:
+    raise UserError(
+      f'a region with a palette of {len(others)} colours beside black is a label map of several'
+      ' classes: paint what is sensitive in one colour and the rest black'
+    )
+  return np.where(is_background, 0, 1).astype(np.uint8)
 
 
 def _scale(pixels):
@@ -103,24 +125,45 @@ def _with_channels(pixels):
   return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def fit(image: np.ndarray, image_size: int) -> np.ndarray:
+def fit(
+  image: np.ndarray, image_size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
   """Returns `image` (uint8 [H, W, 1 or 3]) as uint8 [image_size, image_size, same channels].
 
-  The longer side is scaled to the image size by an antialiasing bicubic filter, the shorter side
-  by the same factor, and the rest is filled with black on both sides: anatomy is neither cut off
-  nor stretched.
+  The longer side is scaled to the image size, by an antialiasing bicubic filter unless told
+  otherwise, the shorter side by the same factor, and the rest is filled with black on both sides:
+  anatomy is neither cut off nor stretched.
   """
   height, width, channels = image.shape
   if (height, width) == (image_size, image_size):
     return image
-  factor = image_size / max(height, width)
-  new = (max(1, round(width * factor)), max(1, round(height * factor)))
+  new = _scaled(image, image_size)
   pillow = Image.fromarray(image[..., 0] if channels == 1 else image)
-  scaled = _with_channels(np.asarray(pillow.resize(new, Image.Resampling.BICUBIC)))
+  scaled = _with_channels(np.asarray(pillow.resize(new[::-1], resampling)))
   result = np.zeros((image_size, image_size, channels), np.uint8)
-  top, left = (image_size - new[1]) // 2, (image_size - new[0]) // 2
-  result[top : top + new[1], left : left + new[0]] = scaled
+  top, left = (image_size - new[0]) // 2, (image_size - new[1]) // 2
+  result[top : top + new[0], left : left + new[1]] = scaled
   return result
+
+
+def fit_region(region: np.ndarray, image_size: int) -> np.ndarray:
+  """Returns `region` (uint8 [H, W, 1]) where `fit` puts its image.
+
+  Made smaller, a pixel is as sensitive as the most sensitive of those that it stands for: of a
+  lesion of a few pixels an average would leave next to nothing.
+  """
+  if max(region.shape) <= image_size:
+    return fit(region, image_size)
+  new = _scaled(region, image_size)
+  reach = [2 * math.ceil(old / own / 2) + 1 for old, own in zip(region.shape, new, strict=False)]
+  grown = scipy.ndimage.maximum_filter(region, (*reach, 1))
+  return fit(grown, image_size, Image.Resampling.NEAREST)
+
+
+def _scaled(image, image_size):
+  """Height and width of [H, W, C] when the longer of both is the image size."""
+  factor = image_size / max(image.shape[:2])
+  return [max(1, round(side * factor)) for side in image.shape[:2]]
 
 
 def to_gray(image: np.ndarray) -> np.ndarray:

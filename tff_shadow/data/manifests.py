@@ -240,4 +240,4 @@ def _region(row, shape, image_size):
       f'{row.where}: region {row.region.name} is {region.shape[1]}x{region.shape[0]} px, '
       f'its image {shape[1]}x{shape[0]}'
     )
-  return images.fit(region, image_size)
+  return images.fit_region(region, image_size)
