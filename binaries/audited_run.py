@@ -270,18 +270,32 @@ def _test(run_dir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def defense_words(defense: Mapping[str, Any]) -> str:
-  """Name and settings in force; of nested ones, what kind and how much."""
+  """Name and settings in force; of those that have a kind, what kind and how much."""
   words = []
   for key, value in defense.items():
-    if isinstance(value, Mapping):
-      value = ' '.join(str(value[part]) for part in ('kind', 'value') if part in value)
-    if isinstance(value, list | tuple):
-      value = ' and '.join(map(str, value)) or 'none'
     if key == 'frozen':
-      value = 'frozen' if value else 'drawn anew in each round'
-    if key != 'name' and key not in _idle_settings(defense):
-      words.append(value if key == 'frozen' else f'{key.replace("_", " ")} {value}')
+      words.append('frozen' if value else 'drawn anew in each round')
+    elif key != 'name' and key not in _idle_settings(defense):
+      words.append(f'{_spoken(key)} {_told(value)}')
   return f'{defense["name"]}: {", ".join(words)}' if words else defense['name']
+
+
+def _told(value: Any) -> str:
+  if isinstance(value, Mapping):
+    if 'kind' in value:
+      return ' '.join(str(value[part]) for part in ('kind', 'value') if part in value)
+    return f'({", ".join(f"{_spoken(part)} {_told(own)}" for part, own in value.items())})'
+  if isinstance(value, list | tuple):
+    return ' and '.join(map(str, value)) or 'none'
+  if value is None:
+    return 'by its own rule'
+  if isinstance(value, bool):
+    return 'yes' if value else 'no'
+  return str(value)
+
+
+def _spoken(name: str) -> str:
+  return name.replace('_', ' ')
 
 
 def _idle_settings(defense: Mapping[str, Any]) -> set[str]:

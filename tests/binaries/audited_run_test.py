@@ -15,6 +15,7 @@ from tff_shadow.observations import (
   write_observation,
   write_truth,
 )
+from tff_shadow.published import PublishedSettings
 
 _RATIO = NoiseStrength('image_ratio', 100.0)
 
@@ -49,6 +50,10 @@ def test_tells_the_settings_in_force_alone(noise, words):
 def test_other_defences_are_told_whole():
   assert defense_words({'name': 'none'}) == 'none'
   assert defense_words({'name': 'top_k', 'fraction': 0.1}) == 'top_k: fraction 0.1'
+  told = defense_words({'name': 'published', **dataclasses.asdict(PublishedSettings())})
+  assert 'latents (learning rate 0.001, weight decay 0.01, steps 500,' in told
+  assert 'update shadow yes' in told
+  assert 'shadow learning rate by its own rule' in told
 
 
 _POOL = smooth_images(12)
