@@ -110,7 +110,7 @@ def _classes(painted):
       f'a region with a palette of {len(others)} colours beside black is a label map of several'
       ' classes: paint what is sensitive in one colour and the rest black'
     )
-  return np.where(is_background, 0, 1).astype(np.uint8)
+  return np.uint8(~is_background)
 
 
 def _scale(pixels):
