@@ -14,7 +14,7 @@ from tff_shadow.models import Norm, build_model, classification_loss, model_to_c
 from tff_shadow.observations import ClientTraining, Observation, WeightArrays
 
 _REPEATS = 5
-_ONE_STEP = LocalSteps(((0,),), is_exact=True)
+_ONE_STEP = LocalSteps(((0,),))
 
 
 class TimedAttack:

@@ -9,13 +9,14 @@ import numpy as np
 import tensorflow as tf
 from safetensors import safe_open
 
+from attacks.order_search import Trial
 from attacks.solver import SolverState
 from tff_shadow.errors import UserError
 from tff_shadow.observations import load_tensors, save_tensors
 
 _FORMAT = 'tff-shadow-attack-checkpoint'
 _STATE, _FINISHED = 'state', 'finished'
-_VERSION = '2'
+_VERSION = '3'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Checkpoint:
     seconds: Time spent on them so far.
     use_xla: What the attack resolved to; the same bits need the same choice.
     finished: Other lanes of the same targets, that ran before them.
+    tried: Of the same targets, orders of their images.
   """
 
   lanes: tuple[str, ...]
@@ -52,19 +54,21 @@ class Checkpoint:
   seconds: float
   use_xla: bool
   finished: dict[str, FinishedLane]
+  tried: dict[str, list[Trial]]
 
   @classmethod
   def of(
     cls,
     lanes: Sequence[str],
-    state: SolverState,
+    state: SolverState | None,
     seconds: float,
     use_xla: bool,
     finished: dict[str, FinishedLane],
+    tried: dict[str, list[Trial]],
   ) -> 'Checkpoint':
-    """The checkpoint of a state."""
-    tensors = tuple(tensor.numpy() for tensor in tf.nest.flatten(state))
-    return cls(tuple(lanes), tensors, seconds, use_xla, finished)
+    """The checkpoint of a state; of None before there is any."""
+    tensors = () if state is None else tuple(t.numpy() for t in tf.nest.flatten(state))
+    return cls(tuple(lanes), tensors, seconds, use_xla, finished, tried)
 
   def restore(self, like: SolverState) -> SolverState:
     """The state, in the structure of another of the same lanes.
@@ -98,6 +102,7 @@ def write_checkpoint(path: pathlib.Path, checkpoint: Checkpoint) -> None:
     'seconds': checkpoint.seconds,
     'use_xla': checkpoint.use_xla,
     'finished': finished,
+    'tried': checkpoint.tried,
   }
   save_tensors(
     path, tensors, {'format': _FORMAT, 'version': _VERSION, 'checkpoint': json.dumps(numbers)}
@@ -127,6 +132,10 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint | None:
       finished={
         name: FinishedLane(loss, tensors[f'{_FINISHED}/{index:05d}'], seconds, diverged_at)
         for index, (name, loss, seconds, diverged_at) in enumerate(numbers['finished'])
+      },
+      tried={
+        target: [Trial(tuple(order), loss, seconds) for order, loss, seconds in trials]
+        for target, trials in numbers['tried'].items()
       },
     )
   except (KeyError, TypeError, ValueError) as error:

@@ -52,6 +52,10 @@ class AttackConfig:
       one gradient on all images at a point between the old and the new weights that is optimised
       too, for clients whose steps are not known. In a joint attack those of later rounds are not,
       but where every step is on all images.
+    orders: Where clients take several steps on parts of their images, so many orders in which they
+      may have taken them are tried, and the attack is made under the one of least loss; with 1
+      their images are taken to come in the same order in each epoch, and by labels in the first.
+    order_iterations: Optimiser steps under each order that is tried.
     start_position: Where that point starts: 0 at the old weights, 1 at the new.
     label_rule: How labels are inferred; see `labels.infer_labels`.
     joint_labels: Whether labels are optimised with the images, from inferred ones.
@@ -91,6 +95,8 @@ class AttackConfig:
   langevin: float = 0.0
   start: Start = dataclasses.field(default_factory=MeanImageStart)
   simulation: Simulation = 'exact'
+  orders: int = 16
+  order_iterations: int = 60
   start_position: float = 0.5
   label_rule: LabelRule = 'bias'
   joint_labels: bool = False
@@ -104,7 +110,7 @@ class AttackConfig:
 
   def __post_init__(self):
     """Raises `UserError` for a value that no attack can run with."""
-    for name in ('iterations', 'restarts', 'lanes'):
+    for name in ('iterations', 'restarts', 'lanes', 'orders', 'order_iterations'):
       if getattr(self, name) < 1:
         raise UserError(f'--{name}={getattr(self, name)}: must be at least 1')
     for name, prior in (

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +12,9 @@ import tensorflow as tf
 from attacks.checkpoints import Checkpoint, FinishedLane, read_checkpoint, write_checkpoint
 from attacks.config import AttackConfig
 from attacks.labels import Labels
+from attacks.matching import NoMatching
+from attacks.order_search import OrderSearch, Trial
+from attacks.priors import GroupConsistency
 from attacks.results import TargetResult
 from attacks.scoring.assignment import in_order
 from attacks.shared_solvers import SharedSolvers
@@ -49,6 +52,7 @@ def attack_observation(
   *,
   labels: Mapping[str, Sequence[int]] | None = None,
   weights: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
+  orders: Mapping[str, Sequence[int]] | None = None,
   finished: Sequence[TargetResult] = (),
   on_result: Callable[[list[TargetResult]], None] | None = None,
   progress: Callable[[AttackProgress], None] | None = None,
@@ -72,6 +76,7 @@ def attack_observation(
     weights: For each target, per round and per trainable variable, what observed and simulated
       gradient are multiplied by before they are compared: 1 over the deviation of noise that was
       added to them, say. As they are by default.
+    orders: `TargetResult.order` of targets where it is known; searched by default.
     finished: Results of an earlier, interrupted call; kept as they are.
     on_result: Called with all results so far whenever targets are done.
     progress: Called about twice a second.
@@ -97,7 +102,15 @@ def attack_observation(
   names = list(targets) if targets else known.default_names
   chosen = [known.find(name, None if labels is None else labels[name]) for name in names]
   attack = _Attack(
-    known, config, shared, weights, progress, checkpoint_path, checkpoint_every_secs, controls
+    known,
+    config,
+    shared,
+    weights,
+    orders or {},
+    progress,
+    checkpoint_path,
+    checkpoint_every_secs,
+    controls,
   )
   results = {result.target: result for result in finished if result.target in names}
   for group in attack.groups([target for target in chosen if target.name not in results]):
@@ -110,6 +123,22 @@ def attack_observation(
   return [results[name] for name in names]
 
 
+class _Lane(NamedTuple):
+  """A restart on a target.
+
+  Attributes:
+    name: In checkpoints; what stands before the last slash is the target's.
+    target: Attacked.
+    restart: From 0.
+    order: Of its images in the local steps; None for that of `Target.steps`.
+  """
+
+  name: str
+  target: Target
+  restart: int
+  order: Sequence[int] | None
+
+
 class _Attack:
   """Attacks groups of targets, one after another."""
 
@@ -119,6 +148,7 @@ class _Attack:
     config,
     shared,
     weights,
+    known_orders,
     progress,
     checkpoint_path,
     checkpoint_every_secs,
@@ -128,10 +158,21 @@ class _Attack:
     self._config = config
     self._shared = shared
     self._weights = weights
+    self._known_orders = known_orders
     self._progress = progress
     self._checkpoint_path = checkpoint_path
     self._checkpoint_every_secs = checkpoint_every_secs
     self._with_controls = with_controls
+    self._order_config = dataclasses.replace(
+      config,
+      iterations=config.order_iterations,
+      restarts=1,
+      # It would tie images together that are sought under different orders.
+      group_consistency=GroupConsistency(weight=0.0),
+    )
+    # Of the targets of the present group.
+    self._tried: dict[str, list[Trial]] = {}
+    self._orders: dict[str, Sequence[int]] = {}
     self._prior_weights = {
       prior.name: tf.constant(prior.weight, config.dtype) for prior in config.image_priors
     }
@@ -194,6 +235,10 @@ class _Attack:
       used = whole if whole and self._config.combination == 'mean' else sound
       attacked['attack'] = self._combined([(restarts[k].loss, restarts[k].images) for k in used])
     chosen = min(sound, key=lambda k: restarts[k].loss) if sound else None
+    tried = self._tried.get(target.name, ())
+    steps = self._config.iterations * len(restarts) + self._config.order_iterations * len(tried)
+    seconds = sum(own.seconds for own in (*restarts, *tried))
+    order = self._orders.get(target.name)
     return TargetResult(
       target=target.name,
       images=target.num_images,
@@ -206,8 +251,9 @@ class _Attack:
       if sound
       else (),
       chosen_restart=chosen,
-      iterations=self._config.iterations * len(restarts) if sound else 0,
-      seconds=round(sum(restart.seconds for restart in restarts), 3),
+      iterations=steps if sound else 0,
+      seconds=round(seconds, 3),
+      order=None if order is None else tuple(map(int, order)),
       reconstructions={**attacked, **controls},
     )
 
@@ -218,17 +264,22 @@ class _Attack:
     config = self._config
     saved = read_checkpoint(self._checkpoint_path) if self._checkpoint_path else None
     finished = dict(saved.finished) if saved else {}
+    self._tried = dict(saved.tried) if saved else {}
+    self._orders = self._found_orders(targets, labels, statistics, contrast, saved)
     # More restarts than lanes: the one target of the group takes them in turns.
     for first in range(0, config.restarts, config.lanes):
       restarts = range(first, min(first + config.lanes, config.restarts))
-      lanes = [(target, restart) for target in targets for restart in restarts]
-      names = [_lane_name(*lane) for lane in lanes]
-      if not all(name in finished for name in names):
+      lanes = [
+        _Lane(_lane_name(target, restart), target, restart, self._orders.get(target.name))
+        for target in targets
+        for restart in restarts
+      ]
+      if not all(lane.name in finished for lane in lanes):
         state, seconds = self._run_lanes(
-          lanes, targets, labels, statistics, contrast, saved, finished
+          lanes, targets, labels, statistics, contrast, config, saved, finished
         )
-        for index, name in enumerate(names):
-          finished[name] = FinishedLane(
+        for index, lane in enumerate(lanes):
+          finished[lane.name] = FinishedLane(
             float(state.best_loss[index]),
             state.best_images[index].numpy().astype(np.float32),
             seconds / len(lanes),
@@ -239,34 +290,82 @@ class _Attack:
       for target in targets
     }
 
+  def _found_orders(
+    self, targets: list[Target], labels: list[Labels], statistics, contrast: float | None, saved
+  ) -> dict[str, Sequence[int]]:
+    """The order of each target's images that explains its update best; none where none is used."""
+    config = self._config
+    if (
+      config.joint_labels
+      or config.simulation != 'exact'
+      or isinstance(config.matching, NoMatching)
+      or not targets[0].steps[0].is_ordered
+    ):
+      return {}
+    found = {target.name: target.steps[0].order for target in targets} | self._known_orders
+    if config.orders == 1:
+      return found
+    searches = {
+      target.name: OrderSearch(
+        target.steps[0],
+        own.values,
+        config.orders,
+        (config.seed, target.index),
+        self._tried.get(target.name, ()),
+      )
+      for target, own in zip(targets, labels, strict=True)
+      if target.name not in self._known_orders
+    }
+    while lanes := [
+      _Lane(f'{target.name}/order_{len(searches[target.name].tried) + k}', target, 0, order)
+      for target in targets
+      if target.name in searches
+      for k, order in enumerate(searches[target.name].next_orders())
+    ]:
+      trials = []
+      for first in range(0, len(lanes), config.lanes):
+        some = lanes[first : first + config.lanes]
+        state, seconds = self._run_lanes(
+          some, targets, labels, statistics, contrast, self._order_config, saved, {}
+        )
+        trials += [
+          Trial(lane.order, float(loss), seconds / len(some))
+          for lane, loss in zip(some, state.best_loss, strict=True)
+        ]
+      for lane, trial in zip(lanes, trials, strict=True):
+        searches[lane.target.name].tried.append(trial)
+      self._tried = {name: search.tried for name, search in searches.items()}
+    return found | {name: search.best for name, search in searches.items()}
+
   def _run_lanes(
-    self, lanes, targets, labels, statistics, contrast, saved, finished
+    self, lanes: list[_Lane], targets, labels, statistics, contrast, config, saved, finished
   ) -> tuple[SolverState, float]:
     """Runs lanes to their end; returns the state and the seconds it took."""
-    config = self._config
-    names = tuple(_lane_name(*lane) for lane in lanes)
+    names = tuple(lane.name for lane in lanes)
     if saved is not None and saved.lanes != names:
       saved = None
-    seeds = np.array([self._seed(*lane) for lane in lanes], np.int32)
+    seeds = np.array([self._seed(lane.target, lane.restart) for lane in lanes], np.int32)
     evidence = self._evidence(lanes, targets, labels, statistics, seeds)
     logits = None
     if config.joint_labels:
       start_logits = self._known.start_logits(labels)
-      logits = np.stack([start_logits[targets.index(target)] for target, _ in lanes])
-    start = np.stack([self._start(*lane) for lane in lanes])
+      logits = np.stack([start_logits[targets.index(lane.target)] for lane in lanes])
+    start = np.stack([self._start(lane.target, lane.restart) for lane in lanes])
     kind = ('attack', targets[0].num_images, targets[0].steps, len(lanes), contrast)
     solver = self._shared.get(config, kind)
     if solver is None or (saved and saved.use_xla != solver.use_xla):
-      solver = self._solver(targets[0].steps, contrast, saved, start, seeds, logits, evidence)
+      solver = self._solver(
+        config, targets[0].steps, contrast, saved, start, seeds, logits, evidence
+      )
       self._shared.put(config, kind, solver)
     state, seconds = solver.start(start, seeds, logits), 0.0
     if saved is not None:
       state, seconds = saved.restore(state), saved.seconds
-    return self._advance(solver, state, evidence, seconds, names, finished)
+    return self._advance(solver, config, state, evidence, seconds, names, finished)
 
-  def _solver(self, steps, contrast, saved, start, seeds, logits, evidence) -> Solver:
+  def _solver(self, config, steps, contrast, saved, start, seeds, logits, evidence) -> Solver:
     """A solver for targets of a kind, compiled if that is what is wanted, or faster."""
-    simulators, config = self._known.simulators, self._config
+    simulators = self._known.simulators
 
     def build(use_xla: bool) -> Solver:
       return Solver(simulators, steps, config, matching=True, contrast=contrast, use_xla=use_xla)
@@ -283,25 +382,26 @@ class _Attack:
     return compiled if choose_xla(plain, state, evidence, compiled) else plain
 
   def _advance(
-    self, solver, state, evidence, seconds, names, finished
+    self, solver, config, state, evidence, seconds, names, finished
   ) -> tuple[SolverState, float]:
     steps, last_write = 1, time.monotonic()
 
     def save() -> None:
       if self._checkpoint_path:
         write_checkpoint(
-          self._checkpoint_path, Checkpoint.of(names, state, seconds, solver.use_xla, finished)
+          self._checkpoint_path,
+          Checkpoint.of(names, state, seconds, solver.use_xla, finished, self._tried),
         )
 
     try:
-      while (iteration := int(state.iteration)) < self._config.iterations:
+      while (iteration := int(state.iteration)) < config.iterations:
         begin = time.monotonic()
-        stop = min(iteration + steps, self._config.iterations)
+        stop = min(iteration + steps, config.iterations)
         state = solver.advance(state, evidence, stop)
         losses = state.loss.numpy()
         duration = time.monotonic() - begin
         seconds += duration
-        self._report(names, len(finished), stop, losses)
+        self._report(names, len(finished), stop if config is self._config else 0, losses)
         if not np.isfinite(losses).any():
           break
         # The first call traces, so its duration says nothing: grow by tens until it does.
@@ -326,14 +426,16 @@ class _Attack:
     weights = ()
     if self._weights is not None:
       weights = _stacked([self._weights[target.name] for target in targets], self._config.dtype)
+    orders = [lane.order for lane in lanes if lane.order is not None]
     return Evidence(
-      target=tf.constant([targets.index(target) for target, _ in lanes]),
+      target=tf.constant([targets.index(lane.target) for lane in lanes]),
       labels=tf.constant(np.stack([own.values for own in labels])),
       gradients=_stacked([self._known.gradients(target) for target in targets], self._config.dtype),
       statistics=statistics,
       seeds=tf.constant(seeds),
       weights=weights,
       prior_weights=self._prior_weights,
+      orders=tf.constant(np.stack(orders), tf.int32) if orders else (),
     )
 
   def _seed(self, target: Target, restart: int) -> tuple[int, int]:

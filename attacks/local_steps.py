@@ -1,5 +1,6 @@
 """Which of a client's images each of its local steps trained on, as far as the server can tell."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,13 +15,9 @@ class LocalSteps(NamedTuple):
 
   Attributes:
     batches: For each step the positions of its images among those of the client.
-    is_exact: Whether these are the client's own batches up to the order of its images, which no
-      attack can tell. Not so where it saw images again in an order of its own, in a later epoch or
-      a later round, or where what it says of its steps does not fit the public settings.
   """
 
   batches: tuple[tuple[int, ...], ...]
-  is_exact: bool
 
   @property
   def is_single(self) -> bool:
@@ -33,28 +30,37 @@ class LocalSteps(NamedTuple):
     images = {image for batch in self.batches for image in batch}
     return any(len({batch.count(image) for image in images}) > 1 for batch in self.batches)
 
-  def in_a_later_round(self) -> 'LocalSteps':
-    """The same, of images that an earlier round has numbered: each round has its own order."""
-    return self._replace(is_exact=self.is_exact and not self.is_ordered)
+  def drawn(self, rng: np.random.Generator, *, keeps_first: bool) -> 'LocalSteps':
+    """The same steps of a client that goes through its images in orders of its own.
 
-  def reordered(self, seed: Sequence[int]) -> 'LocalSteps':
-    """The same with the images in another order, which `seed` decides."""
+    Args:
+      rng: Decides the order of each pass.
+      keeps_first: Whether the first pass stays as it is: the images are numbered by it.
+    """
     if not self.is_ordered:
       return self
-    images = sorted({image for batch in self.batches for image in batch})
-    order = np.random.default_rng(seed).permutation(images)
-    place = dict(zip(images, map(int, order), strict=True))
-    return self._replace(batches=tuple(tuple(map(place.get, own)) for own in self.batches))
+    order = self.order
+    images = np.unique(order)
+    for start in range(len(images) if keeps_first else 0, len(order), len(images)):
+      own = order[start : start + len(images)]
+      own[:] = rng.permutation(images)[: len(own)]
+    return self.in_order(order)
 
-  def segments(self) -> list[tuple[tuple[int, ...], ...]]:
-    """The steps in runs of equally large batches."""
-    runs: list[list[tuple[int, ...]]] = []
-    for batch in self.batches:
-      if runs and len(runs[-1][-1]) == len(batch):
-        runs[-1].append(batch)
-      else:
-        runs.append([batch])
-    return [tuple(run) for run in runs]
+  def in_order(self, order: Sequence[int]) -> 'LocalSteps':
+    """The same steps with other images, given one after another."""
+    cuts = np.cumsum([len(batch) for batch in self.batches])[:-1]
+    batches = np.split(np.asarray(order), cuts)
+    return self._replace(batches=tuple(tuple(map(int, own)) for own in batches))
+
+  @property
+  def order(self) -> np.ndarray:
+    """The images of all steps one after another, int32 [M]."""
+    return np.concatenate(self.batches).astype(np.int32)
+
+  def segments(self) -> list[tuple[int, int]]:
+    """The steps in runs of equally large batches: how many, and how large."""
+    runs = itertools.groupby(map(len, self.batches))
+    return [(len(list(run)), size) for size, run in runs]
 
 
 def local_steps(client: ClientObservation, training: ClientTraining) -> LocalSteps:
@@ -62,7 +68,7 @@ def local_steps(client: ClientObservation, training: ClientTraining) -> LocalSte
 
   A client goes through its images once an epoch, each time in a new order, without a break between
   epochs, cut after the most steps allowed (`tff_shadow.data.local_training_order`). The order of
-  later epochs is not known; that of the first one is taken. Where the number of steps does not
+  later epochs is not known; that of the first one stands here. Where the number of steps does not
   follow from that, every step is taken to see batches of the public size in turn.
   """
   images = range(client.num_images)
@@ -72,16 +78,13 @@ def local_steps(client: ClientObservation, training: ClientTraining) -> LocalSte
     order = order[: training.max_local_steps * size]
   batches = tuple(tuple(order[k : k + size]) for k in range(0, len(order), size))
   if len(batches) == client.num_steps:
-    # A batch of all images has no order; else only the first epoch's is a matter of numbering.
-    whole = all(len(batch) == client.num_images for batch in batches)
-    return LocalSteps(batches, whole or len(order) <= client.num_images)
+    return LocalSteps(batches)
   size = min(size, client.num_images)
   return LocalSteps(
     tuple(
       tuple((step * size + k) % client.num_images for k in range(size))
       for step in range(client.num_steps)
-    ),
-    is_exact=client.num_steps == 1,
+    )
   )
 
 

@@ -49,13 +49,14 @@ class Preset:
 
 
 def _pixels(**settings) -> AttackConfig:
-  """Without anything of ours: pixels, exact derivatives, no prior."""
+  """Without anything of ours: pixels, exact derivatives, no prior, no search for an order."""
   plain = AttackConfig(
     total_variation=TotalVariation(weight=0.0),
     batch_norm_statistics=BatchNormStatistics(weight=0.0),
     hold_contrast=False,
     parametrization=PixelParametrization(),
     rectifier=ExactRectifier(),
+    orders=1,
   )
   return dataclasses.replace(plain, **settings)
 

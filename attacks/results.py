@@ -45,10 +45,13 @@ class TargetResult:
     restart_losses: Of the best candidate of each restart; None for one that never had a
       finite loss.
     chosen_restart: The restart of least loss.
-    iterations: Optimiser steps, over all restarts.
+    iterations: Optimiser steps, over all restarts and orders that were tried.
     seconds: Time spent, controls not counted.
     reconstructions: By name ('attack', 'prior_only', 'mean_image', and 'other_update' of an attack
       that is told the clients' regions): float32 [B, H, W, C] in [0, 1].
+    order: The images that the local steps (of the first round) are taken to have had, one after
+      another, by their places among `labels`; None where each step has all, labels are optimised
+      too, or one gradient stands for all steps.
   """
 
   target: str
@@ -63,6 +66,7 @@ class TargetResult:
   iterations: int
   seconds: float
   reconstructions: dict[str, np.ndarray]
+  order: tuple[int, ...] | None = None
 
   def as_dict(self) -> dict[str, Any]:
     """Everything but the images, as plain JSON values."""
@@ -73,6 +77,7 @@ class TargetResult:
     }
     fields['labels'] = list(self.labels)
     fields['restart_losses'] = list(self.restart_losses)
+    fields['order'] = None if self.order is None else list(self.order)
     return fields
 
 
@@ -122,4 +127,6 @@ def _from_document(target: dict[str, Any], tensors: dict[str, np.ndarray]) -> Ta
     raise KeyError(f'{prefix}attack')
   fields = {**target, 'labels': tuple(target['labels'])}
   fields['restart_losses'] = tuple(target['restart_losses'])
+  order = target.get('order')
+  fields['order'] = None if order is None else tuple(order)
   return TargetResult(**fields, reconstructions=reconstructions)

@@ -133,6 +133,7 @@ class ClientSimulator:
     labels: tf.Tensor,
     steps: LocalSteps,
     sharpness: tf.Tensor | None = None,
+    order: tf.Tensor | None = None,
   ) -> list[tf.Tensor]:
     """Mean over the local steps of their gradients, each at the weights that the earlier ones left.
 
@@ -145,16 +146,20 @@ class ClientSimulator:
       labels: int32 [N], or probabilities [N, classes].
       steps: What each step trains on.
       sharpness: See `gradient`.
+      order: int32 [M], the images that the steps train on one after another, in place of
+        `steps.order`.
 
     Returns:
       One tensor per trainable variable.
     """
     if steps.is_single:
       return self.gradient(images, labels, sharpness)
-    segments = [
-      (tf.gather(images, list(batches)), tf.gather(labels, list(batches)))
-      for batches in steps.segments()
-    ]
+    order = tf.constant(steps.order) if order is None else order
+    segments, start = [], 0
+    for count, size in steps.segments():
+      batches = tf.reshape(order[start : start + count * size], (count, size))
+      segments.append((tf.gather(images, batches), tf.gather(labels, batches)))
+      start += count * size
     with self._surrogate(sharpness):
       moved = unrolled_sgd(
         lambda weights, inputs: self._gradient(weights, *inputs),

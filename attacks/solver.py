@@ -65,6 +65,8 @@ class Evidence(NamedTuple):
       before they are compared; empty to compare them as they are.
     prior_weights: By the name of an image prior, a scalar in place of its weight in the config, so
       that attacks which differ in nothing else share a trace.
+    orders: int32 [R, M], the images that the local steps of the first view train on one after
+      another; empty for the order of its `LocalSteps`.
   """
 
   target: tf.Tensor
@@ -74,6 +76,7 @@ class Evidence(NamedTuple):
   seeds: tf.Tensor
   weights: Any = ()
   prior_weights: Mapping[str, tf.Tensor] = {}
+  orders: Any = ()
 
 
 class LossAndGradient(NamedTuple):
@@ -270,17 +273,17 @@ class Solver:
     """Matching loss and statistics' prior of every lane, and the gradient of their sum."""
 
     def one(lane):
-      own, target = lane
+      own, target, order = lane
       with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(own)
-        loss, penalty = self.lane_loss(own, target, evidence, iteration)
+        loss, penalty = self.lane_loss(own, target, evidence, iteration, order)
         objective = loss + penalty
       gradient = tape.gradient(objective, own, unconnected_gradients='zero')
       # Batches gathered from the images have a sparse one.
       dense = {name: tf.convert_to_tensor(tensor) for name, tensor in gradient.items()}
       return loss, penalty, dense
 
-    lanes = (seen, evidence.target)
+    lanes = (seen, evidence.target, evidence.orders)
     if evidence.target.shape[0] == 1:
       result = one(tf.nest.map_structure(lambda tensor: tensor[0], lanes))
       return tf.nest.map_structure(lambda tensor: tensor[None], result)
@@ -293,7 +296,9 @@ class Solver:
       parallel_iterations=self._config.lanes,
     )
 
-  def lane_loss(self, own, target, evidence: Evidence, iteration) -> tuple[tf.Tensor, tf.Tensor]:
+  def lane_loss(
+    self, own, target, evidence: Evidence, iteration, order=()
+  ) -> tuple[tf.Tensor, tf.Tensor]:
     """Matching loss and statistics' prior of one lane, two scalars.
 
     Args:
@@ -302,6 +307,7 @@ class Solver:
       target: Index of the lane's target in `evidence`.
       evidence: Of all targets.
       iteration: From 0.
+      order: Of the lane, from `evidence.orders`.
     """
     config = self._config
     images = own[_IMAGES]
@@ -329,7 +335,8 @@ class Solver:
         simulated, statistics = simulator.gradient_and_statistics(images, labels, sharpness)
         penalties.append(config.batch_norm_statistics(statistics, known))
       else:
-        simulated = simulator.mean_gradient(images, labels, steps, sharpness)
+        own_order = order if view == 0 and tf.is_tensor(order) else None
+        simulated = simulator.mean_gradient(images, labels, steps, sharpness, own_order)
       if evidence.weights:
         weights = [tensor[target] for tensor in evidence.weights[view]]
         simulated = [tensor * w for tensor, w in zip(simulated, weights, strict=True)]

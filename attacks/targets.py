@@ -115,7 +115,7 @@ class Targets:
         )
       is_mean = name == AGGREGATE
       own = _one_step(client.num_images) if is_mean else local_steps(client, seen.client_training)
-      steps.append(own.in_a_later_round() if steps else own)
+      steps.append(own)
     told = None if told is None else tuple(told)
     return Target(name, index, clients[0].num_images, tuple(steps), clients, told)
 
@@ -231,7 +231,7 @@ def _shapes(observation: Observation) -> list[tuple[int, ...]]:
 
 
 def _one_step(num_images: int) -> LocalSteps:
-  return LocalSteps((tuple(range(num_images)),), is_exact=True)
+  return LocalSteps((tuple(range(num_images)),))
 
 
 def _aggregate(observation: Observation) -> ClientObservation:

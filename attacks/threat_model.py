@@ -57,6 +57,12 @@ def threat_model(
     facts.append('It does not compare updates, only what its prior names.')
   if config.simulation == 'between':
     facts.append('It does not use how the local steps went, only where they led.')
+  elif config.orders > 1 and any(
+    local_steps(client, training).is_ordered for client in observation.clients
+  ):
+    facts.append(
+      f'It tries up to {config.orders} orders in which a client may have gone through its images.'
+    )
   priors = [_PRIORS[prior.name] for prior in config.image_priors]
   if config.batch_norm_statistics.weight and not only_aggregate and _uses_statistics(observation):
     priors.append('the BatchNorm statistics that the client shared')
@@ -108,20 +114,19 @@ def warnings(
       ' for all steps, which is not exact'
     ]
   steps = [local_steps(client, observation.client_training) for client in several]
-  guessed = [client for client, own in zip(several, steps, strict=True) if not own.is_exact]
-  found = []
-  if guessed:
-    found.append(
-      f'{len(guessed)} of {len(clients)} clients went through their images more than once'
-      f' ({guessed[0].client_id} among them): the order of the first time is taken for all, which'
-      ' the server cannot know'
-    )
   ordered = [client for client, own in zip(several, steps, strict=True) if own.is_ordered]
-  if num_rounds > 1 and ordered:
+  found = []
+  if ordered:
+    chosen = (
+      f'the best of up to {config.orders} is taken' if config.orders > 1 else 'one is assumed'
+    )
     found.append(
       f'{len(ordered)} of {len(clients)} clients took several steps on parts of their images'
-      f' ({ordered[0].client_id} among them), in each round in an order of its own, which the'
-      ' server cannot know: from the second round on one gradient between their old and new weights'
-      ' stands for all steps, which is not exact'
+      f' ({ordered[0].client_id} among them), in an order that the server is not told: {chosen}'
+    )
+  if num_rounds > 1 and ordered:
+    found.append(
+      'from the second round on, in which the order is another, one gradient between old and new'
+      ' weights stands for all steps of these clients, which is not exact'
     )
   return found

@@ -35,6 +35,18 @@ _DEPTH = flags.DEFINE_list(
 _FIELDS: dict[str, tuple[str, str | None, Callable[..., Any], str]] = {
   'iterations': ('iterations', None, flags.DEFINE_integer, 'Optimiser steps per restart.'),
   'restarts': ('restarts', None, flags.DEFINE_integer, 'Starts per target.'),
+  'orders': (
+    'orders',
+    None,
+    flags.DEFINE_integer,
+    'Several steps on parts of the images: orders of them that are tried.',
+  ),
+  'order_iterations': (
+    'order_iterations',
+    None,
+    flags.DEFINE_integer,
+    'Iterations under each order that is tried.',
+  ),
   'lanes': ('lanes', None, flags.DEFINE_integer, 'Restarts and targets run side by side.'),
   'balance': (
     'matching',

@@ -182,7 +182,7 @@ class AdaptiveAttacker:
       public: Images of the modality with labels and regions, of no attacked client.
       config: All settings that are not tried; the seed decides everything.
       effort: How much it makes of the public images.
-      batch_config: Instead of `config` for clients with several images in a step; of the same seed.
+      batch_config: Instead of `config` for clients with several images; of the same seed.
       shadow: With which the published defence is played. The decoys of decoy noise are those of
         the public images.
       watch: Shows progress.
@@ -251,8 +251,7 @@ class AdaptiveAttacker:
   ) -> list[AdaptiveAttack]:
     """See `attack`."""
     like = group.like
-    steps = local_steps(like, observations[0].client_training)
-    config = self._config if max(map(len, steps.batches)) == 1 else self._batch_config
+    config = self._config if like.num_images == 1 else self._batch_config
     config = dataclasses.replace(config, gaussian_images=self._prior)
     denoiser = self._trained_denoiser()
     count = min(self._effort.clients, len(self._played) // like.num_images)

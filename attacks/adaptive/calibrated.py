@@ -298,7 +298,13 @@ def _invert(
     ]
     weights = {target: [weights[target] for weights in rounds] for target in maps}
   return attack_observation(
-    observations, config, list(maps), weights=weights, controls=controls, shared=shared
+    observations,
+    config,
+    list(maps),
+    weights=weights,
+    orders={own.target: own.order for own in first if own.order is not None},
+    controls=controls,
+    shared=shared,
   )
 
 

@@ -57,9 +57,9 @@ def simulate_round(
 ) -> SimulatedRound:
   """Plays the round of `observation` with clients like one of it, on public images.
 
-  The clients are played exactly, all local steps, noise and what they send of BatchNorm; only the
-  order of their images in later epochs is that of the first. Several rounds played with the
-  same seed have the same clients, with the same noise if the defence keeps it.
+  The clients are played exactly, all local steps, noise and what they send of BatchNorm. Several
+  rounds played with the same seed have the same clients, with the same noise if the defence keeps
+  it.
 
   Args:
     observation: The round.
@@ -68,8 +68,8 @@ def simulate_round(
     num_clients: How many to play.
     seed: Decides images and noise, but for that of DP-SGD, which takes no key.
     equipment: With which it is played.
-    is_first: Whether the clients use their images in the order of `SimulatedRound.truth`; in later
-      ones of several rounds each has an order of its own.
+    is_first: Whether the clients first use their images in the order of `SimulatedRound.truth`; in
+      later epochs, and in later ones of several rounds, each has an order of its own.
 
   Raises:
     UserError: If the defence is none that this attacker knows, or there are too few images.
@@ -99,9 +99,9 @@ def simulate_round(
 def simulated_steps(
   observation: Observation, like: ClientObservation, seed: int, index: int, is_first: bool
 ) -> LocalSteps:
-  """The local steps of a simulated client; a round that is not the first has its own order."""
-  steps = local_steps(like, observation.client_training)
-  return steps if is_first else steps.reordered([seed, index, observation.round_num])
+  """The local steps of a simulated client; see `simulate_round`."""
+  rng = np.random.default_rng([seed, index, observation.round_num])
+  return local_steps(like, observation.client_training).drawn(rng, keeps_first=is_first)
 
 
 def noise_key(observation: Observation, seed: int, index: int) -> tuple[int, int]:

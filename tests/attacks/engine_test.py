@@ -6,8 +6,10 @@ import tensorflow as tf
 
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
+from attacks.local_steps import LocalSteps
 from attacks.priors import ImageNorm
 from attacks.results import read_results, write_results
+from attacks.simulator import ClientSimulator
 from attacks.threat_model import threat_model, warnings
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.errors import UserError
@@ -170,8 +172,8 @@ def test_a_restart_that_diverges_late_keeps_its_best_images(observation, combina
 
 
 def test_several_local_steps_are_simulated_exactly():
-  image = smooth_images(1, seed=3)
-  several = play_round(small_model(), [(image, [1])], steps=5, learning_rate=1.0, momentum=0.5)
+  image = smooth_images(1, seed=5)
+  several = play_round(small_model(), [(image, [1])], steps=5, learning_rate=0.5, momentum=0.5)
   quality = {}
   for simulation in ('exact', 'between'):
     config = AttackConfig(iterations=300, xla='off', simulation=simulation)
@@ -179,6 +181,66 @@ def test_several_local_steps_are_simulated_exactly():
     quality[simulation] = psnr(result.reconstructions['attack'], image)
     assert quality[simulation] > psnr(result.reconstructions['mean_image'], image) + 3
   assert quality['exact'] > max(25, quality['between'] + 3)
+
+
+@pytest.fixture(scope='module', name='ordered')
+def _ordered():
+  """A client with two images one by one, twice: first the one of label 1."""
+  images = smooth_images(2, seed=3)
+  observation = play_round(small_model(num_classes=5), [(images, [1, 3])], learning_rate=0.2)
+  training = dataclasses.replace(observation.client_training, batch_size=1, local_epochs=2)
+  observation = dataclasses.replace(observation, client_training=training)
+  simulator = ClientSimulator(observation)
+  steps = LocalSteps(((1,), (0,), (0,), (1,)))
+  gradient = simulator.mean_gradient(tf.constant(images), tf.constant([1, 3]), steps)
+  scale = -simulator.update_over_gradient(4)
+  update = WeightArrays(tuple(scale * tensor.numpy() for tensor in gradient))
+  client = dataclasses.replace(observation.clients[0], num_steps=4, update=update)
+  return images, dataclasses.replace(observation, clients=(client,))
+
+
+def test_the_order_of_local_steps_is_searched(ordered):
+  images, observation = ordered
+  config = AttackConfig(iterations=150, order_iterations=60, xla='off')
+  (found,) = attack_observation(observation, config)
+  assert found.order == (1, 0, 0, 1)
+  (assumed,) = attack_observation(observation, dataclasses.replace(config, orders=1))
+  assert assumed.order == (0, 1, 0, 1)
+  assert found.loss < 0.5 * assumed.loss
+  # Four orders are all there are.
+  assert found.iterations == 150 + 4 * 60
+  (told,) = attack_observation(observation, config, orders={'client_00': found.order})
+  assert told.loss == found.loss
+  assert told.iterations == 150
+
+  def closeness(result):
+    return np.mean(
+      [psnr(*pair) for pair in zip(result.reconstructions['attack'], images, strict=True)]
+    )
+
+  assert closeness(found) > closeness(assumed) + 2
+
+
+@pytest.mark.parametrize('interrupted_at', ['order', 'attack'])
+def test_an_interrupted_search_for_an_order_goes_on(ordered, tmp_path, interrupted_at):
+  _, observation = ordered
+  config = AttackConfig(iterations=12, order_iterations=8, lanes=2, xla='off')
+  path = tmp_path / 'checkpoint.safetensors'
+  (whole,) = attack_observation(observation, config)
+  seen = []
+
+  def stop(at):
+    seen.append(at.done)
+    if (len(seen) == 3 and interrupted_at == 'order') or at.done > 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    attack_observation(observation, config, checkpoint_path=path, progress=stop)
+  assert (seen[-1] == 0) == (interrupted_at == 'order')
+  (resumed,) = attack_observation(observation, config, checkpoint_path=path)
+  assert resumed.loss == whole.loss
+  assert resumed.order == whole.order
+  np.testing.assert_array_equal(resumed.reconstructions['attack'], whole.reconstructions['attack'])
 
 
 def test_several_rounds_are_attacked_jointly():
@@ -308,7 +370,11 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
     client_training=training,
     clients=tuple(dataclasses.replace(client, num_steps=4) for client in several.clients),
   )
-  assert 'order' in warnings(shuffled, shuffled.clients, _SHORT)[0]
+  assert 'the best of up to 16' in warnings(shuffled, shuffled.clients, _SHORT)[0]
+  first = dataclasses.replace(_SHORT, orders=1)
+  assert 'one is assumed' in warnings(shuffled, shuffled.clients, first)[0]
+  assert 'up to 16 orders' in ' '.join(threat_model(shuffled, _SHORT, labels_known=False))
+  assert 'orders' not in ' '.join(threat_model(several, _SHORT, labels_known=False))
   # Over rounds every order is another.
   assert warnings(several, several.clients, _SHORT, num_rounds=2) == []
   once = dataclasses.replace(
@@ -316,9 +382,9 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
     client_training=dataclasses.replace(training, local_epochs=1),
     clients=tuple(dataclasses.replace(client, num_steps=2) for client in several.clients),
   )
-  assert warnings(once, once.clients, _SHORT) == []
-  (found,) = warnings(once, once.clients, _SHORT, num_rounds=2)
-  assert 'from the second round on' in found
+  # Which of two labels came first the server is not told either.
+  assert len(warnings(once, once.clients, _SHORT)) == 1
+  assert 'from the second round on' in warnings(once, once.clients, _SHORT, num_rounds=2)[1]
 
 
 def test_unknown_target(observation):

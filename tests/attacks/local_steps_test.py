@@ -32,18 +32,18 @@ def test_batches_are_those_of_a_client(num_examples, batch_size, epochs, max_ste
   sizes = [len(order[k : k + batch_size]) for k in range(0, len(order), batch_size)]
   assert [len(batch) for batch in steps.batches] == sizes
   assert {image for batch in steps.batches for image in batch} == set(range(distinct))
-  if steps.is_exact and len(order) == distinct:
-    # One pass: the client's own batches, its images numbered as they came.
-    assert [image for batch in steps.batches for image in batch] == list(range(distinct))
-  assert sum(len(run) for run in steps.segments()) == num_steps
-  for run in steps.segments():
-    assert len({len(batch) for batch in run}) == 1
+  # The images are numbered as they came.
+  assert steps.order[:distinct].tolist() == list(range(distinct))
+  assert [size for count, size in steps.segments() for _ in range(count)] == sizes
+  own = steps.drawn(np.random.default_rng(1), keeps_first=True)
+  assert [len(batch) for batch in own.batches] == sizes
+  assert steps.in_order(own.order) == own
+  assert own.order[:distinct].tolist() == list(range(distinct))
+  for start in range(0, len(order), distinct):
+    assert len(set(own.order[start : start + distinct])) == len(order[start : start + distinct])
 
 
-def test_what_is_exact():
-  assert local_steps(_client(4, 2), _training(2, 1)).is_exact
-  assert local_steps(_client(4, 3), _training(4, 3)).is_exact
-  assert not local_steps(_client(4, 4), _training(2, 2)).is_exact
+def test_a_single_step_is_told():
   assert local_steps(_client(4, 1), _training(4, 1)).is_single
   assert not local_steps(_client(4, 2), _training(4, 2)).is_single
 
@@ -51,12 +51,11 @@ def test_what_is_exact():
 def test_a_client_may_have_a_batch_size_of_its_own():
   client = dataclasses.replace(_client(4, 2), batch_size=2)
   steps = local_steps(client, _training(8, 1))
-  assert steps.is_exact
   assert steps.batches == ((0, 1), (2, 3))
   assert local_steps(client, _training(8, 3, 2)).batches == ((0, 1), (2, 3))
 
 
-def test_later_rounds_are_exact_only_where_no_step_has_a_part_of_the_images():
+def test_an_order_matters_only_where_a_step_has_a_part_of_the_images():
   for images, num_steps, batch_size, epochs, is_ordered in (
     (4, 1, 4, 1, False),
     (4, 3, 4, 3, False),
@@ -65,24 +64,20 @@ def test_later_rounds_are_exact_only_where_no_step_has_a_part_of_the_images():
     (3, 2, 2, 1, True),
   ):
     steps = local_steps(_client(images, num_steps), _training(batch_size, epochs))
-    assert steps.is_exact
     assert steps.is_ordered == is_ordered
-    assert steps.in_a_later_round() == steps._replace(is_exact=not is_ordered)
 
 
-def test_another_order_of_the_same_images():
+def test_orders_of_a_client():
   steps = local_steps(_client(5, 4), _training(3, 2))
-  other = steps.reordered([3, 1])
-  assert other != steps
-  assert other == steps.reordered([3, 1])
-  order = dict(
-    zip(steps.batches[0] + steps.batches[1], other.batches[0] + other.batches[1], strict=False)
+  first, again, other = (
+    steps.drawn(np.random.default_rng(seed), keeps_first=False) for seed in (3, 3, 4)
   )
-  assert sorted(order.values()) == list(range(5))
-  # An image that comes again, comes again.
-  assert [tuple(order[image] for image in batch) for batch in steps.batches] == list(other.batches)
+  assert first == again != other
+  assert sorted(first.order[:5]) == sorted(first.order[5:]) == list(range(5))
+  # Each pass has an order of its own.
+  assert first.order[:5].tolist() != first.order[5:].tolist()
   whole = local_steps(_client(4, 3), _training(4, 3))
-  assert whole.reordered([3, 1]) is whole
+  assert whole.drawn(np.random.default_rng(3), keeps_first=False) is whole
 
 
 def test_clients_that_may_have_more_images_than_they_used():
@@ -97,7 +92,6 @@ def test_clients_that_may_have_more_images_than_they_used():
 
 def test_steps_that_do_not_fit_the_settings():
   steps = local_steps(_client(3, 5), _training(2, 1))
-  assert not steps.is_exact
   assert [len(batch) for batch in steps.batches] == [2] * 5
 
 

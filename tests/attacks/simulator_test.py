@@ -39,7 +39,7 @@ def _evidence(labels, observed):
 
 
 def _solver(simulator, config):
-  return Solver([simulator], [LocalSteps(((0, 1),), True)], config, matching=True)
+  return Solver([simulator], [LocalSteps(((0, 1),))], config, matching=True)
 
 
 @pytest.mark.parametrize('matching', [CosineMatching(), CosineMatching(0.5), SquaredMatching()])
@@ -164,7 +164,7 @@ def test_mean_gradient_of_large_steps_is_the_observed_one(batch_norm, memory, mo
   )
   simulator = ClientSimulator(observation)
   steps = local_steps(observation.clients[0], observation.client_training)
-  assert steps == LocalSteps(((0, 1),) * 4, True)
+  assert steps == LocalSteps(((0, 1),) * 4)
   observed = simulator.observed_gradient(observation.clients[0])
   simulated = simulator.mean_gradient(tf.constant(images), tf.constant([0, 1]), steps)
   single = simulator.gradient(tf.constant(images), tf.constant([0, 1]))
@@ -194,7 +194,7 @@ def test_steps_of_a_client_with_a_batch_size_of_its_own():
   )
   observation = dataclasses.replace(whole, clients=(client,))
   target = Targets([observation], AttackConfig()).find('client_00', None)
-  assert target.steps == (LocalSteps(((0, 1), (2, 3)), True),)
+  assert target.steps == (LocalSteps(((0, 1), (2, 3))),)
   simulated = simulator.mean_gradient(images, labels, target.steps[0])
   observed = simulator.observed_gradient(client)
   assert float(SquaredMatching()(simulated, observed)) < 1e-9
@@ -221,23 +221,22 @@ def test_later_rounds_are_not_simulated_in_the_order_of_the_first():
   images, labels = smooth_images(4), tf.constant([0, 0, 1, 1])
   observation = play_round(small_model(seed=1), [(images, labels.numpy().tolist())])
   simulator = ClientSimulator(observation)
-  first, second = LocalSteps(((0, 1), (2, 3)), True), LocalSteps(((0, 2), (1, 3)), True)
+  first, second = LocalSteps(((0, 1), (2, 3))), LocalSteps(((0, 2), (1, 3)))
   observed = [
     simulator.mean_gradient(tf.constant(images), labels, steps) for steps in (first, second)
   ]
   evidence = _evidence(labels, observed[0])
   evidence = evidence._replace(gradients=tuple(tuple(t[None] for t in own) for own in observed))
   config = AttackConfig(matching=SquaredMatching())
-  steps = [first, first.in_a_later_round()]
-  solver = Solver([simulator] * 2, steps, config, matching=True)
+  solver = Solver([simulator] * 2, [first, first], config, matching=True)
   assert 'position' in solver.start(images[None], [[0, 0]]).parameters
   own = {'images': tf.constant(images), 'position': tf.constant(0.0)}
   loss, _ = solver.lane_loss(own, 0, evidence, tf.constant(0))
   in_the_first_order = SquaredMatching()(observed[0], observed[1]) / 2
   assert float(loss) < 0.2 * float(in_the_first_order)
   # Where every step is on all images there is no order.
-  whole = LocalSteps(((0, 1, 2, 3),) * 2, True)
-  solver = Solver([simulator] * 2, [whole, whole.in_a_later_round()], config, matching=True)
+  whole = LocalSteps(((0, 1, 2, 3),) * 2)
+  solver = Solver([simulator] * 2, [whole, whole], config, matching=True)
   assert 'position' not in solver.start(images[None], [[0, 0]]).parameters
 
 
