@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from attacks.engine import attack_observation
 from attacks.local_steps import LocalSteps
 from attacks.priors import ImageNorm
 from attacks.results import read_results, write_results
+from attacks.shared_solvers import SharedSolvers
 from attacks.simulator import ClientSimulator
 from attacks.threat_model import threat_model, warnings
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
@@ -22,6 +24,12 @@ _SHORT = AttackConfig(iterations=60, restarts=2, xla='off')
 def observation():
   images = smooth_images(2)
   return play_round(small_model(), [(images[:1], [1]), (images[1:], [0])])
+
+
+@pytest.fixture(scope='module')
+def shared(observation):
+  """Traces take longer than these attacks."""
+  return SharedSolvers([observation])
 
 
 def test_recovers_images_far_better_than_the_controls(observation):
@@ -39,8 +47,8 @@ def test_recovers_images_far_better_than_the_controls(observation):
       assert found.max() <= 1
 
 
-def test_chooses_by_its_own_loss_and_returns_the_image_of_that_loss(observation):
-  result = attack_observation(observation, _SHORT, ['client_01'])[0]
+def test_chooses_by_its_own_loss_and_returns_the_image_of_that_loss(observation, shared):
+  result = attack_observation(observation, _SHORT, ['client_01'], shared=shared)[0]
   assert len(result.restart_losses) == 2
   assert result.restart_losses[0] != result.restart_losses[1]
   assert result.loss == min(result.restart_losses)
@@ -54,7 +62,7 @@ def test_restarts_may_be_averaged():
   seen = []
   for combination in ('best', 'mean'):
     config = dataclasses.replace(_SHORT, restarts=3, combination=combination)
-    seen.append(attack_observation(observation, config, labels=labels)[0])
+    seen.append(attack_observation(observation, config, labels=labels, controls=False)[0])
   best, mean = seen
   assert best.restart_losses == mean.restart_losses
   assert best.loss == mean.loss
@@ -95,19 +103,18 @@ class _StopAt:
   ('lanes', 'done'), [(16, 10), (1, 1), (1, 65)], ids=['together', 'first turn', 'second turn']
 )
 @pytest.mark.parametrize('settings', [{}, {'joint_labels': True, 'langevin': 0.01}])
-def test_resumed_attack_gives_the_same_bits(observation, tmp_path, lanes, done, settings):
+def test_resumed_attack_gives_the_same_bits(observation, shared, tmp_path, lanes, done, settings):
   config = dataclasses.replace(_SHORT, lanes=lanes, **settings)
-  whole = attack_observation(observation, config, ['client_00'])[0]
+  attack = functools.partial(
+    attack_observation, observation, config, ['client_00'], shared=shared, controls=False
+  )
+  whole = attack()[0]
   path = tmp_path / 'checkpoint.safetensors'
   with pytest.raises(KeyboardInterrupt):
-    attack_observation(
-      observation, config, ['client_00'], checkpoint_path=path, progress=_StopAt(done)
-    )
+    attack(checkpoint_path=path, progress=_StopAt(done))
   assert path.exists()
   reports = []
-  resumed = attack_observation(
-    observation, config, ['client_00'], checkpoint_path=path, progress=reports.append
-  )[0]
+  resumed = attack(checkpoint_path=path, progress=reports.append)[0]
   assert reports[0].done > done
   np.testing.assert_array_equal(whole.reconstructions['attack'], resumed.reconstructions['attack'])
   assert whole.restart_losses == resumed.restart_losses
@@ -117,8 +124,8 @@ def test_resumed_attack_gives_the_same_bits(observation, tmp_path, lanes, done, 
 def test_lanes_do_not_know_of_each_other(observation):
   # Few iterations: rounding differs with the number of lanes, and grows.
   config = dataclasses.replace(_SHORT, iterations=15)
-  together = attack_observation(observation, config)
-  alone = attack_observation(observation, dataclasses.replace(config, lanes=1))
+  together = attack_observation(observation, config, controls=False)
+  alone = attack_observation(observation, dataclasses.replace(config, lanes=1), controls=False)
   for a, b in zip(together, alone, strict=True):
     np.testing.assert_allclose(a.restart_losses, b.restart_losses, rtol=1e-3)
     np.testing.assert_allclose(a.reconstructions['attack'], b.reconstructions['attack'], atol=1e-3)
@@ -129,9 +136,12 @@ def test_targets_and_restarts_need_not_fill_the_lanes(restarts, lanes):
   images = smooth_images(3)
   observation = play_round(small_model(), [(images[i : i + 1], [i % 2]) for i in range(3)])
   config = dataclasses.replace(_SHORT, iterations=15, restarts=restarts, lanes=lanes)
-  found = attack_observation(observation, config)
+  attack = functools.partial(
+    attack_observation, observation, shared=SharedSolvers([observation]), controls=False
+  )
+  found = attack(config)
   for result, name in zip(found, ('client_00', 'client_01', 'client_02'), strict=True):
-    alone = attack_observation(observation, dataclasses.replace(config, lanes=1), [name])[0]
+    alone = attack(dataclasses.replace(config, lanes=1), [name])[0]
     assert (result.target, result.status) == (name, 'ok')
     np.testing.assert_allclose(result.restart_losses, alone.restart_losses, rtol=1e-3)
 
@@ -142,7 +152,9 @@ def test_one_diverged_lane_leaves_the_others_alone(observation):
   broken = dataclasses.replace(
     observation, clients=(dataclasses.replace(client, update=huge), observation.clients[1])
   )
-  (_, healthy), (_, expected) = (attack_observation(o, _SHORT) for o in (broken, observation))
+  (_, healthy), (_, expected) = (
+    attack_observation(o, _SHORT, controls=False) for o in (broken, observation)
+  )
   np.testing.assert_array_equal(
     healthy.reconstructions['attack'], expected.reconstructions['attack']
   )
@@ -202,14 +214,17 @@ def _ordered():
 def test_the_order_of_local_steps_is_searched(ordered):
   images, observation = ordered
   config = AttackConfig(iterations=150, order_iterations=60, xla='off')
-  (found,) = attack_observation(observation, config)
+  attack = functools.partial(
+    attack_observation, observation, shared=SharedSolvers([observation]), controls=False
+  )
+  (found,) = attack(config)
   assert found.order == (1, 0, 0, 1)
-  (assumed,) = attack_observation(observation, dataclasses.replace(config, orders=1))
+  (assumed,) = attack(dataclasses.replace(config, orders=1))
   assert assumed.order == (0, 1, 0, 1)
   assert found.loss < 0.5 * assumed.loss
   # Four orders are all there are.
   assert found.iterations == 150 + 4 * 60
-  (told,) = attack_observation(observation, config, orders={'client_00': found.order})
+  (told,) = attack(config, orders={'client_00': found.order})
   assert told.loss == found.loss
   assert told.iterations == 150
 
@@ -226,7 +241,10 @@ def test_an_interrupted_search_for_an_order_goes_on(ordered, tmp_path, interrupt
   _, observation = ordered
   config = AttackConfig(iterations=12, order_iterations=8, lanes=2, xla='off')
   path = tmp_path / 'checkpoint.safetensors'
-  (whole,) = attack_observation(observation, config)
+  attack = functools.partial(
+    attack_observation, observation, config, shared=SharedSolvers([observation]), controls=False
+  )
+  (whole,) = attack()
   seen = []
 
   def stop(at):
@@ -235,9 +253,9 @@ def test_an_interrupted_search_for_an_order_goes_on(ordered, tmp_path, interrupt
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    attack_observation(observation, config, checkpoint_path=path, progress=stop)
+    attack(checkpoint_path=path, progress=stop)
   assert (seen[-1] == 0) == (interrupted_at == 'order')
-  (resumed,) = attack_observation(observation, config, checkpoint_path=path)
+  (resumed,) = attack(checkpoint_path=path)
   assert resumed.loss == whole.loss
   assert resumed.order == whole.order
   np.testing.assert_array_equal(resumed.reconstructions['attack'], whole.reconstructions['attack'])
