@@ -33,9 +33,11 @@ class AttackProgress:
   Attributes:
     targets: Client ids at work.
     lanes: How many restarts of them run side by side.
-    done: Steps taken by all lanes of all targets so far, finished ones included.
+    done: Steps taken by all lanes of all targets so far, finished ones included; those under orders
+      that are only tried are not counted.
     iteration: Steps taken by each of the lanes at work.
     loss: Mean matching loss of their last step.
+    trying_orders: Whether the lanes are orders that are tried.
   """
 
   targets: tuple[str, ...]
@@ -43,6 +45,11 @@ class AttackProgress:
   done: int
   iteration: int
   loss: float
+  trying_orders: bool
+
+  def __str__(self) -> str:
+    what = 'trying orders, ' if self.trying_orders else ''
+    return f'{what}iteration {self.iteration}, loss {self.loss:.2e}'
 
 
 def attack_observation(
@@ -401,7 +408,7 @@ class _Attack:
         losses = state.loss.numpy()
         duration = time.monotonic() - begin
         seconds += duration
-        self._report(names, len(finished), stop if config is self._config else 0, losses)
+        self._report(names, len(finished), stop, losses, config is self._order_config)
         if not np.isfinite(losses).any():
           break
         # The first call traces, so its duration says nothing: grow by tens until it does.
@@ -414,12 +421,17 @@ class _Attack:
       raise
     return state, seconds
 
-  def _report(self, names, num_finished: int, iteration: int, losses: np.ndarray) -> None:
+  def _report(
+    self, names, num_finished: int, iteration: int, losses: np.ndarray, trying_orders: bool
+  ) -> None:
     if self._progress:
       targets = dict.fromkeys(name.rpartition('/')[0] for name in names)
-      done = self.done + num_finished * self._config.iterations + iteration * len(names)
+      counted = 0 if trying_orders else iteration * len(names)
+      done = self.done + num_finished * self._config.iterations + counted
       self._progress(
-        AttackProgress(tuple(targets), len(names), done, iteration, float(np.mean(losses)))
+        AttackProgress(
+          tuple(targets), len(names), done, iteration, float(np.mean(losses)), trying_orders
+        )
       )
 
   def _evidence(self, lanes, targets, labels, statistics, seeds) -> Evidence:

@@ -140,9 +140,7 @@ def main() -> None:
 
     def show(at: AttackProgress) -> None:
       more = f' and {len(at.targets) - 1} more' if len(at.targets) > 1 else ''
-      progress.update(
-        at.done, f'{at.targets[0]}{more}, iteration {at.iteration}, loss {at.loss:.2e}'
-      )
+      progress.update(at.done, f'{at.targets[0]}{more}, {at}')
 
     results = attack_observation(
       observations,

@@ -128,7 +128,7 @@ def attack(plan: Plan, name: str, round_num: int, run_dir: pathlib.Path) -> path
   ) as progress:
 
     def show(at: AttackProgress) -> None:
-      progress.update(at.done, f'{at.targets[0]}, loss {at.loss:.2e}')
+      progress.update(at.done, f'{at.targets[0]}, {at}')
 
     found = attack_observation(
       seen,

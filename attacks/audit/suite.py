@@ -209,7 +209,7 @@ class Suite:
     with self.watch(place, total) as update:
 
       def show(at: AttackProgress) -> None:
-        update(at.done, f'iteration {at.iteration}, loss {at.loss:.2e}')
+        update(at.done, str(at))
 
       return attack_observation(
         list(observations),

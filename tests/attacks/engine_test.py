@@ -248,13 +248,14 @@ def test_an_interrupted_search_for_an_order_goes_on(ordered, tmp_path, interrupt
   seen = []
 
   def stop(at):
-    seen.append(at.done)
-    if (len(seen) == 3 and interrupted_at == 'order') or at.done > 3:
+    seen.append(at)
+    if len(seen) == 3 if interrupted_at == 'order' else at.done > 3:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
     attack(checkpoint_path=path, progress=stop)
-  assert (seen[-1] == 0) == (interrupted_at == 'order')
+  assert seen[-1].trying_orders == (interrupted_at == 'order')
+  assert all(at.done == 0 for at in seen if at.trying_orders)
   (resumed,) = attack(checkpoint_path=path)
   assert resumed.loss == whole.loss
   assert resumed.order == whole.order

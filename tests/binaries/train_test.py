@@ -94,10 +94,11 @@ def test_published_defense_keeps_the_clients_state_and_says_when_it_is_gone(tmp_
     'published_shadow_steps': 1,
     'published_shadow_rounds': 1,
     'norm': 'batch',
+    'max_examples': 12,
   }
   run_dir = tmp_path / 'run'
   _train(run_dir, **arguments)
-  assert 'latents 48/48' in capsys.readouterr().out
+  assert 'latents 12/12' in capsys.readouterr().out
   observation = read_observation(run_dir / 'observations' / 'round_00001')
   assert observation.defense['name'] == 'published'
   assert observation.defense['shadow_steps'] == 1
