@@ -111,5 +111,5 @@ def test_the_number_of_steps_is_part_of_the_kind(calls):
   observation = dataclasses.replace(observation, client_training=training, clients=tuple(clients))
   made = _attack(observation, batch_config=PRESETS['best_batch'].build())
   assert [own.like.num_steps for own in made.calibrations] == [2, 1]
-  # Several images in a step, not in all of them, are what makes a batch.
-  assert [config.restarts for config in calls.configs] == [1, 4]
+  # In one step or one by one, several images are sought.
+  assert [config.restarts for config in calls.configs] == [4, 4]
