@@ -9,6 +9,7 @@ from attacks.engine import attack_observation
 from attacks.generators import GenerativePrior
 from attacks.matching import NoMatching
 from attacks.presets import PRESETS
+from attacks.shared_solvers import SharedSolvers
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.observations import WeightArrays
 
@@ -27,7 +28,7 @@ def test_preset_runs_and_is_plain_data(name):
     # This model has no BatchNorm.
     batch_norm_statistics=dataclasses.replace(config.batch_norm_statistics, required=False),
   )
-  result = attack_observation(observation, config)[0]
+  result = attack_observation(observation, config, controls=False)[0]
   assert result.status == 'ok'
   assert result.labels == (1,)
   assert np.isfinite(result.reconstructions['attack']).all()
@@ -40,7 +41,7 @@ def test_line_search_finds_an_image_through_a_smooth_network():
   config = dataclasses.replace(
     PRESETS['idlg'].build(), iterations=120, xla='off', dtype='float64', seed=1
   )
-  result = attack_observation(observation, config)[0]
+  result = attack_observation(observation, config, controls=False)[0]
   assert psnr(result.reconstructions['attack'][0], image[0]) > 40
 
 
@@ -85,8 +86,10 @@ def _changed(observation, part, factor):
   return dataclasses.replace(observation, clients=(dataclasses.replace(client, update=update),))
 
 
-def _found(observation, config):
-  result = attack_observation(observation, config, labels={'client_00': [0, 1]})[0]
+def _found(observation, config, shared):
+  (result,) = attack_observation(
+    observation, config, labels={'client_00': [0, 1]}, shared=shared, controls=False
+  )
   assert result.status == 'ok'
   return result.reconstructions['attack']
 
@@ -95,20 +98,24 @@ def _found(observation, config):
 def test_released_attacks_do_not_see_the_update_but_its_statistics(with_statistics, name):
   other_weights = _changed(with_statistics, 'trainable', -2.0)
   other_statistics = _changed(with_statistics, 'non_trainable', 1.5)
+  # Other updates of the same round are attacked without tracing again.
+  shared = SharedSolvers([with_statistics])
   released = _config(f'{name}_released')
-  image = _found(with_statistics, released)
-  np.testing.assert_array_equal(image, _found(other_weights, released))
-  assert np.abs(image - _found(other_statistics, released)).max() > 1e-4
+  image = _found(with_statistics, released, shared)
+  np.testing.assert_array_equal(image, _found(other_weights, released, shared))
+  assert np.abs(image - _found(other_statistics, released, shared)).max() > 1e-4
   ours = _config(name)
-  differentiated = _found(with_statistics, ours)
-  assert np.abs(differentiated - _found(other_weights, ours)).max() > 1e-5
+  differentiated = _found(with_statistics, ours, shared)
+  assert np.abs(differentiated - _found(other_weights, ours, shared)).max() > 1e-5
   assert dataclasses.replace(ours, matching=NoMatching()).as_dict() == released.as_dict()
 
 
 def test_released_attack_comes_nearer_to_the_statistics_and_keeps_its_best(with_statistics):
   config = dataclasses.replace(_config('shadow_pixels_released'), langevin=0.0)
-  result = attack_observation(with_statistics, config)[0]
-  short = attack_observation(with_statistics, dataclasses.replace(config, iterations=1))[0]
+  result, short = (
+    attack_observation(with_statistics, own, controls=False)[0]
+    for own in (config, dataclasses.replace(config, iterations=1))
+  )
   assert result.loss < 0.8 * short.loss
 
 
