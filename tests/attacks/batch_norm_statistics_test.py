@@ -302,7 +302,9 @@ class TestAttack:
     image = smooth_images(1, seed=5)
     observation = _round(small_model(batch_norm=True), image, batch_size=1)
     told, untold = (
-      attack_observation(observation, self._with_weight(weight))[0].reconstructions['attack']
+      attack_observation(observation, self._with_weight(weight), controls=False)[0].reconstructions[
+        'attack'
+      ]
       for weight in (self._CONFIG.batch_norm_statistics.weight, 0.0)
     )
     assert abs(told.mean() - image.mean()) < 0.01
@@ -316,7 +318,7 @@ class TestAttack:
     changed = dataclasses.replace(seen, clients=(client,))
     config = dataclasses.replace(self._CONFIG, iterations=3)
     found = {
-      name: attack_observation(rounds, config)[0].reconstructions['attack']
+      name: attack_observation(rounds, config, controls=False)[0].reconstructions['attack']
       for name, rounds in {
         'once': [seen],
         'twice': [seen, seen],
@@ -332,10 +334,12 @@ class TestAttack:
     silent = dataclasses.replace(observation, batch_norm_sharing='local')
     short = dataclasses.replace(self._CONFIG, iterations=3)
     without = dataclasses.replace(self._with_weight(0.0), iterations=3)
-    default, weightless = (attack_observation(silent, c)[0] for c in (short, without))
+    default, weightless = (
+      attack_observation(silent, c, controls=False)[0] for c in (short, without)
+    )
     for name, images in default.reconstructions.items():
       np.testing.assert_array_equal(images, weightless.reconstructions[name])
-    assert attack_observation(observation, short)[0].loss != default.loss
+    assert attack_observation(observation, short, controls=False)[0].loss != default.loss
     for seen, config, used in (
       (observation, short, True),
       (observation, without, False),
@@ -368,7 +372,7 @@ class TestAttack:
       config = _changed(observation.model_config, name, {'momentum': 1.0})
       observation = dataclasses.replace(observation, model_config=config)
     short = dataclasses.replace(self._CONFIG, iterations=3)
-    assert attack_observation(observation, short)[0].status == 'ok'
+    assert attack_observation(observation, short, controls=False)[0].status == 'ok'
     facts = ' '.join(threat_model(observation, short, labels_known=False))
     assert 'BatchNorm statistics' not in facts
     prior = dataclasses.replace(short.batch_norm_statistics, required=True)
