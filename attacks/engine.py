@@ -12,6 +12,7 @@ import tensorflow as tf
 from attacks.checkpoints import Checkpoint, FinishedLane, read_checkpoint, write_checkpoint
 from attacks.config import AttackConfig
 from attacks.labels import Labels
+from attacks.local_steps import LocalSteps, local_steps
 from attacks.matching import NoMatching
 from attacks.order_search import OrderSearch, Trial
 from attacks.priors import GroupConsistency
@@ -20,7 +21,7 @@ from attacks.scoring.assignment import in_order
 from attacks.shared_solvers import SharedSolvers
 from attacks.solver import Evidence, Solver, SolverState, choose_xla
 from attacks.targets import Target, TargetFailed, Targets
-from tff_shadow.observations import Observation
+from tff_shadow.observations import AGGREGATE, Observation
 
 # A call of the solver lasts about this long, so that Ctrl-C and progress do not wait.
 _CALL_SECS = 0.5
@@ -33,8 +34,8 @@ class AttackProgress:
   Attributes:
     targets: Client ids at work.
     lanes: How many restarts of them run side by side.
-    done: Steps taken by all lanes of all targets so far, finished ones included; those under orders
-      that are only tried are not counted.
+    done: Steps taken by all lanes of all targets so far, finished ones included; `planned_steps` in
+      the end.
     iteration: Steps taken by each of the lanes at work.
     loss: Mean matching loss of their last step.
     trying_orders: Whether the lanes are orders that are tried.
@@ -50,6 +51,32 @@ class AttackProgress:
   def __str__(self) -> str:
     what = 'trying orders, ' if self.trying_orders else ''
     return f'{what}iteration {self.iteration}, loss {self.loss:.2e}'
+
+
+def planned_steps(observation: Observation, config: AttackConfig, targets: Sequence[str]) -> int:
+  """How many steps an attack on these targets of a (first) round takes at most."""
+  total = len(targets) * config.restarts * config.iterations
+  for name in targets:
+    if name != AGGREGATE:
+      steps = local_steps(observation.client(name), observation.client_training)
+      total += _trial_steps(steps, config)
+  return total
+
+
+def _uses_order(steps: LocalSteps, config: AttackConfig) -> bool:
+  """Whether it matters to the attack in which order a client took its images."""
+  return (
+    steps.is_ordered
+    and not config.joint_labels
+    and config.simulation == 'exact'
+    and not isinstance(config.matching, NoMatching)
+  )
+
+
+def _trial_steps(steps: LocalSteps, config: AttackConfig) -> int:
+  """Steps under orders of a client's images that are tried, at most."""
+  tries = config.orders > 1 and _uses_order(steps, config)
+  return config.orders * config.order_iterations if tries else 0
 
 
 def attack_observation(
@@ -121,7 +148,7 @@ def attack_observation(
   )
   results = {result.target: result for result in finished if result.target in names}
   for group in attack.groups([target for target in chosen if target.name not in results]):
-    attack.done = len(results) * config.restarts * config.iterations
+    attack.done = planned_steps(observations[0], config, list(results))
     results.update((result.target, result) for result in attack.run(group))
     if on_result:
       on_result([results[name] for name in names if name in results])
@@ -180,6 +207,8 @@ class _Attack:
     # Of the targets of the present group.
     self._tried: dict[str, list[Trial]] = {}
     self._orders: dict[str, Sequence[int]] = {}
+    # Steps of it that were made, or are not needed, before those of the lanes at work.
+    self._before = 0
     self._prior_weights = {
       prior.name: tf.constant(prior.weight, config.dtype) for prior in config.image_priors
     }
@@ -272,6 +301,7 @@ class _Attack:
     saved = read_checkpoint(self._checkpoint_path) if self._checkpoint_path else None
     finished = dict(saved.finished) if saved else {}
     self._tried = dict(saved.tried) if saved else {}
+    self._before = 0
     self._orders = self._found_orders(targets, labels, statistics, contrast, saved)
     # More restarts than lanes: the one target of the group takes them in turns.
     for first in range(0, config.restarts, config.lanes):
@@ -302,12 +332,7 @@ class _Attack:
   ) -> dict[str, Sequence[int]]:
     """The order of each target's images that explains its update best; none where none is used."""
     config = self._config
-    if (
-      config.joint_labels
-      or config.simulation != 'exact'
-      or isinstance(config.matching, NoMatching)
-      or not targets[0].steps[0].is_ordered
-    ):
+    if not _uses_order(targets[0].steps[0], config):
       return {}
     found = {target.name: target.steps[0].order for target in targets} | self._known_orders
     if config.orders == 1:
@@ -323,6 +348,7 @@ class _Attack:
       for target, own in zip(targets, labels, strict=True)
       if target.name not in self._known_orders
     }
+    self._before = sum(len(search.tried) for search in searches.values()) * config.order_iterations
     while lanes := [
       _Lane(f'{target.name}/order_{len(searches[target.name].tried) + k}', target, 0, order)
       for target in targets
@@ -339,9 +365,11 @@ class _Attack:
           Trial(lane.order, float(loss), seconds / len(some))
           for lane, loss in zip(some, state.best_loss, strict=True)
         ]
+        self._before += len(some) * config.order_iterations
       for lane, trial in zip(lanes, trials, strict=True):
         searches[lane.target.name].tried.append(trial)
       self._tried = {name: search.tried for name, search in searches.items()}
+    self._before = len(targets) * _trial_steps(targets[0].steps[0], config)
     return found | {name: search.best for name, search in searches.items()}
 
   def _run_lanes(
@@ -426,8 +454,8 @@ class _Attack:
   ) -> None:
     if self._progress:
       targets = dict.fromkeys(name.rpartition('/')[0] for name in names)
-      counted = 0 if trying_orders else iteration * len(names)
-      done = self.done + num_finished * self._config.iterations + counted
+      earlier = self._before + num_finished * self._config.iterations
+      done = self.done + earlier + iteration * len(names)
       self._progress(
         AttackProgress(
           tuple(targets), len(names), done, iteration, float(np.mean(losses)), trying_orders

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from attacks.analytic_attack import recover_observation
-from attacks.engine import AttackProgress, attack_observation
+from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.local_steps import check_images_recur
 from attacks.results import TargetResult, described, read_results, write_results
 from attacks.threads import share_cores
@@ -130,12 +130,11 @@ def main() -> None:
   clients = [observation.client(target) for target in targets if target != AGGREGATE]
   for warning in warnings(observation, clients, config, len(observations)):
     print(f'warning: {warning}', file=sys.stderr)
-  per_target = config.iterations * config.restarts
+  first = observations[0]
+  done = planned_steps(first, config, [result.target for result in finished])
   with (
     _leaving_nothing_of_a_refused_attack(output),
-    Progress(
-      'attack', per_target * len(targets), 'it', done=per_target * len(finished)
-    ) as progress,
+    Progress('attack', planned_steps(first, config, targets), 'it', done=done) as progress,
   ):
 
     def show(at: AttackProgress) -> None:

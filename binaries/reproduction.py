@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from attacks.engine import AttackProgress, attack_observation
+from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.results import described, read_results, write_results
 from attacks.scoring.metrics import Perceptual
 from attacks.scoring.results import read_json
@@ -122,10 +122,11 @@ def attack(plan: Plan, name: str, round_num: int, run_dir: pathlib.Path) -> path
     }
   directory.mkdir(parents=True, exist_ok=True)
   _write_attack_config(directory, name, observation, seen, config, labels)
-  each = config.iterations * config.restarts
-  with Progress(
-    f'{name}, round {round_num}', each * len(seen.clients), 'it', done=each * len(finished)
-  ) as progress:
+  total, done = (
+    planned_steps(seen, config, names)
+    for names in ([client.client_id for client in seen.clients], [own.target for own in finished])
+  )
+  with Progress(f'{name}, round {round_num}', total, 'it', done=done) as progress:
 
     def show(at: AttackProgress) -> None:
       progress.update(at.done, f'{at.targets[0]}, {at}')

@@ -12,7 +12,7 @@ from attacks.adaptive.players import AttackersShadow
 from attacks.adaptive.simulated_defense import region_map_of
 from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
-from attacks.engine import AttackProgress, attack_observation
+from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.presets import PRESETS
 from attacks.results import TargetResult, read_results, write_results
 from attacks.shared_solvers import SharedSolvers
@@ -205,7 +205,7 @@ class Suite:
     directory = self._directory / place
     directory.mkdir(parents=True, exist_ok=True)
     finished = read_results(directory)
-    total = config.iterations * config.restarts * len(clients)
+    total = planned_steps(observations[0], config, clients)
     with self.watch(place, total) as update:
 
       def show(at: AttackProgress) -> None:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from attacks.config import AttackConfig
-from attacks.engine import attack_observation
+from attacks.engine import attack_observation, planned_steps
 from attacks.local_steps import LocalSteps
 from attacks.priors import ImageNorm
 from attacks.results import read_results, write_results
@@ -249,14 +249,18 @@ def test_an_interrupted_search_for_an_order_goes_on(ordered, tmp_path, interrupt
 
   def stop(at):
     seen.append(at)
-    if len(seen) == 3 if interrupted_at == 'order' else at.done > 3:
+    if len(seen) == 3 if interrupted_at == 'order' else not at.trying_orders:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
     attack(checkpoint_path=path, progress=stop)
   assert seen[-1].trying_orders == (interrupted_at == 'order')
-  assert all(at.done == 0 for at in seen if at.trying_orders)
-  (resumed,) = attack(checkpoint_path=path)
+  done = [at.done for at in seen]
+  assert done == sorted(set(done))
+  # Of 16 orders that may be tried there are four, and then the attack's first step is done.
+  assert interrupted_at == 'order' or done[-1] == 16 * 8 + 1
+  (resumed,) = attack(checkpoint_path=path, progress=seen.append)
+  assert seen[-1].done == planned_steps(observation, config, ['client_00']) == 16 * 8 + 12
   assert resumed.loss == whole.loss
   assert resumed.order == whole.order
   np.testing.assert_array_equal(resumed.reconstructions['attack'], whole.reconstructions['attack'])
