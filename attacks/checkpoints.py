@@ -60,14 +60,14 @@ class Checkpoint:
   def of(
     cls,
     lanes: Sequence[str],
-    state: SolverState | None,
+    state: SolverState,
     seconds: float,
     use_xla: bool,
     finished: dict[str, FinishedLane],
     tried: dict[str, list[Trial]],
   ) -> 'Checkpoint':
-    """The checkpoint of a state; of None before there is any."""
-    tensors = () if state is None else tuple(t.numpy() for t in tf.nest.flatten(state))
+    """The checkpoint of a state."""
+    tensors = tuple(tensor.numpy() for tensor in tf.nest.flatten(state))
     return cls(tuple(lanes), tensors, seconds, use_xla, finished, tried)
 
   def restore(self, like: SolverState) -> SolverState:

@@ -142,6 +142,12 @@ class AttackConfig:
     )
     return tuple(prior for prior in priors if prior is not None and prior.weight)
 
+  @property
+  def uses_order(self) -> bool:
+    """Whether local steps are simulated one after another, on images of given labels."""
+    is_matched = not isinstance(self.matching, NoMatching)
+    return self.simulation == 'exact' and is_matched and not self.joint_labels
+
   def as_dict(self) -> dict[str, Any]:
     """All settings as plain JSON values."""
     return dataclasses.asdict(self)

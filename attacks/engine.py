@@ -13,7 +13,6 @@ from attacks.checkpoints import Checkpoint, FinishedLane, read_checkpoint, write
 from attacks.config import AttackConfig
 from attacks.labels import Labels
 from attacks.local_steps import LocalSteps, local_steps
-from attacks.matching import NoMatching
 from attacks.order_search import OrderSearch, Trial
 from attacks.priors import GroupConsistency
 from attacks.results import TargetResult
@@ -63,19 +62,9 @@ def planned_steps(observation: Observation, config: AttackConfig, targets: Seque
   return total
 
 
-def _uses_order(steps: LocalSteps, config: AttackConfig) -> bool:
-  """Whether it matters to the attack in which order a client took its images."""
-  return (
-    steps.is_ordered
-    and not config.joint_labels
-    and config.simulation == 'exact'
-    and not isinstance(config.matching, NoMatching)
-  )
-
-
 def _trial_steps(steps: LocalSteps, config: AttackConfig) -> int:
   """Steps under orders of a client's images that are tried, at most."""
-  tries = config.orders > 1 and _uses_order(steps, config)
+  tries = config.orders > 1 and config.uses_order and steps.is_ordered
   return config.orders * config.order_iterations if tries else 0
 
 
@@ -332,7 +321,7 @@ class _Attack:
   ) -> dict[str, Sequence[int]]:
     """The order of each target's images that explains its update best; none where none is used."""
     config = self._config
-    if not _uses_order(targets[0].steps[0], config):
+    if not (config.uses_order and targets[0].steps[0].is_ordered):
       return {}
     found = {target.name: target.steps[0].order for target in targets} | self._known_orders
     if config.orders == 1:

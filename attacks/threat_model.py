@@ -57,9 +57,8 @@ def threat_model(
     facts.append('It does not compare updates, only what its prior names.')
   if config.simulation == 'between':
     facts.append('It does not use how the local steps went, only where they led.')
-  elif config.orders > 1 and any(
-    local_steps(client, training).is_ordered for client in observation.clients
-  ):
+  is_ordered = any(local_steps(client, training).is_ordered for client in observation.clients)
+  if is_ordered and config.orders > 1 and config.uses_order:
     facts.append(
       f'It tries up to {config.orders} orders in which a client may have gone through its images.'
     )
