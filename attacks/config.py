@@ -148,6 +148,11 @@ class AttackConfig:
     is_matched = not isinstance(self.matching, NoMatching)
     return self.simulation == 'exact' and is_matched and not self.joint_labels
 
+  @property
+  def tries_orders(self) -> bool:
+    """Whether `orders` are tried where clients took several steps on parts of their images."""
+    return self.uses_order and self.orders > 1
+
   def as_dict(self) -> dict[str, Any]:
     """All settings as plain JSON values."""
     return dataclasses.asdict(self)

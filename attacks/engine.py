@@ -64,7 +64,7 @@ def planned_steps(observation: Observation, config: AttackConfig, targets: Seque
 
 def _trial_steps(steps: LocalSteps, config: AttackConfig) -> int:
   """Steps under orders of a client's images that are tried, at most."""
-  tries = config.orders > 1 and config.uses_order and steps.is_ordered
+  tries = config.tries_orders and steps.is_ordered
   return config.orders * config.order_iterations if tries else 0
 
 

@@ -82,11 +82,11 @@ class OrderSearch:
         found.append(tuple(map(int, order)))
       if len(found) >= wanted:
         break
-      order = self._drawn(rng) if len(self.tried) < first else self._changed(rng)
+      if len(self.tried) < first:
+        order = self._steps.drawn(rng, keeps_first=False).order
+      else:
+        order = self._changed(rng)
     return found
-
-  def _drawn(self, rng: np.random.Generator) -> np.ndarray:
-    return self._steps.drawn(rng, keeps_first=False).order
 
   def _changed(self, rng: np.random.Generator) -> np.ndarray:
     """The best order with two images in each other's place, in one pass or in all of them."""

@@ -58,7 +58,7 @@ def threat_model(
   if config.simulation == 'between':
     facts.append('It does not use how the local steps went, only where they led.')
   is_ordered = any(local_steps(client, training).is_ordered for client in observation.clients)
-  if is_ordered and config.orders > 1 and config.uses_order:
+  if is_ordered and config.tries_orders:
     facts.append(
       f'It tries up to {config.orders} orders in which a client may have gone through its images.'
     )
@@ -116,9 +116,8 @@ def warnings(
   ordered = [client for client, own in zip(several, steps, strict=True) if own.is_ordered]
   found = []
   if ordered:
-    chosen = (
-      f'the best of up to {config.orders} is taken' if config.orders > 1 else 'one is assumed'
-    )
+    tries = config.tries_orders
+    chosen = f'the best of up to {config.orders} is taken' if tries else 'one is assumed'
     found.append(
       f'{len(ordered)} of {len(clients)} clients took several steps on parts of their images'
       f' ({ordered[0].client_id} among them), in an order that the server is not told: {chosen}'

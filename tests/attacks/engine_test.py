@@ -394,8 +394,10 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
     clients=tuple(dataclasses.replace(client, num_steps=4) for client in several.clients),
   )
   assert 'the best of up to 16' in warnings(shuffled, shuffled.clients, _SHORT)[0]
-  first = dataclasses.replace(_SHORT, orders=1)
-  assert 'one is assumed' in warnings(shuffled, shuffled.clients, first)[0]
+  for changes in ({'orders': 1}, {'joint_labels': True}):
+    first = dataclasses.replace(_SHORT, **changes)
+    assert 'one is assumed' in warnings(shuffled, shuffled.clients, first)[0]
+    assert 'orders' not in ' '.join(threat_model(shuffled, first, labels_known=False))
   assert 'up to 16 orders' in ' '.join(threat_model(shuffled, _SHORT, labels_known=False))
   assert 'orders' not in ' '.join(threat_model(several, _SHORT, labels_known=False))
   # Over rounds every order is another.
