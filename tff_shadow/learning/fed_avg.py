@@ -15,6 +15,11 @@ from tff_shadow.learning.client_work import (
 )
 from tff_shadow.observations import BATCH_NORM_SHARING, BatchNormSharing
 
+# From an aggregator to the process that it completes.
+ButAggregation = Callable[
+  [tff.aggregators.WeightedAggregationFactory], tff.learning.templates.LearningProcess
+]
+
 
 def build_weighted_fed_avg(
   model_fn: ModelFn,
@@ -61,9 +66,34 @@ def build_weighted_fed_avg(
     TypeError: If the aggregator changes the structure of the update, or is not weighted; or if
       `model_fn` is none that builds a `VariableModel`.
   """
+  return weighted_fed_avg_but_aggregation(
+    model_fn,
+    client_optimizer_fn,
+    server_optimizer_fn,
+    client_weighting=client_weighting,
+    model_distributor=model_distributor,
+    metrics_aggregator=metrics_aggregator,
+    batch_norm_sharing=batch_norm_sharing,
+    build_gradient_fn=build_gradient_fn,
+  )(model_aggregator or tff.aggregators.MeanFactory())
+
+
+def weighted_fed_avg_but_aggregation(
+  model_fn: ModelFn,
+  client_optimizer_fn: tff.learning.optimizers.Optimizer,
+  server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+  *,
+  client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
+  model_distributor: tff.learning.templates.DistributionProcess | None = None,
+  metrics_aggregator: Callable[..., Any] | None = None,
+  batch_norm_sharing: BatchNormSharing = 'aggregate',
+  build_gradient_fn: BuildGradientFn = build_plain_gradient_fn,
+) -> ButAggregation:
+  """`build_weighted_fed_avg`, to be finished with one aggregator after another.
+
+  What does not depend on the aggregator, the most of it, is traced once.
+  """
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
-  server_optimizer_fn = server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0)
-  model_aggregator = model_aggregator or tff.aggregators.MeanFactory()
   client_work = build_client_work(
     model_fn,
     client_optimizer_fn,
@@ -72,15 +102,13 @@ def build_weighted_fed_avg(
     metrics_aggregator=metrics_aggregator,
     build_gradient_fn=build_gradient_fn,
   )
-  update_type = client_work.next.type_signature.result.result.member.update
-  return compose(
+  return but_aggregation(
     model_fn,
     initial_model_weights,
     model_distributor,
     client_work,
-    model_aggregator,
     server_optimizer_fn,
-    update_type,
+    client_work.next.type_signature.result.result.member.update,
     share_statistics,
   )
 
@@ -116,43 +144,44 @@ def initial_weights(
   )
 
 
-def compose(
+def but_aggregation(
   model_fn: ModelFn,
   initial_model_weights: tff.Computation,
   model_distributor: tff.learning.templates.DistributionProcess | None,
   client_work: tff.learning.templates.ClientWorkProcess,
-  model_aggregator: tff.aggregators.WeightedAggregationFactory,
-  server_optimizer_fn: tff.learning.optimizers.Optimizer,
+  server_optimizer_fn: tff.learning.optimizers.Optimizer | None,
   update_type: tff.types.Type,
   share_statistics: bool,
-) -> tff.learning.templates.LearningProcess:
-  """Composes FedAvg of a client work whose updates, once aggregated, are of `update_type`.
+) -> ButAggregation:
+  """FedAvg of a client work whose updates, once aggregated, are of `update_type`.
 
-  Raises:
-    TypeError: If the aggregate has another type, or the aggregator is not weighted.
+  What it returns raises TypeError if the aggregate has another type, or the aggregator is not
+  weighted.
   """
   weights_type = initial_model_weights.type_signature.result
-  client_result = client_work.next.type_signature.result.result.member
-  aggregator = model_aggregator.create(client_result.update, client_result.update_weight)
-  aggregate_type = aggregator.next.type_signature.result.result.member
-  if aggregate_type != update_type:
-    raise TypeError(
-      f'model_aggregator must return the type of the update, {update_type}, found {aggregate_type}'
-    )
+  distributor = model_distributor or tff.learning.templates.build_broadcast_process(weights_type)
   finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
-    server_optimizer_fn, weights_type
+    server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0), weights_type
   )
   if share_statistics:
     with tf.Graph().as_default():
       names = [variable.name for variable in model_fn().non_trainable_variables]
     finalizer = _with_statistics(finalizer, weights_type, update_type, names)
-  return tff.learning.templates.compose_learning_process(
-    initial_model_weights,
-    model_distributor or tff.learning.templates.build_broadcast_process(weights_type),
-    client_work,
-    aggregator,
-    finalizer,
-  )
+  sent = client_work.next.type_signature.result.result.member
+
+  def complete(model_aggregator):
+    aggregator = model_aggregator.create(sent.update, sent.update_weight)
+    aggregate_type = aggregator.next.type_signature.result.result.member
+    if aggregate_type != update_type:
+      raise TypeError(
+        f'model_aggregator must return the type of the update, {update_type}, found'
+        f' {aggregate_type}'
+      )
+    return tff.learning.templates.compose_learning_process(
+      initial_model_weights, distributor, client_work, aggregator, finalizer
+    )
+
+  return complete
 
 
 def _with_statistics(

@@ -10,7 +10,7 @@ from tff_shadow.aggregators import shadow_noise_factory, shaped_update_type
 from tff_shadow.data import Examples
 from tff_shadow.learning.client_work import ModelFn, wire_client_work
 from tff_shadow.learning.decoys import decoy_batches
-from tff_shadow.learning.fed_avg import compose, initial_weights
+from tff_shadow.learning.fed_avg import ButAggregation, but_aggregation, initial_weights
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
 from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.observations import BatchNormSharing
@@ -70,6 +70,34 @@ def build_shadow_fed_avg(
       as do not fit the model.
     TypeError: If the input of `model_fn`'s model has other types than `shadow_input_spec`.
   """
+  return shadow_fed_avg_but_aggregation(
+    model_fn,
+    client_optimizer_fn,
+    server_optimizer_fn,
+    noise=noise,
+    shadow_model_fn=shadow_model_fn,
+    client_weighting=client_weighting,
+    model_distributor=model_distributor,
+    metrics_aggregator=metrics_aggregator,
+    batch_norm_sharing=batch_norm_sharing,
+    decoys=decoys,
+  )(model_aggregator)
+
+
+def shadow_fed_avg_but_aggregation(
+  model_fn: ModelFn,
+  client_optimizer_fn: tff.learning.optimizers.Optimizer,
+  server_optimizer_fn: tff.learning.optimizers.Optimizer | None = None,
+  *,
+  noise: ShadowNoise,
+  shadow_model_fn: Callable[[], tf.keras.Model],
+  client_weighting: tff.learning.ClientWeighting = tff.learning.ClientWeighting.NUM_EXAMPLES,
+  model_distributor: tff.learning.templates.DistributionProcess | None = None,
+  metrics_aggregator: Callable[..., Any] | None = None,
+  batch_norm_sharing: BatchNormSharing = 'aggregate',
+  decoys: Examples | None = None,
+) -> ButAggregation:
+  """`build_shadow_fed_avg`, to be finished with one aggregator after another."""
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   if noise.needs_shadow and noise.propagation == 'per_step':
     _check_plain_sgd("propagation 'per_step'", "'local_training'", client_optimizer_fn)
@@ -94,15 +122,17 @@ def build_shadow_fed_avg(
     metrics_aggregator or tff.learning.metrics.sum_then_finalize,
     decoy_batches(noise, decoys, shadow_model_fn()) if noise.needs_decoys else None,
   )
-  return compose(
+  complete = but_aggregation(
     model_fn,
     initial_model_weights,
     model_distributor,
     client_work,
-    shadow_noise_factory(*noise.added, model_aggregator, floor=noise.floor),
-    server_optimizer_fn or tff.learning.optimizers.build_sgdm(1.0),
+    server_optimizer_fn,
     update_type,
     share_statistics,
+  )
+  return lambda aggregator: complete(
+    shadow_noise_factory(*noise.added, aggregator, floor=noise.floor)
   )
 
 

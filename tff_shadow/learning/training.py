@@ -17,13 +17,13 @@ from tff_shadow.aggregators import observation_tap_factory
 from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
-from tff_shadow.learning.fed_avg import build_weighted_fed_avg
+from tff_shadow.learning.fed_avg import ButAggregation, weighted_fed_avg_but_aggregation
 from tff_shadow.learning.keras_task import keras_model_fn, model_weights, restore_eager_keras
 from tff_shadow.learning.observed_round import Participant, observation_of
 from tff_shadow.learning.round_sampler import LocalTask, RoundSampler
 from tff_shadow.learning.run_state import RunState
 from tff_shadow.learning.settings import TrainingSettings
-from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
+from tff_shadow.learning.shadow_fed_avg import shadow_fed_avg_but_aggregation
 from tff_shadow.models import freeze_batch_norm, model_from_config, model_to_config
 from tff_shadow.observations import (
   ClientTraining,
@@ -89,6 +89,7 @@ class TrainingRun:
       freeze_batch_norm(model)
     self._initial_weights = model_weights(model)
     self._processes: dict[tuple[bool, float], tff.learning.templates.LearningProcess] = {}
+    self._but_aggregation: dict[float, ButAggregation] = {}
     self._process_of(1)  # The others differ in nothing that could be a mistake.
     self._shadows = self._build_shadows()
     self._validation_images = data.validation.float_images()
@@ -153,11 +154,14 @@ class TrainingRun:
     """
     observed = round_num in self._settings.observed_rounds
     local = self._settings.training_in(round_num)
-    kind = (observed, local.learning_rate)
-    if kind not in self._processes:
-      self._processes[kind] = self._build(self._aggregator(observed), local)
+    rate = local.learning_rate
+    if rate not in self._but_aggregation:
+      self._but_aggregation[rate] = self._build_but_aggregation(local)
       restore_eager_keras(self._model)
-    return self._processes[kind]
+    if (observed, rate) not in self._processes:
+      process = self._but_aggregation[rate](self._aggregator(observed))
+      self._processes[observed, rate] = process
+    return self._processes[observed, rate]
 
   def _aggregator(self, observed: bool) -> tff.aggregators.WeightedAggregationFactory:
     tap = observation_tap_factory if observed else lambda factory: factory
@@ -166,18 +170,13 @@ class TrainingRun:
     clients_per_round = self._settings.clients_per_round or len(self._data.clients)
     return self._settings.baseline.aggregator(tap, clients_per_round)
 
-  def _build(
-    self, aggregator: tff.aggregators.WeightedAggregationFactory, local: ClientTraining
-  ) -> tff.learning.templates.LearningProcess:
+  def _build_but_aggregation(self, local: ClientTraining) -> ButAggregation:
     settings = self._settings
     sgdm = tff.learning.optimizers.build_sgdm
     arguments = {
       'model_fn': keras_model_fn(self._model, self._data.image_shape, settings.batch_norm_sharing),
-      'client_optimizer_fn': tff.learning.optimizers.build_sgdm(
-        local.learning_rate, local.momentum
-      ),
+      'client_optimizer_fn': sgdm(local.learning_rate, local.momentum),
       'server_optimizer_fn': sgdm(settings.server_learning_rate, settings.server_momentum),
-      'model_aggregator': aggregator,
       'batch_norm_sharing': settings.batch_norm_sharing,
     }
     if settings.baseline is not None:
@@ -185,12 +184,12 @@ class TrainingRun:
         build_gradient_fn = settings.baseline.gradients(self._model)
       except ValueError as error:
         raise UserError(f'--defense={settings.baseline.name}: {error}') from error
-      return build_weighted_fed_avg(**arguments, build_gradient_fn=build_gradient_fn)
+      return weighted_fed_avg_but_aggregation(**arguments, build_gradient_fn=build_gradient_fn)
     if settings.shadow_defense is None:
-      return build_weighted_fed_avg(**arguments)
+      return weighted_fed_avg_but_aggregation(**arguments)
     config = model_to_config(self._model)
     try:
-      return build_shadow_fed_avg(
+      return shadow_fed_avg_but_aggregation(
         **arguments,
         noise=settings.shadow_defense.noise,
         decoys=settings.shadow_defense.decoys,
