@@ -9,12 +9,17 @@ from attacks.simulator import ClientSimulator
 from attacks.solver import Solver
 from tff_shadow.observations import Observation
 
+_DEFAULTS = AttackConfig()
+# What the engine does around a solver. The number of lanes is in the kind of an attack.
+_UNTRACED = ('start', 'orders', 'order_iterations', 'label_rule', 'restarts', 'combination', 'seed')
+
 
 class SharedSolvers:
   """Simulators and solvers of rounds, whoever took part in them and whatever their updates are.
 
   Tracing a solver takes as long as hundreds of its steps on small images. Attacks share one that
-  differ only in their targets, their seed and the weights of total variation and Gaussian prior.
+  differ only in their targets, in what decides where restarts begin and which of them count, and in
+  the weights of total variation and Gaussian prior.
 
   Attributes:
     simulators: Of the clients' local training, one per round.
@@ -68,5 +73,6 @@ def _key(config: AttackConfig, kind: Hashable) -> Hashable:
     prior and reweighted(prior, float(prior.weight > 0))
     for prior in (config.total_variation, config.gaussian_images)
   )
-  config = dataclasses.replace(config, total_variation=variation, gaussian_images=gaussian, seed=0)
+  same = {name: getattr(_DEFAULTS, name) for name in _UNTRACED}
+  config = dataclasses.replace(config, total_variation=variation, gaussian_images=gaussian, **same)
   return config, kind

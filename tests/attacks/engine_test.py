@@ -58,30 +58,35 @@ def test_chooses_by_its_own_loss_and_returns_the_image_of_that_loss(observation,
 def test_restarts_may_be_averaged():
   images = smooth_images(3)
   observation = play_round(small_model(), [(images, [1, 0, 1])])
-  labels = {'client_00': [1, 0, 1]}
-  seen = []
-  for combination in ('best', 'mean'):
-    config = dataclasses.replace(_SHORT, restarts=3, combination=combination)
-    seen.append(attack_observation(observation, config, labels=labels, controls=False)[0])
-  best, mean = seen
+  attack = functools.partial(
+    attack_observation,
+    observation,
+    labels={'client_00': [1, 0, 1]},
+    shared=SharedSolvers([observation]),
+    controls=False,
+  )
+
+  def combined(restarts, combination):
+    return attack(dataclasses.replace(_SHORT, restarts=restarts, combination=combination))[0]
+
+  best, mean = combined(3, 'best'), combined(3, 'mean')
   assert best.restart_losses == mean.restart_losses
   assert best.loss == mean.loss
   assert np.abs(mean.reconstructions['attack'] - best.reconstructions['attack']).max() > 1e-3
-  single = dataclasses.replace(_SHORT, restarts=1)
-  alone = attack_observation(observation, single, labels=labels)[0].reconstructions['attack']
-  same = dataclasses.replace(single, combination='mean')
-  again = attack_observation(observation, same, labels=labels)[0].reconstructions['attack']
-  np.testing.assert_array_equal(alone, again)
+  alone, again = combined(1, 'best'), combined(1, 'mean')
+  np.testing.assert_array_equal(alone.reconstructions['attack'], again.reconstructions['attack'])
 
 
-def test_control_does_not_look_at_the_update(observation):
+def test_control_does_not_look_at_the_update(observation, shared):
   client = observation.clients[0]
   other = dataclasses.replace(
     client, update=WeightArrays(tuple(2 - 3 * array for array in client.update.trainable))
   )
   changed = dataclasses.replace(observation, clients=(other, *observation.clients[1:]))
   a, b = (
-    attack_observation(o, _SHORT, ['client_00'], labels={'client_00': [1]})[0].reconstructions
+    attack_observation(o, _SHORT, ['client_00'], labels={'client_00': [1]}, shared=shared)[
+      0
+    ].reconstructions
     for o in (observation, changed)
   )
   np.testing.assert_array_equal(a['prior_only'], b['prior_only'])
@@ -131,14 +136,20 @@ def test_lanes_do_not_know_of_each_other(observation):
     np.testing.assert_allclose(a.reconstructions['attack'], b.reconstructions['attack'], atol=1e-3)
 
 
-@pytest.mark.parametrize(('restarts', 'lanes'), [(1, 2), (2, 4), (3, 2)])
-def test_targets_and_restarts_need_not_fill_the_lanes(restarts, lanes):
+@pytest.fixture(scope='module')
+def attack_three():
+  """Attacks on a round of three clients, that share their traces."""
   images = smooth_images(3)
   observation = play_round(small_model(), [(images[i : i + 1], [i % 2]) for i in range(3)])
-  config = dataclasses.replace(_SHORT, iterations=15, restarts=restarts, lanes=lanes)
-  attack = functools.partial(
+  return functools.partial(
     attack_observation, observation, shared=SharedSolvers([observation]), controls=False
   )
+
+
+@pytest.mark.parametrize(('restarts', 'lanes'), [(1, 2), (2, 4), (3, 2)])
+def test_targets_and_restarts_need_not_fill_the_lanes(attack_three, restarts, lanes):
+  attack = attack_three
+  config = dataclasses.replace(_SHORT, iterations=15, restarts=restarts, lanes=lanes)
   found = attack(config)
   for result, name in zip(found, ('client_00', 'client_01', 'client_02'), strict=True):
     alone = attack(dataclasses.replace(config, lanes=1), [name])[0]
@@ -146,14 +157,14 @@ def test_targets_and_restarts_need_not_fill_the_lanes(restarts, lanes):
     np.testing.assert_allclose(result.restart_losses, alone.restart_losses, rtol=1e-3)
 
 
-def test_one_diverged_lane_leaves_the_others_alone(observation):
+def test_one_diverged_lane_leaves_the_others_alone(observation, shared):
   client = observation.clients[0]
   huge = WeightArrays(tuple(array * 1e30 for array in client.update.trainable))
   broken = dataclasses.replace(
     observation, clients=(dataclasses.replace(client, update=huge), observation.clients[1])
   )
   (_, healthy), (_, expected) = (
-    attack_observation(o, _SHORT, controls=False) for o in (broken, observation)
+    attack_observation(o, _SHORT, shared=shared, controls=False) for o in (broken, observation)
   )
   np.testing.assert_array_equal(
     healthy.reconstructions['attack'], expected.reconstructions['attack']
@@ -172,11 +183,11 @@ class _BreaksAt(ImageNorm):
 
 
 @pytest.mark.parametrize('combination', ['best', 'mean'])
-def test_a_restart_that_diverges_late_keeps_its_best_images(observation, combination):
+def test_a_restart_that_diverges_late_keeps_its_best_images(observation, shared, combination):
   config = dataclasses.replace(
     _SHORT, iterations=20, image_norm=_BreaksAt(weight=1.0, iteration=18), combination=combination
   )
-  result = attack_observation(observation, config, ['client_00'], controls=False)[0]
+  result = attack_observation(observation, config, ['client_00'], shared=shared, controls=False)[0]
   assert result.status == 'ok'
   assert result.reason.endswith('in all restarts, first at iteration 19')
   assert result.loss == min(result.restart_losses)
@@ -331,13 +342,13 @@ def test_damaged_checkpoint_is_named(observation, tmp_path):
   ],
   ids=['zero', 'nan', 'overflow'],
 )
-def test_failed_targets_say_why_and_have_no_reconstruction(observation, change, reason):
+def test_failed_targets_say_why_and_have_no_reconstruction(observation, shared, change, reason):
   client = observation.clients[0]
   update = WeightArrays(tuple(change(array) for array in client.update.trainable))
   broken = dataclasses.replace(
     observation, clients=(dataclasses.replace(client, update=update), observation.clients[1])
   )
-  first, second = attack_observation(broken, _SHORT)
+  first, second = attack_observation(broken, _SHORT, shared=shared)
   assert first.status == 'failed'
   assert reason in first.reason
   assert first.loss is None
@@ -345,8 +356,8 @@ def test_failed_targets_say_why_and_have_no_reconstruction(observation, change, 
   assert second.status == 'ok'
 
 
-def test_results_survive_the_files(observation, tmp_path):
-  results = attack_observation(observation, _SHORT)
+def test_results_survive_the_files(observation, shared, tmp_path):
+  results = attack_observation(observation, _SHORT, shared=shared)
   write_results(tmp_path, results)
   again = read_results(tmp_path)
   for a, b in zip(results, again, strict=True):
@@ -355,7 +366,7 @@ def test_results_survive_the_files(observation, tmp_path):
       np.testing.assert_array_equal(images, b.reconstructions[name])
   # What is finished is kept and not computed again.
   kept = attack_observation(
-    observation, dataclasses.replace(_SHORT, iterations=1), finished=again[:1]
+    observation, dataclasses.replace(_SHORT, iterations=1), finished=again[:1], controls=False
   )
   assert kept[0].loss == results[0].loss
   assert kept[1].loss > results[1].loss

@@ -6,6 +6,7 @@ import pytest
 from attacks import engine
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
+from attacks.initialization import UniformStart
 from attacks.shared_solvers import SharedSolvers
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 
@@ -41,7 +42,7 @@ def _smoother(config, weight):
 def test_attacks_that_share_solvers_find_what_they_find_alone(observation, made):
   shared = SharedSolvers([observation])
   configs = [_smoother(_CONFIG, weight) for weight in (0.15, 4.0)]
-  configs.append(dataclasses.replace(_CONFIG, seed=3))
+  configs.append(dataclasses.replace(_CONFIG, seed=3, start=UniformStart(), label_rule='idlg'))
   found = [attack_observation(observation, config, shared=shared) for config in configs]
   # For each of several and of one lane, both kinds.
   assert sorted(made) == ['attack', 'control']
