@@ -5,20 +5,21 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tests.conftest import make_model
 from tff_shadow.learning import (
   build_weighted_fed_avg,
   input_spec,
   keras_model_fn,
   model_weights,
 )
-from tff_shadow.models import build_model, classification_loss, freeze_batch_norm
+from tff_shadow.models import classification_loss, freeze_batch_norm
 
 _SHAPE = (8, 8, 1)
 _LEARNING_RATE = 0.1
 
 
 def _model(norm='none'):
-  return build_model('conv_small', image_shape=_SHAPE, num_classes=2, norm=norm, seed=3)
+  return make_model(norm, _SHAPE, seed=3)
 
 
 def _batches(seed, num_batches=2, batch_size=4, scale=1.0):

@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
+from tests.conftest import make_model
 from tff_shadow.learning import RoundSampler, TrainingRun, TrainingSettings, evaluate
 from tff_shadow.learning.plain_loop import PlainLoop, train_centrally
-from tff_shadow.models import build_model
 from tff_shadow.observations import ClientTraining
 
 
 def _model():
-  return build_model('conv_small', image_shape=(8, 8, 1), num_classes=2, norm='batch', seed=0)
+  return make_model('batch')
 
 
 @pytest.mark.usefixtures('tff_worker')

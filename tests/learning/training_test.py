@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import make_examples, make_generator
+from tests.conftest import make_examples, make_generator, make_model
 from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.errors import UserError
 from tff_shadow.learning import (
@@ -22,7 +22,7 @@ from tff_shadow.learning import (
 )
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
 from tff_shadow.learning.run_state import RunState, has_state
-from tff_shadow.models import build_model, classification_loss, model_from_config
+from tff_shadow.models import classification_loss, model_from_config
 from tff_shadow.observations import ClientTraining, read_observation, read_truth
 from tff_shadow.published import PublishedDefense, PublishedSettings
 from tff_shadow.shadow import SaliencyConfig
@@ -52,7 +52,7 @@ def _settings(rounds, local=None, **kwargs):
 
 
 def _model(norm='none'):
-  return build_model('conv_small', image_shape=_SHAPE, num_classes=2, norm=norm, seed=1)
+  return make_model(norm, _SHAPE, seed=1)
 
 
 def _train(data, run_dir, settings, *, resume=False, report=lambda r: None, model=None, **kwargs):

@@ -1,6 +1,8 @@
 """From a Keras model to what TFF wants, and back."""
 
 import collections
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -28,7 +30,15 @@ def keras_model_fn(
   batch_norm_sharing: BatchNormSharing = 'aggregate',
 ) -> ModelFn:
   """The `model_fn` of TFF for the architecture of `model`; its weights are not captured."""
-  config = model_to_config(model)
+  return model_fn_of_config(model_to_config(model), image_shape, batch_norm_sharing)
+
+
+def model_fn_of_config(
+  config: Mapping[str, Any],
+  image_shape: tuple[int, int, int],
+  batch_norm_sharing: BatchNormSharing,
+) -> ModelFn:
+  """`keras_model_fn` for an architecture as `model_to_config` writes it."""
   spec = input_spec(image_shape)
 
   def model_fn() -> tff.learning.models.VariableModel:

@@ -3,22 +3,30 @@
 import asyncio
 import collections
 import dataclasses
+import functools
+import json
 import logging
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import observation_tap_factory
-from tff_shadow.data import FederatedData
+from tff_shadow.data import Examples, FederatedData
 from tff_shadow.errors import UserError
+from tff_shadow.learning.client_work import BuildGradientFn
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import ButAggregation, weighted_fed_avg_but_aggregation
-from tff_shadow.learning.keras_task import keras_model_fn, model_weights, restore_eager_keras
+from tff_shadow.learning.keras_task import (
+  model_fn_of_config,
+  model_weights,
+  restore_eager_keras,
+)
+from tff_shadow.learning.noise_settings import ShadowNoise
 from tff_shadow.learning.observed_round import Participant, observation_of
 from tff_shadow.learning.round_sampler import LocalTask, RoundSampler
 from tff_shadow.learning.run_state import RunState
@@ -26,7 +34,7 @@ from tff_shadow.learning.settings import TrainingSettings
 from tff_shadow.learning.shadow_fed_avg import shadow_fed_avg_but_aggregation
 from tff_shadow.models import freeze_batch_norm, model_from_config, model_to_config
 from tff_shadow.observations import (
-  ClientTraining,
+  BatchNormSharing,
   round_directory_name,
   write_observation,
   write_truth,
@@ -152,51 +160,45 @@ class TrainingRun:
     Neither the tap nor the clients' optimiser keeps any state, so all processes exchange theirs.
     The updates of a round are collected only where they are logged.
     """
-    observed = round_num in self._settings.observed_rounds
-    local = self._settings.training_in(round_num)
-    rate = local.learning_rate
-    if rate not in self._but_aggregation:
-      self._but_aggregation[rate] = self._build_but_aggregation(local)
-      restore_eager_keras(self._model)
-    if (observed, rate) not in self._processes:
-      process = self._but_aggregation[rate](self._aggregator(observed))
-      self._processes[observed, rate] = process
-    return self._processes[observed, rate]
+    settings = self._settings
+    observed = round_num in settings.observed_rounds
+    local = settings.training_in(round_num)
+    kind = (observed, local.learning_rate)
+    if kind in self._processes:
+      return self._processes[kind]
+    shadow, baseline = settings.shadow_defense, settings.baseline
+    traced = _Traced(
+      json.dumps(model_to_config(self._model)),
+      tuple(self._data.image_shape),
+      settings.batch_norm_sharing,
+      (local.learning_rate, local.momentum),
+      (settings.server_learning_rate, settings.server_momentum),
+      shadow.noise if shadow else None,
+    )
+    try:
+      if baseline is None and (shadow is None or shadow.decoys is None):
+        process = _shared_process(traced, observed)
+      else:
+        rate = local.learning_rate
+        if rate not in self._but_aggregation:
+          self._but_aggregation[rate] = _fed_avg(
+            traced,
+            decoys=shadow.decoys if shadow else None,
+            build_gradient_fn=baseline.gradients(self._model) if baseline else None,
+          )
+        process = self._but_aggregation[rate](self._aggregator(observed))
+    except ValueError as error:
+      if shadow is None and baseline is None:
+        raise
+      raise UserError(f'--defense={"shadow" if shadow else baseline.name}: {error}') from error
+    self._processes[kind] = process
+    return process
 
   def _aggregator(self, observed: bool) -> tff.aggregators.WeightedAggregationFactory:
-    tap = observation_tap_factory if observed else lambda factory: factory
     if self._settings.baseline is None:
-      return tap(tff.aggregators.MeanFactory())
+      return _mean(observed)
     clients_per_round = self._settings.clients_per_round or len(self._data.clients)
-    return self._settings.baseline.aggregator(tap, clients_per_round)
-
-  def _build_but_aggregation(self, local: ClientTraining) -> ButAggregation:
-    settings = self._settings
-    sgdm = tff.learning.optimizers.build_sgdm
-    arguments = {
-      'model_fn': keras_model_fn(self._model, self._data.image_shape, settings.batch_norm_sharing),
-      'client_optimizer_fn': sgdm(local.learning_rate, local.momentum),
-      'server_optimizer_fn': sgdm(settings.server_learning_rate, settings.server_momentum),
-      'batch_norm_sharing': settings.batch_norm_sharing,
-    }
-    if settings.baseline is not None:
-      try:
-        build_gradient_fn = settings.baseline.gradients(self._model)
-      except ValueError as error:
-        raise UserError(f'--defense={settings.baseline.name}: {error}') from error
-      return weighted_fed_avg_but_aggregation(**arguments, build_gradient_fn=build_gradient_fn)
-    if settings.shadow_defense is None:
-      return weighted_fed_avg_but_aggregation(**arguments)
-    config = model_to_config(self._model)
-    try:
-      return shadow_fed_avg_but_aggregation(
-        **arguments,
-        noise=settings.shadow_defense.noise,
-        decoys=settings.shadow_defense.decoys,
-        shadow_model_fn=lambda: model_from_config(config),
-      )
-    except ValueError as error:
-      raise UserError(f'--defense=shadow: {error}') from error
+    return self._settings.baseline.aggregator(_tap(observed), clients_per_round)
 
   def _start(self, run_state: RunState, resume: bool) -> tuple[Any, int]:
     process = self._process_of(1)
@@ -341,3 +343,60 @@ class TrainingRun:
       {task.client_id: task.truth for task in tasks},
     )
     write_observation(self._run_dir / 'observations' / name, observation)
+
+
+class _Traced(NamedTuple):
+  """All that the processes of a run are made of, but decoys and what a baseline does."""
+
+  model_config: str
+  image_shape: tuple[int, int, int]
+  batch_norm_sharing: BatchNormSharing
+  local_sgd: tuple[float, float]
+  server_sgd: tuple[float, float]
+  noise: ShadowNoise | None
+
+
+def _fed_avg(
+  traced: _Traced,
+  decoys: Examples | None = None,
+  build_gradient_fn: BuildGradientFn | None = None,
+) -> ButAggregation:
+  config = json.loads(traced.model_config)
+  build_sgdm = tff.learning.optimizers.build_sgdm
+  arguments = {
+    'model_fn': model_fn_of_config(config, traced.image_shape, traced.batch_norm_sharing),
+    'client_optimizer_fn': build_sgdm(*traced.local_sgd),
+    'server_optimizer_fn': build_sgdm(*traced.server_sgd),
+    'batch_norm_sharing': traced.batch_norm_sharing,
+  }
+  if traced.noise is not None:
+    built = shadow_fed_avg_but_aggregation(
+      **arguments,
+      noise=traced.noise,
+      decoys=decoys,
+      shadow_model_fn=lambda: model_from_config(config),
+    )
+  elif build_gradient_fn is not None:
+    built = weighted_fed_avg_but_aggregation(**arguments, build_gradient_fn=build_gradient_fn)
+  else:
+    built = weighted_fed_avg_but_aggregation(**arguments)
+  restore_eager_keras(model_from_config(config))
+  return built
+
+
+def _tap(observed: bool) -> Callable[[Any], Any]:
+  return observation_tap_factory if observed else lambda factory: factory
+
+
+def _mean(observed: bool) -> tff.aggregators.WeightedAggregationFactory:
+  return _tap(observed)(tff.aggregators.MeanFactory())
+
+
+# Runs of one process, of other seeds say, that train an architecture so share what was traced; each
+# may have rounds that are observed and others.
+_shared_fed_avg = functools.lru_cache(maxsize=4)(_fed_avg)
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_process(traced: _Traced, observed: bool) -> tff.learning.templates.LearningProcess:
+  return _shared_fed_avg(traced)(_mean(observed))
