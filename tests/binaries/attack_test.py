@@ -64,14 +64,12 @@ def test_attack_writes_the_run_and_refuses_to_write_over_it(run_dir):
     1,
   )
 
-  again = _run(run_dir, '--name=first', '--iterations=30', '--labels=truth')
-  assert again.returncode == 1
-  assert again.stderr.strip().splitlines()[-1].startswith('error: --name=first:')
-  assert 'Traceback' not in again.stderr
-
-  other = _run(run_dir, '--name=first', '--iterations=31', '--labels=truth', '--resume')
-  assert other.returncode == 1
-  assert 'error: --resume: --iterations was 30 and is 31 now' in other.stderr
+  arguments = _command(run_dir, '--name=first', '--labels=truth')[3:]
+  again, other = run_all(
+    'attack', [[*arguments, '--iterations=30'], [*arguments, '--iterations=31', '--resume']]
+  )
+  assert_one_error_line(again, '--name=first:')
+  assert_one_error_line(other, '--resume: --iterations was 30 and is 31 now')
 
 
 def test_interrupted_attack_resumes_to_the_same_bits(run_dir):

@@ -128,6 +128,27 @@ class _StopError(Exception):
   pass
 
 
+@tf.keras.saving.register_keras_serializable('training_test')
+class _Same(tf.keras.layers.Layer):
+  """Does nothing; a user may define it anew."""
+
+  def call(self, inputs):
+    return inputs
+
+
+def test_runs_share_what_was_built_unless_a_layer_is_the_user_s_own(tiny_data, tmp_path):
+  def process(model, **settings):
+    return TrainingRun(tiny_data, model, _settings(1, **settings), tmp_path)._process_of(1)
+
+  shared = process(_model())
+  assert process(make_model(seed=9)) is shared
+  assert process(_model(), server_momentum=0.5) is not shared
+  inputs = tf.keras.Input(_SHAPE)
+  outputs = tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(_Same()(inputs)))
+  own = tf.keras.Model(inputs, outputs)
+  assert process(own) is not process(own)
+
+
 def test_resumed_run_equals_an_uninterrupted_one(tiny_data, tmp_path):
   settings = _settings(6, clients_per_round=2, observed_rounds=(1, 5))
   whole = _train(tiny_data, tmp_path / 'whole', settings, save_every_rounds=2)

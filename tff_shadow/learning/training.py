@@ -21,11 +21,7 @@ from tff_shadow.errors import UserError
 from tff_shadow.learning.client_work import BuildGradientFn
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import ButAggregation, weighted_fed_avg_but_aggregation
-from tff_shadow.learning.keras_task import (
-  model_fn_of_config,
-  model_weights,
-  restore_eager_keras,
-)
+from tff_shadow.learning.keras_task import model_fn_of_config, model_weights
 from tff_shadow.learning.noise_settings import ShadowNoise
 from tff_shadow.learning.observed_round import Participant, observation_of
 from tff_shadow.learning.round_sampler import LocalTask, RoundSampler
@@ -167,8 +163,9 @@ class TrainingRun:
     if kind in self._processes:
       return self._processes[kind]
     shadow, baseline = settings.shadow_defense, settings.baseline
+    config = model_to_config(self._model)
     traced = _Traced(
-      json.dumps(model_to_config(self._model)),
+      json.dumps(config),
       tuple(self._data.image_shape),
       settings.batch_norm_sharing,
       (local.learning_rate, local.momentum),
@@ -176,7 +173,8 @@ class TrainingRun:
       shadow.noise if shadow else None,
     )
     try:
-      if baseline is None and (shadow is None or shadow.decoys is None):
+      defense_is_traced = baseline is None and (shadow is None or shadow.decoys is None)
+      if defense_is_traced and _is_of_keras(config):
         process = _shared_process(traced, observed)
       else:
         rate = local.learning_rate
@@ -380,8 +378,16 @@ def _fed_avg(
     built = weighted_fed_avg_but_aggregation(**arguments, build_gradient_fn=build_gradient_fn)
   else:
     built = weighted_fed_avg_but_aggregation(**arguments)
-  restore_eager_keras(model_from_config(config))
+  model_from_config(config)  # As `restore_eager_keras`.
   return built
+
+
+def _is_of_keras(config: Any) -> bool:
+  """Whether all layers are Keras' own: of others a new definition may have the same config."""
+  if isinstance(config, dict):
+    own = str(config.get('module', 'keras.')).startswith('keras.')
+    return own and all(map(_is_of_keras, config.values()))
+  return not isinstance(config, list) or all(map(_is_of_keras, config))
 
 
 def _tap(observed: bool) -> Callable[[Any], Any]:
