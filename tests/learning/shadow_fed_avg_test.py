@@ -145,33 +145,47 @@ def _one_round(process, weights, datasets):
   return process.next(process.set_model_weights(process.initialize(), weights), datasets)
 
 
+def _leaves(computation):
+  """Shapes and types of what leaves a client, those of scalars too."""
+  form = tff.backends.mapreduce.get_map_reduce_form_for_computation(computation)
+  return [
+    (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    for leaf in tff.structure.flatten(form.work.type_signature.result)
+  ]
+
+
+@pytest.fixture(scope='module')
+def plain_leaves():
+  """Of FedAvg without noise."""
+  return _leaves(build_weighted_fed_avg(keras_model_fn(_model(), _SHAPE), _SGD).next)
+
+
+@pytest.fixture(scope='module')
+def stock():
+  """TFF's own FedAvg, of what is the same model at every call of `_model`."""
+  return tff.learning.algorithms.build_weighted_fed_avg(keras_model_fn(_model(), _SHAPE), _SGD)
+
+
 class TestTypes:
   @pytest.mark.parametrize(
     ('shape', 'propagation'),
     [_ALL[0], _ALL[2], _ALL[3], ('correlated', 'images'), ('decoy', 'per_step')],
   )
-  def test_only_the_noised_update_and_scalars_leave_a_client(self, shape, propagation):
+  def test_only_the_noised_update_and_scalars_leave_a_client(
+    self, shape, propagation, plain_leaves
+  ):
     model = _model()
-    plain = build_weighted_fed_avg(keras_model_fn(model, _SHAPE), _SGD)
     kind = 'scale' if propagation == 'images' else 'ratio'
     noise = _noise(shape, propagation, kind, saliency=_GIVEN, probes=2)
     process = _process(model, noise, decoys=_public() if shape == 'decoy' else None)
-
-    def leaves(computation):
-      form = tff.backends.mapreduce.get_map_reduce_form_for_computation(computation)
-      return [
-        (tuple(leaf.shape), np.dtype(leaf.dtype).name)
-        for leaf in tff.structure.flatten(form.work.type_signature.result)
-      ]
-
-    sent = leaves(process.next)
+    sent = _leaves(process.next)
     update = [(tuple(variable.shape), 'float32') for variable in model.trainable_variables]
     assert [leaf for leaf in sent if leaf[0]] == update
     # Beyond FedAvg: value and count of the mean of sent_norm; the numbers of fall-backs of maps and
     # of the shape.
-    extra = collections.Counter(sent) - collections.Counter(leaves(plain.next))
+    extra = collections.Counter(sent) - collections.Counter(plain_leaves)
     assert extra == {((), 'float32'): 2, ((), 'int32'): 2}
-    assert not collections.Counter(leaves(plain.next)) - collections.Counter(sent)
+    assert not collections.Counter(plain_leaves) - collections.Counter(sent)
 
   def test_data_are_those_of_the_input_spec(self):
     for saliency in (_GIVEN, _UNIFORM):
@@ -307,11 +321,10 @@ class TestArguments:
 @pytest.mark.usefixtures('tff_worker')
 class TestExecution:
   @pytest.mark.parametrize(('shape', 'propagation'), _ALL[:2] + _ALL[4:])
-  def test_without_noise_it_is_fed_avg(self, shape, propagation):
+  def test_without_noise_it_is_fed_avg(self, shape, propagation, stock):
     model = _model()
     weights = model_weights(model)
     clients = [_examples(4, seed=1), _examples(12, seed=2)]
-    stock = tff.learning.algorithms.build_weighted_fed_avg(keras_model_fn(model, _SHAPE), _SGD)
     expected = _one_round(stock, weights, [_dataset(c, ('x', 'y')) for c in clients])
     process = _process(model, _noise(shape, propagation, value=0.0, probes=3))
     output = _one_round(process, weights, [_dataset(c) for c in clients])
