@@ -105,10 +105,10 @@ defense-dp_sgd_clip10 := --defense=dp_sgd --dp_sgd_clip_norm=10 --dp_sgd_noise_m
 shadow-of = runs/generator/$(1)/generator.keras
 defense-published = --defense=published --published_generator=$(call shadow-of,$(1)) \
   --published_latent_learning_rate=0.1
-# Each client that is played fits latents, and has its pruning of a radiograph computed: 200 instead
+# Each client that is played fits latents, or has its pruning computed one by one: 200 instead
 # of thousands.
 audit-published = --generator=$(call shadow-of,$(1)) --inversion_clients=200
-audit-soteria = $(if $(filter chest_phantom,$(1)),--inversion_clients=200)
+audit-soteria = $(if $(filter-out histology_patches,$(1)),--inversion_clients=200)
 AUDITED_DEFENSES := $(patsubst defense-%,%,$(filter defense-%,$(.VARIABLES)))
 AUDITED := $(foreach set,$(AUDITED_SETS),$(foreach defense,$(AUDITED_DEFENSES),\
   $(foreach seed,$(AUDITED_SEEDS),$(set)+$(defense)+$(seed))))
