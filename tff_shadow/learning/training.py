@@ -18,7 +18,7 @@ import tensorflow_federated as tff
 from tff_shadow.aggregators import observation_tap_factory
 from tff_shadow.data import Examples, FederatedData
 from tff_shadow.errors import UserError
-from tff_shadow.learning.client_work import BuildGradientFn
+from tff_shadow.learning.client_work import BuildGradientFn, build_plain_gradient_fn
 from tff_shadow.learning.evaluation import estimate_batch_norm_statistics, evaluate
 from tff_shadow.learning.fed_avg import ButAggregation, weighted_fed_avg_but_aggregation
 from tff_shadow.learning.keras_task import model_fn_of_config, model_weights
@@ -156,41 +156,36 @@ class TrainingRun:
     Neither the tap nor the clients' optimiser keeps any state, so all processes exchange theirs.
     The updates of a round are collected only where they are logged.
     """
+    observed = round_num in self._settings.observed_rounds
+    kind = (observed, self._settings.training_in(round_num).learning_rate)
+    if kind not in self._processes:
+      self._processes[kind] = self._build(*kind)
+    return self._processes[kind]
+
+  def _build(self, observed: bool, learning_rate: float) -> tff.learning.templates.LearningProcess:
     settings = self._settings
-    observed = round_num in settings.observed_rounds
-    local = settings.training_in(round_num)
-    kind = (observed, local.learning_rate)
-    if kind in self._processes:
-      return self._processes[kind]
     shadow, baseline = settings.shadow_defense, settings.baseline
+    decoys = shadow.decoys if shadow else None
     config = model_to_config(self._model)
     traced = _Traced(
       json.dumps(config),
       tuple(self._data.image_shape),
       settings.batch_norm_sharing,
-      (local.learning_rate, local.momentum),
+      (learning_rate, settings.client_training.momentum),
       (settings.server_learning_rate, settings.server_momentum),
       shadow.noise if shadow else None,
     )
     try:
-      defense_is_traced = baseline is None and (shadow is None or shadow.decoys is None)
-      if defense_is_traced and _is_of_keras(config):
-        process = _shared_process(traced, observed)
-      else:
-        rate = local.learning_rate
-        if rate not in self._but_aggregation:
-          self._but_aggregation[rate] = _fed_avg(
-            traced,
-            decoys=shadow.decoys if shadow else None,
-            build_gradient_fn=baseline.gradients(self._model) if baseline else None,
-          )
-        process = self._but_aggregation[rate](self._aggregator(observed))
+      if baseline is None and decoys is None and _is_of_keras(config):
+        return _shared_process(traced, observed)
+      if learning_rate not in self._but_aggregation:
+        gradients = {'build_gradient_fn': baseline.gradients(self._model)} if baseline else {}
+        self._but_aggregation[learning_rate] = _fed_avg(traced, decoys, **gradients)
+      return self._but_aggregation[learning_rate](self._aggregator(observed))
     except ValueError as error:
       if shadow is None and baseline is None:
         raise
       raise UserError(f'--defense={"shadow" if shadow else baseline.name}: {error}') from error
-    self._processes[kind] = process
-    return process
 
   def _aggregator(self, observed: bool) -> tff.aggregators.WeightedAggregationFactory:
     if self._settings.baseline is None:
@@ -357,7 +352,7 @@ class _Traced(NamedTuple):
 def _fed_avg(
   traced: _Traced,
   decoys: Examples | None = None,
-  build_gradient_fn: BuildGradientFn | None = None,
+  build_gradient_fn: BuildGradientFn = build_plain_gradient_fn,
 ) -> ButAggregation:
   config = json.loads(traced.model_config)
   build_sgdm = tff.learning.optimizers.build_sgdm
@@ -374,11 +369,9 @@ def _fed_avg(
       decoys=decoys,
       shadow_model_fn=lambda: model_from_config(config),
     )
-  elif build_gradient_fn is not None:
-    built = weighted_fed_avg_but_aggregation(**arguments, build_gradient_fn=build_gradient_fn)
   else:
-    built = weighted_fed_avg_but_aggregation(**arguments)
-  model_from_config(config)  # As `restore_eager_keras`.
+    built = weighted_fed_avg_but_aggregation(**arguments, build_gradient_fn=build_gradient_fn)
+  model_from_config(config)  # Undoes what building it in a graph changes: `restore_eager_keras`.
   return built
 
 
