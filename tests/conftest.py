@@ -41,23 +41,6 @@ def make_examples(num_examples, seed, image_shape=(8, 8, 1)):
   return Examples(images.astype(np.uint8), labels, regions)
 
 
-def make_model(norm='none', shape=(8, 8, 1), seed=0):
-  """Two convolutions and two classes, normalised or not; TFF builds it faster than `conv_small`."""
-  tf.keras.utils.set_random_seed(seed)
-  normalization = {
-    'none': lambda: lambda x: x,
-    'batch': tf.keras.layers.BatchNormalization,
-    'group': lambda: tf.keras.layers.GroupNormalization(4),
-  }[norm]
-  tf.keras.backend.clear_session()  # Names decide whether runs share what TFF built.
-  inputs = tf.keras.Input(shape)
-  x = inputs
-  for strides in (1, 2):
-    x = tf.keras.layers.Conv2D(8, 3, strides, padding='same')(x)
-    x = tf.keras.layers.Activation('relu')(normalization()(x))
-  return tf.keras.Model(inputs, tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(x)))
-
-
 def make_generator(shape=(8, 8, 1), latent=(5,), activation='sigmoid', seed=0):
   """A small Keras model from a latent to an image, as any generator may be."""
   tf.keras.utils.set_random_seed(seed)

@@ -300,7 +300,7 @@ class TestAttack:
 
   def test_they_tell_brightness_and_contrast(self):
     image = smooth_images(1, seed=5)
-    observation = _round(small_model(batch_norm=True), image, batch_size=1)
+    observation = _round(small_model(norm='batch'), image, batch_size=1)
     told, untold = (
       attack_observation(observation, self._with_weight(weight), controls=False)[0].reconstructions[
         'attack'
@@ -311,7 +311,7 @@ class TestAttack:
     assert psnr(told[0], image[0]) > psnr(untold[0], image[0]) + 6
 
   def test_those_of_every_round_are_matched(self):
-    seen = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    seen = _round(small_model(norm='batch'), smooth_images(1), batch_size=1)
     client = seen.clients[0]
     other = tuple(array + 0.1 for array in client.update.non_trainable)
     client = dataclasses.replace(client, update=WeightArrays(client.update.trainable, other))
@@ -330,7 +330,7 @@ class TestAttack:
     assert np.abs(found['another later'] - found['twice']).max() > 1e-3
 
   def test_used_only_where_shared(self):
-    observation = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    observation = _round(small_model(norm='batch'), smooth_images(1), batch_size=1)
     silent = dataclasses.replace(observation, batch_norm_sharing='local')
     short = dataclasses.replace(self._CONFIG, iterations=3)
     without = dataclasses.replace(self._with_weight(0.0), iterations=3)
@@ -349,7 +349,7 @@ class TestAttack:
       assert ('BatchNorm statistics' in facts) == used
 
   def test_required_ones_must_be_shared(self):
-    observation = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    observation = _round(small_model(norm='batch'), smooth_images(1), batch_size=1)
     prior = dataclasses.replace(self._CONFIG.batch_norm_statistics, required=True)
     config = dataclasses.replace(self._CONFIG, batch_norm_statistics=prior)
     with pytest.raises(UserError, match='shared no BatchNorm statistics'):
@@ -363,7 +363,7 @@ class TestAttack:
     [(False, 'no plain running mean'), (True, 'no BatchNorm layer that trains')],
   )
   def test_layers_that_tell_none(self, frozen, reason):
-    model = small_model(batch_norm=True)
+    model = small_model(norm='batch')
     if frozen:
       freeze_batch_norm(model)
     observation = _round(model, smooth_images(1), batch_size=1)
@@ -380,7 +380,7 @@ class TestAttack:
       attack_observation(observation, dataclasses.replace(short, batch_norm_statistics=prior))
 
   def test_damage_is_told_even_where_they_are_not_required(self):
-    observation = _round(small_model(batch_norm=True), smooth_images(1), batch_size=1)
+    observation = _round(small_model(norm='batch'), smooth_images(1), batch_size=1)
     client = observation.clients[0]
     damaged = WeightArrays(client.update.trainable, client.update.non_trainable[:-1])
     client = dataclasses.replace(client, update=damaged)

@@ -83,12 +83,14 @@ def test_control_does_not_look_at_the_update(observation, shared):
     client, update=WeightArrays(tuple(2 - 3 * array for array in client.update.trainable))
   )
   changed = dataclasses.replace(observation, clients=(other, *observation.clients[1:]))
-  a, b = (
-    attack_observation(o, _SHORT, ['client_00'], labels={'client_00': [1]}, shared=shared)[
-      0
-    ].reconstructions
-    for o in (observation, changed)
+  attack = functools.partial(
+    attack_observation,
+    config=_SHORT,
+    targets=['client_00'],
+    labels={'client_00': [1]},
+    shared=shared,
   )
+  a, b = (attack(o)[0].reconstructions for o in (observation, changed))
   np.testing.assert_array_equal(a['prior_only'], b['prior_only'])
   assert np.abs(a['attack'] - b['attack']).max() > 0.01
 
@@ -136,8 +138,8 @@ def test_lanes_do_not_know_of_each_other(observation):
     np.testing.assert_allclose(a.reconstructions['attack'], b.reconstructions['attack'], atol=1e-3)
 
 
-@pytest.fixture(scope='module')
-def attack_three():
+@pytest.fixture(scope='module', name='attack_three')
+def _attack_three():
   """Attacks on a round of three clients, that share their traces."""
   images = smooth_images(3)
   observation = play_round(small_model(), [(images[i : i + 1], [i % 2]) for i in range(3)])
@@ -148,11 +150,10 @@ def attack_three():
 
 @pytest.mark.parametrize(('restarts', 'lanes'), [(1, 2), (2, 4), (3, 2)])
 def test_targets_and_restarts_need_not_fill_the_lanes(attack_three, restarts, lanes):
-  attack = attack_three
   config = dataclasses.replace(_SHORT, iterations=15, restarts=restarts, lanes=lanes)
-  found = attack(config)
+  found = attack_three(config)
   for result, name in zip(found, ('client_00', 'client_01', 'client_02'), strict=True):
-    alone = attack(dataclasses.replace(config, lanes=1), [name])[0]
+    alone = attack_three(dataclasses.replace(config, lanes=1), [name])[0]
     assert (result.target, result.status) == (name, 'ok')
     np.testing.assert_allclose(result.restart_losses, alone.restart_losses, rtol=1e-3)
 

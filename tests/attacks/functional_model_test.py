@@ -116,7 +116,7 @@ def test_shared_layer_uses_one_tensor_twice():
 def test_model_of_a_simulator_gives_its_gradient(dtype):
   images = smooth_images(3)
   labels = tf.constant([0, 1, 1])
-  observation = play_round(small_model(batch_norm=True), [(images, [0, 1, 1])])
+  observation = play_round(small_model(norm='batch'), [(images, [0, 1, 1])])
   simulator = ClientSimulator(observation, dtype)
   functional = FunctionalModel(simulator.model)
   loss_fn = classification_loss(simulator.model)

@@ -14,14 +14,17 @@ from tff_shadow.observations import (
 
 
 def small_model(
-  image_shape=(8, 8, 1), num_classes=2, batch_norm=False, activation='relu', seed=0
+  image_shape=(8, 8, 1), num_classes=2, norm='none', activation='relu', seed=0
 ) -> tf.keras.Model:
-  """Two convolutions and a dense layer."""
+  """Two convolutions, the first normalised or not, and a dense layer."""
+  tf.keras.backend.clear_session()  # Names decide whether runs share what TFF built.
   tf.keras.utils.set_random_seed(seed)
   inputs = tf.keras.Input(image_shape)
   x = tf.keras.layers.Conv2D(12, 3, padding='same')(inputs)
-  if batch_norm:
+  if norm == 'batch':
     x = tf.keras.layers.BatchNormalization()(x)
+  elif norm == 'group':
+    x = tf.keras.layers.GroupNormalization(4)(x)
   x = tf.keras.layers.Activation(activation)(x)
   x = tf.keras.layers.Conv2D(12, 3, strides=2, padding='same', activation=activation)(x)
   return tf.keras.Model(inputs, tf.keras.layers.Dense(num_classes)(tf.keras.layers.Flatten()(x)))

@@ -17,7 +17,7 @@ from tff_shadow.observations import WeightArrays
 @pytest.mark.parametrize('name', [n for n, preset in PRESETS.items() if not preset.needs_generator])
 def test_preset_runs_and_is_plain_data(name):
   image = smooth_images(1, (16, 16, 1))
-  observation = play_round(small_model((16, 16, 1), batch_norm=False), [(image, [1])])
+  observation = play_round(small_model((16, 16, 1)), [(image, [1])])
   config = PRESETS[name].build()
   json.dumps(config.as_dict(), allow_nan=False)
   config = dataclasses.replace(
@@ -51,7 +51,7 @@ _SHAPE = (16, 16, 1)
 @pytest.fixture(scope='module')
 def with_statistics():
   """A round of one client that shares its BatchNorm statistics."""
-  model = small_model(_SHAPE, batch_norm=True)
+  model = small_model(_SHAPE, norm='batch')
   observation = play_round(model, [(smooth_images(2, _SHAPE), [0, 1])])
   change = tuple(
     v.numpy() - old

@@ -44,7 +44,7 @@ def _solver(simulator, config):
 
 @pytest.mark.parametrize('matching', [CosineMatching(), CosineMatching(0.5), SquaredMatching()])
 @pytest.mark.parametrize(
-  'model', [{}, {'activation': 'tanh'}, {'batch_norm': True}], ids=['relu', 'tanh', 'batch_norm']
+  'model', [{}, {'activation': 'tanh'}, {'norm': 'batch'}], ids=['relu', 'tanh', 'batch_norm']
 )
 def test_gradient_of_the_matching_loss_equals_differences(matching, model):
   simulator, truth, labels, observation = _problem(**model)
@@ -127,7 +127,7 @@ def test_rectifiers_are_found_in_every_form(activation):
 
 @pytest.mark.parametrize('sharing', ['aggregate', 'frozen'])
 def test_batch_norm_is_simulated_as_trained_and_its_statistics_stay(sharing):
-  model = small_model(batch_norm=True)
+  model = small_model(norm='batch')
   images = smooth_images(3)
   observation = play_round(model, [(images, [0, 1, 1])], batch_norm_sharing=sharing)
   simulator = ClientSimulator(observation, 'float64')
@@ -153,14 +153,18 @@ def test_several_steps_give_the_mean_gradient():
   assert float(SquaredMatching()(gradient, observed)) < 1e-3
 
 
-@pytest.mark.parametrize('batch_norm', [False, True])
+@pytest.mark.parametrize('norm', ['none', 'batch'])
 @pytest.mark.parametrize('memory', ['enough', 'short'])
-def test_mean_gradient_of_large_steps_is_the_observed_one(batch_norm, memory, monkeypatch):
+def test_mean_gradient_of_large_steps_is_the_observed_one(norm, memory, monkeypatch):
   if memory == 'short':
     monkeypatch.setattr('attacks.simulator.CHECKPOINTS_BYTES', 0)
   images = smooth_images(2)
   observation = play_round(
-    small_model(batch_norm=batch_norm), [(images, [0, 1])], learning_rate=0.5, steps=4, momentum=0.5
+    small_model(norm=norm),
+    [(images, [0, 1])],
+    learning_rate=0.5,
+    steps=4,
+    momentum=0.5,
   )
   simulator = ClientSimulator(observation)
   steps = local_steps(observation.clients[0], observation.client_training)

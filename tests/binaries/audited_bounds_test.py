@@ -18,10 +18,10 @@ def _unwatched(*_):
   yield lambda *_: None
 
 
-def _bounds(noise, *, images=1, batch_norm=False, watch=_unwatched):
+def _bounds(noise, *, images=1, norm='none', watch=_unwatched):
   clients = [(smooth_images(images), [0] * images), (smooth_images(images, seed=2), [1] * images)]
   observation = dataclasses.replace(
-    play_round(small_model(activation='tanh', batch_norm=batch_norm), clients),
+    play_round(small_model(activation='tanh', norm=norm), clients),
     defense=ShadowDefense(noise, frozen=False, secrets=None).public_settings()
     if noise
     else {'name': 'none'},
@@ -71,7 +71,7 @@ def test_noise_in_the_images_is_bounded():
   [
     {'noise': None},
     {'noise': _noise('isotropic'), 'images': 2},
-    {'noise': _noise('isotropic'), 'batch_norm': True},
+    {'noise': _noise('isotropic'), 'norm': 'batch'},
     {'noise': _noise('correlated', 'scale', saliency='given')},
     {'noise': _noise('isotropic', 'ratio', 0.0)},
   ],

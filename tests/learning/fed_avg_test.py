@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tests.conftest import make_model
+from tests.attacks.observed_rounds import small_model
 from tff_shadow.learning import (
   build_weighted_fed_avg,
   input_spec,
@@ -19,7 +19,7 @@ _LEARNING_RATE = 0.1
 
 
 def _model(norm='none'):
-  return make_model(norm, _SHAPE, seed=3)
+  return small_model(_SHAPE, norm=norm, seed=3)
 
 
 def _batches(seed, num_batches=2, batch_size=4, scale=1.0):

@@ -52,7 +52,7 @@ def _seen(model, build):
 @pytest.mark.usefixtures('tff_worker')
 @pytest.mark.parametrize('stock', [True, False])
 def test_what_was_tapped_is_written_and_attacked(tmp_path, stock):
-  model = small_model(batch_norm=True)
+  model = small_model(norm='batch')
   build = tff.learning.algorithms.build_weighted_fed_avg if stock else build_weighted_fed_avg
   observation = observation_of(*_seen(model, build), model, _TRAINING, _CLIENTS)
   assert observation.batch_norm_sharing == ('local' if stock else 'aggregate')
@@ -104,7 +104,7 @@ def test_defaults_follow_from_model_and_training():
   np.testing.assert_allclose(
     observation.aggregate.trainable[0], -0.5 * model.trainable_variables[0], rtol=1e-6
   )
-  frozen = small_model(batch_norm=True)
+  frozen = small_model(norm='batch')
   freeze_batch_norm(frozen)
   observation = observation_of(*_made_up(frozen), frozen, training, participants)
   assert observation.batch_norm_sharing == 'frozen'

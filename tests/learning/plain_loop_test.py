@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from tests.conftest import make_model
+from tests.attacks.observed_rounds import small_model
 from tff_shadow.learning import RoundSampler, TrainingRun, TrainingSettings, evaluate
 from tff_shadow.learning.plain_loop import PlainLoop, train_centrally
 from tff_shadow.observations import ClientTraining
 
 
 def _model():
-  return make_model('batch')
+  return small_model(norm='batch')
 
 
 @pytest.mark.usefixtures('tff_worker')

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import make_examples, make_generator, make_model
+from tests.attacks.observed_rounds import small_model
+from tests.conftest import make_examples, make_generator
 from tff_shadow.aggregators import NoiseStrength
 from tff_shadow.errors import UserError
 from tff_shadow.learning import (
@@ -52,7 +53,7 @@ def _settings(rounds, local=None, **kwargs):
 
 
 def _model(norm='none'):
-  return make_model(norm, _SHAPE, seed=1)
+  return small_model(_SHAPE, norm=norm, seed=1)
 
 
 def _train(data, run_dir, settings, *, resume=False, report=lambda r: None, model=None, **kwargs):
@@ -141,7 +142,7 @@ def test_runs_share_what_was_built_unless_a_layer_is_the_user_s_own(tiny_data, t
     return TrainingRun(tiny_data, model, _settings(1, **settings), tmp_path)._process_of(1)
 
   shared = process(_model())
-  assert process(make_model(seed=9)) is shared
+  assert process(small_model(seed=9)) is shared
   assert process(_model(), server_momentum=0.5) is not shared
   inputs = tf.keras.Input(_SHAPE)
   outputs = tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(_Same()(inputs)))

@@ -36,7 +36,7 @@ _CLIENT = 'client_01'
 
 def _round(data, run_dir, defense, batch_norm, *, momentum=0.0):
   """A real round of two local steps: its observation, and the truth of one client."""
-  model = small_model(batch_norm=batch_norm)
+  model = small_model(norm='batch' if batch_norm else 'none')
   local = ClientTraining('sgd', 0.1, momentum, batch_size=4, local_epochs=1, max_local_steps=2)
   settings = TrainingSettings(1, local, seed=5, defense=defense)
   TrainingRun(data, model, settings, run_dir).train(resume=False)

@@ -184,7 +184,7 @@ class TestBaselines:
 
 
 def test_what_is_shared_of_batch_norm_is_played():
-  observation = _observed(small_model(batch_norm=True))
+  observation = _observed(small_model(norm='batch'))
   assert len(observation.global_weights.non_trainable) == 2
   shared = dataclasses.replace(
     observation.clients[0].update, non_trainable=observation.global_weights.non_trainable

@@ -67,7 +67,7 @@ def test_the_positive_control_is_one_step_on_one_image():
 
 
 def test_shared_statistics_are_replayed_too():
-  observation, truth = _round(batch_norm=True)
+  observation, truth = _round(norm='batch')
   shared = [a for a in observation.global_weights.non_trainable if a.dtype.kind == 'f']
   zeros = tuple(np.zeros_like(array) for array in shared)
   sharing = [
@@ -77,7 +77,7 @@ def test_shared_statistics_are_replayed_too():
   replayed = without_defense(
     dataclasses.replace(observation, clients=tuple(sharing)), truth, ['client_00']
   )
-  model = small_model(batch_norm=True)
+  model = small_model(norm='batch')
   layer = next(own for own in model.layers if own.name.startswith('batch_norm'))
   inputs = model.layers[1](truth['client_00'].images).numpy()
   expected = (1 - layer.momentum) * inputs.mean(axis=(0, 1, 2))
