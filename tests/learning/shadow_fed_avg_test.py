@@ -1,4 +1,5 @@
 import collections
+import functools
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import NoiseStrength, observation_tap_factory
-from tff_shadow.aggregators.shadow_noise import stateless_normal_like
+from tff_shadow.aggregators.shadow_noise import noised_update, stateless_normal_like
 from tff_shadow.data import Examples
 from tff_shadow.learning import (
   ShadowDefense,
@@ -14,9 +15,14 @@ from tff_shadow.learning import (
   keras_model_fn,
   model_weights,
 )
+from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.keras_task import restore_eager_keras
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
-from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
+from tff_shadow.learning.shadow_fed_avg import (
+  build_shadow_fed_avg,
+  shadow_fed_avg_but_aggregation,
+)
+from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.models import (
   classification_loss,
   freeze_batch_norm,
@@ -32,12 +38,16 @@ _RATE = 0.1
 _SGD = tff.learning.optimizers.build_sgdm(_RATE)
 _UNIFORM = SaliencyConfig('uniform')
 _GIVEN = SaliencyConfig('given')
+# Shape, propagation and kind of strength.
 _ALL = [
-  ('isotropic', 'per_step'),
-  ('diagonal', 'per_step'),
-  ('diagonal', 'local_training'),
-  ('correlated', 'per_step'),
-  ('correlated', 'local_training'),
+  ('isotropic', 'per_step', 'ratio'),
+  ('isotropic', 'per_step', 'image_ratio'),
+  ('diagonal', 'per_step', 'ratio'),
+  ('diagonal', 'local_training', 'ratio'),
+  ('correlated', 'per_step', 'ratio'),
+  ('correlated', 'local_training', 'ratio'),
+  ('correlated', 'images', 'scale'),
+  ('decoy', 'per_step', 'ratio'),
 ]
 
 
@@ -83,7 +93,7 @@ def _noise(shape, propagation='per_step', kind='ratio', value=0.3, saliency=_UNI
   return ShadowNoise(shape, NoiseStrength(kind, value), saliency, propagation, **kwargs)
 
 
-def _process(model, noise, sharing='local', optimizer=_SGD, tap=False, **kwargs):
+def _shadow_model_fn(model, sharing='local'):
   config = model_to_config(model)
 
   def shadow_model_fn():
@@ -92,16 +102,72 @@ def _process(model, noise, sharing='local', optimizer=_SGD, tap=False, **kwargs)
       freeze_batch_norm(shadow)
     return shadow
 
+  return shadow_model_fn
+
+
+def _process(model, noise, sharing='local', optimizer=_SGD, tap=False, **kwargs):
   if tap:
-    kwargs['model_aggregator'] = observation_tap_factory(tff.aggregators.MeanFactory())
+    kwargs['model_aggregator'] = _tap()
   return build_shadow_fed_avg(
     keras_model_fn(model, _SHAPE, sharing),
     optimizer,
     noise=noise,
-    shadow_model_fn=shadow_model_fn,
+    shadow_model_fn=_shadow_model_fn(model, sharing),
     batch_norm_sharing=sharing,
     **kwargs,
   )
+
+
+def _tap():
+  return observation_tap_factory(tff.aggregators.MeanFactory())
+
+
+def _all_noise(shape, propagation, kind):
+  return _noise(shape, propagation, kind, saliency=_GIVEN, probes=2)
+
+
+@functools.cache
+def _all_but_aggregation(*settings):
+  """The processes of `_ALL`, each with any aggregator."""
+  model, noise = _model(), _all_noise(*settings)
+  return shadow_fed_avg_but_aggregation(
+    keras_model_fn(model, _SHAPE, 'local'),
+    _SGD,
+    noise=noise,
+    shadow_model_fn=_shadow_model_fn(model),
+    batch_norm_sharing='local',
+    decoys=_public() if noise.needs_decoys else None,
+  )
+
+
+class _Client:
+  """What one client of a process does, without TFF around it and so in a fraction of the time.
+
+  `TestExecution` shows that in a process it is the same.
+  """
+
+  def __init__(self, model, noise, sharing='local', optimizer=_SGD, decoys=None):
+    restore_eager_keras(model)
+    self._weights = model_weights(model)
+    self._noise = noise
+    shadow_model_fn = _shadow_model_fn(model, sharing)
+    self._work = ShadowWork(
+      keras_model_fn(model, _SHAPE, sharing),
+      shadow_model_fn,
+      optimizer,
+      noise,
+      sharing == 'aggregate',
+      decoy_batches(noise, decoys, shadow_model_fn()) if noise.needs_decoys else None,
+    )
+
+  def result(self, dataset):
+    return self._work.run(self._weights, dataset, tff.learning.ClientWeighting.NUM_EXAMPLES)
+
+  def sends(self, dataset):
+    """The noised update, flat."""
+    shaped = self.result(dataset)[0].update
+    noised, _ = noised_update(shaped, *self._noise.added, self._noise.floor)
+    return _flat(noised)
 
 
 def _sent(output, client=0):
@@ -167,19 +233,10 @@ def stock():
 
 
 class TestTypes:
-  @pytest.mark.parametrize(
-    ('shape', 'propagation'),
-    [_ALL[0], _ALL[2], _ALL[3], ('correlated', 'images'), ('decoy', 'per_step')],
-  )
-  def test_only_the_noised_update_and_scalars_leave_a_client(
-    self, shape, propagation, plain_leaves
-  ):
-    model = _model()
-    kind = 'scale' if propagation == 'images' else 'ratio'
-    noise = _noise(shape, propagation, kind, saliency=_GIVEN, probes=2)
-    process = _process(model, noise, decoys=_public() if shape == 'decoy' else None)
-    sent = _leaves(process.next)
-    update = [(tuple(variable.shape), 'float32') for variable in model.trainable_variables]
+  @pytest.mark.parametrize('settings', _ALL)
+  def test_only_the_noised_update_and_scalars_leave_a_client(self, settings, plain_leaves):
+    sent = _leaves(_all_but_aggregation(*settings)(None).next)
+    update = [(tuple(v.shape), 'float32') for v in _model().trainable_variables]
     assert [leaf for leaf in sent if leaf[0]] == update
     # Beyond FedAvg: value and count of the mean of sent_norm; the numbers of fall-backs of maps and
     # of the shape.
@@ -188,9 +245,10 @@ class TestTypes:
     assert not collections.Counter(plain_leaves) - collections.Counter(sent)
 
   def test_data_are_those_of_the_input_spec(self):
-    for saliency in (_GIVEN, _UNIFORM):
-      process = _process(_model(), _noise('correlated', saliency=saliency))
-      spec = shadow_input_spec(_SHAPE, with_regions=saliency is _GIVEN)
+    given = _all_but_aggregation('correlated', 'per_step', 'ratio')(None)
+    uniform = _process(_model(), _noise('isotropic'))
+    for process, with_regions in ((given, True), (uniform, False)):
+      spec = shadow_input_spec(_SHAPE, with_regions=with_regions)
       assert process.next.type_signature.parameter[1] == tff.types.FederatedType(
         tff.types.SequenceType(tff.types.tensorflow_to_type(spec)), tff.CLIENTS
       )
@@ -236,7 +294,7 @@ class TestArguments:
     ):
       with pytest.raises(ValueError, match='without momentum'):
         _process(_model(), _noise('diagonal'), optimizer=optimizer)
-      _process(_model(), _noise('isotropic'), optimizer=optimizer)
+    _process(_model(), _noise('isotropic'), optimizer=optimizer)
 
   def test_image_ratio_does_not_see_shared_statistics(self):
     with pytest.raises(ValueError, match="'image_ratio' does not see the BatchNorm statistics"):
@@ -245,8 +303,6 @@ class TestArguments:
   def test_per_step_does_not_see_shared_statistics(self):
     with pytest.raises(ValueError, match='BatchNorm statistics'):
       _process(_model('batch'), _noise('correlated'), 'aggregate')
-    # Nothing is shared where there are none.
-    _process(_model(), _noise('correlated'), 'aggregate')
 
   @pytest.mark.parametrize(('shape', 'kind'), [('correlated', 'ratio'), ('diagonal', 'scale')])
   def test_noise_in_the_images_is_correlated_and_absolute(self, shape, kind):
@@ -262,7 +318,6 @@ class TestArguments:
 
   def test_decoy_noise(self):
     noise = _noise('decoy', kind='scale', value=3.0)
-    _process(_model(), noise, decoys=_public())
     momentum = tff.learning.optimizers.build_sgdm(_RATE, 0.9)
     for expected, model, sharing, arguments in (
       ('needs decoys', _model(), 'local', {}),
@@ -320,7 +375,27 @@ class TestArguments:
 
 @pytest.mark.usefixtures('tff_worker')
 class TestExecution:
-  @pytest.mark.parametrize(('shape', 'propagation'), _ALL[:2] + _ALL[4:])
+  @pytest.mark.parametrize('settings', _ALL)
+  def test_a_client_sends_what_its_work_and_the_noise_make(self, settings):
+    model, noise = _model(), _all_noise(*settings)
+    fields = ('x', 'y', 'noise_key', 'region')
+    datasets = [_dataset(_examples(n, seed=n), fields) for n in (4, 10)]
+    datasets.insert(0, datasets[0].take(0))
+    alone = _Client(model, noise, decoys=_public())
+    expected = [alone.sends(dataset) for dataset in datasets]
+    process = _all_but_aggregation(*settings)(_tap())
+    output = _one_round(process, model_weights(model), datasets)
+    sent = [_sent(output, client)[0] for client in range(3)]
+    np.testing.assert_array_equal(sent[0], 0.0)
+    np.testing.assert_allclose(sent, expected, rtol=1e-4, atol=1e-6)
+    _, observation = _sent(output)
+    np.testing.assert_array_equal(observation['weights'], [0.0, 4.0, 10.0])
+    mean = np.average(sent, axis=0, weights=observation['weights'])
+    np.testing.assert_allclose(_flat(observation['aggregate']), mean, atol=1e-6)
+
+  @pytest.mark.parametrize(
+    ('shape', 'propagation'), [('diagonal', 'per_step'), ('correlated', 'local_training')]
+  )
   def test_without_noise_it_is_fed_avg(self, shape, propagation, stock):
     model = _model()
     weights = model_weights(model)
@@ -343,18 +418,27 @@ class TestExecution:
     assert metrics['maps_fell_back'] == 0
     np.testing.assert_array_equal(metrics['non_finite'], [0, 0])
 
+  @pytest.mark.parametrize(
+    ('shape', 'propagation'),
+    [('isotropic', 'per_step'), ('diagonal', 'local_training'), ('correlated', 'per_step')],
+  )
+  def test_without_noise_it_is_the_local_training(self, shape, propagation):
+    model, examples = _model(), _examples(12)
+    client = _Client(model, _noise(shape, propagation, value=0.0, probes=3))
+    expected = _update_in_plain_tf(model, model_weights(model), examples)
+    np.testing.assert_allclose(client.sends(_dataset(examples)), expected, atol=1e-6)
+
   @pytest.mark.parametrize(('shape', 'epochs'), [('isotropic', 1), ('diagonal', 3)])
   def test_image_ratio_follows_what_one_image_adds(self, shape, epochs):
     model, examples = _model(), _examples(8)
     weights = model_weights(model)
     # In batches of 4, of which the first images are the ones that are left out.
-    clients = [_dataset(examples), _dataset({k: v[:1] for k, v in examples.items()})]
+    datasets = [_dataset(examples), _dataset({k: v[:1] for k, v in examples.items()})]
     sent = {}
     for kind, value in (('ratio', 0.0), ('ratio', 0.3), ('image_ratio', 0.3)):
       noise = _noise(shape, kind=kind, value=value, probes=2, local_epochs=epochs)
-      output = _one_round(_process(model, noise, tap=True), weights, clients)
-      sent[kind, value] = [_sent(output, client)[0] for client in range(2)]
-    restore_eager_keras(model)
+      client = _Client(model, noise)
+      sent[kind, value] = [client.sends(dataset) for dataset in datasets]
     model.set_weights(_in_keras_order(model, weights))
     loss_fn = classification_loss(model)
     energies = []
@@ -363,10 +447,10 @@ class TestExecution:
         loss = loss_fn(examples['y'][image : image + 1], model(examples['x'][image : image + 1]))
       parts = _flat(tape.gradient(loss, model.trainable_variables)) * _RATE / 4
       energies.append(np.sum(parts**2))
-    clean, client = sent['ratio', 0.0], 0
-    factor = epochs * np.sqrt(np.mean(energies)) / np.linalg.norm(clean[client])
+    clean = sent['ratio', 0.0]
+    factor = epochs * np.sqrt(np.mean(energies)) / np.linalg.norm(clean[0])
     assert not 0.9 < factor < 1.1
-    by_update, by_image = (sent[k, 0.3][client] - clean[client] for k in ('ratio', 'image_ratio'))
+    by_update, by_image = (sent[k, 0.3][0] - clean[0] for k in ('ratio', 'image_ratio'))
     np.testing.assert_allclose(by_image, factor * by_update, rtol=1e-3, atol=1e-6)
     # Of one image and one step both are the same, but for the epochs.
     by_update, by_image = (sent[k, 0.3][1] - clean[1] for k in ('ratio', 'image_ratio'))
@@ -376,8 +460,7 @@ class TestExecution:
     model, examples = _model(), _examples(5)
     weights = model_weights(model)
     noise = _noise('isotropic', kind='image_ratio', value=0.3, probes=2)
-    output = _one_round(_process(model, noise, tap=True), weights, [_dataset(examples)])
-    sent, _ = _sent(output)
+    sent = _Client(model, noise).sends(_dataset(examples))
     clean = _update_in_plain_tf(model, weights, examples)
     energies = [
       np.sum(
@@ -406,12 +489,11 @@ class TestExecution:
     for value in (0.0, 2.0):
       settings = {'local_epochs': 3, 'floor': 1e-9, 'decoys': 8, 'decoy_augmentations': ()}
       noise = _noise('decoy', kind=kind, value=value, **settings)
-      output = _one_round(_process(model, noise, tap=True, decoys=public), weights, [client])
-      sent[value], _ = _sent(output)
-    noise = sent[2.0] - sent[0.0]
+      sent[value] = _Client(model, noise, decoys=public).sends(client)
+    _, metrics, *_ = _Client(model, noise, decoys=public).result(client)
     # No statistic of the training counts the public images.
-    assert output.metrics['client_work']['train']['num_examples'] == 24
-    restore_eager_keras(model)
+    np.testing.assert_array_equal(metrics['num_examples'], [24])
+    noise = sent[2.0] - sent[0.0]
     model.set_weights(_in_keras_order(model, weights))
     loss_fn = classification_loss(model)
     singles = []
@@ -431,26 +513,13 @@ class TestExecution:
     np.testing.assert_allclose(counts, np.round(counts), atol=0.01)
     assert abs(counts.sum()) < 0.01 < np.abs(counts).max()
 
-  def test_a_client_without_images_sends_no_decoys(self):
-    model = _model('batch')
-    noise = _noise('decoy', kind='scale', value=2.0, decoys=4)
-    clients = [_dataset(_examples(4)).take(0), _dataset(_examples(4))]
-    output = _one_round(
-      _process(model, noise, tap=True, decoys=_public()), model_weights(model), clients
-    )
-    sent, observation = _sent(output)
-    np.testing.assert_array_equal(sent, 0.0)
-    np.testing.assert_array_equal(observation['weights'], [0.0, 4.0])
-    assert np.isfinite(_flat(output.state.global_model_weights.trainable)).all()
-
   def test_correlated_noise_is_the_difference_of_two_trainings(self):
     model, examples, epsilon = _model(), _examples(), 0.2
     weights = model_weights(model)
     noise = _noise(
       'correlated', 'local_training', 'scale', 0.5, _UNIFORM, epsilon=epsilon, floor=1e-9
     )
-    output = _one_round(_process(model, noise, tap=True), weights, [_dataset(examples)])
-    sent, observation = _sent(output)
+    sent = _Client(model, noise).sends(_dataset(examples))
     direction = region_noise(
       tf.ones((8, 8, 8, 1)), tf.constant(examples['noise_key']), 1, 'normal'
     ).numpy()
@@ -462,35 +531,25 @@ class TestExecution:
     assert np.linalg.norm(expected) > 0.02 * np.linalg.norm(clean)
     atol = 1e-3 * np.abs(expected).max()
     np.testing.assert_allclose(sent - clean, expected, atol=atol)
-    np.testing.assert_array_equal(observation['weights'], [8.0])
 
   @pytest.mark.parametrize(('kind', 'value'), [('scale', 0.2), ('region_psnr', 14.0)])
   def test_noise_in_the_images_is_a_training_on_noised_images(self, kind, value):
     model, examples = _model('batch'), _examples()
     # The error to be guaranteed is that over the region: a weak map asks for stronger noise.
     examples['region'][:4] *= 0.5
-    weights = model_weights(model)
     # Momentum, which derivatives per step cannot follow.
     optimizer = tff.learning.optimizers.build_sgdm(_RATE, momentum=0.5)
     noise = _noise('correlated', 'images', kind, value, _GIVEN)
     fields = ('x', 'y', 'noise_key', 'region')
-    sent = _one_round(
-      _process(model, noise, 'aggregate', optimizer), weights, [_dataset(examples, fields)]
-    )
     scale = value if kind == 'scale' else 10 ** (-value / 20) / np.repeat([0.5, 1.0], 4)
     keys = tf.constant(examples['noise_key'])
     noised = dict(examples)
     drawn = region_noise(examples['region'], keys, 1, 'normal').numpy()
     shift = np.reshape(scale, (-1, 1, 1, 1)) * drawn
     noised['x'] = (examples['x'] + shift).astype(np.float32)
-    restore_eager_keras(model)
-    plain = build_weighted_fed_avg(keras_model_fn(model, _SHAPE, 'aggregate'), optimizer)
-    expected, clean = (
-      _one_round(plain, weights, [_dataset(own, ('x', 'y'))]) for own in (noised, examples)
-    )
-    actual, wanted, other = (
-      _flat(output.state.global_model_weights) for output in (sent, expected, clean)
-    )
+    actual = _Client(model, noise, 'aggregate', optimizer).sends(_dataset(examples, fields))
+    plain = _Client(model, _noise('isotropic', value=0.0), 'aggregate', optimizer)
+    wanted, other = (plain.sends(_dataset(own)) for own in (noised, examples))
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
     assert np.abs(actual - other).max() > 1e-3
 
@@ -500,8 +559,7 @@ class TestExecution:
     weights = model_weights(model)
     noise = _noise('correlated', 'per_step', 'scale', 0.5, saliency, floor=1e-9)
     fields = ('x', 'y', 'noise_key', 'region') if saliency is _GIVEN else ('x', 'y', 'noise_key')
-    output = _one_round(_process(model, noise, tap=True), weights, [_dataset(examples, fields)])
-    sent, _ = _sent(output)
+    sent = _Client(model, noise).sends(_dataset(examples, fields))
     maps = examples['region'] if saliency is _GIVEN else np.ones_like(examples['region'])
     direction = region_noise(maps, tf.constant(examples['noise_key']), 1, 'normal').numpy()
     step = 0.02
@@ -524,8 +582,7 @@ class TestExecution:
       layer.moving_variance.assign([0.02, 0.3, 4.0])
     weights = model_weights(model)
     noise = _noise('diagonal', 'per_step', 'scale', 0.01, probes=probes, floor=1e-9)
-    process = _process(model, noise, sharing, tap=True)
-    sent, _ = _sent(_one_round(process, weights, [_dataset(examples)]))
+    sent = _Client(model, noise, sharing).sends(_dataset(examples))
     clean = _update_in_plain_tf(model, weights, examples)
     model.set_weights(_in_keras_order(model, weights))
     keys = tf.constant(examples['noise_key'])
@@ -549,13 +606,9 @@ class TestExecution:
     weights = model_weights(model)
     noise = _noise('diagonal', 'per_step', 'region_psnr', 10.0, probes=probes, floor=1e-9)
     dataset = _dataset(examples, batch_size=2)
-    sent, _ = _sent(_one_round(_process(model, noise, tap=True), weights, [dataset]))
-    clean, _ = _sent(
-      _one_round(
-        _process(model, _noise('diagonal', 'per_step', 'ratio', 0.0), tap=True), weights, [dataset]
-      )
-    )
-    restore_eager_keras(model)
+    sent = _Client(model, noise).sends(dataset)
+    clean = _update_in_plain_tf(model, weights, examples, batch_size=2)
+    model.set_weights(_in_keras_order(model, weights))
     keys = tf.constant(examples['noise_key'])
     loss_fn = classification_loss(model)
     squared = 0.0
@@ -579,11 +632,10 @@ class TestExecution:
   @pytest.mark.parametrize('shape', ['diagonal', 'correlated', 'decoy'])
   def test_frozen_and_fresh_keys(self, shape):
     model = _model()
-    process = _process(model, _noise(shape, probes=2), tap=True, decoys=_public())
-    state = process.set_model_weights(process.initialize(), model_weights(model))
+    client = _Client(model, _noise(shape, probes=2), decoys=_public())
 
     def sent(*args):
-      return _sent(process.next(state, [_dataset(_examples(8, *args))]))[0]
+      return client.sends(_dataset(_examples(8, *args)))
 
     frozen = sent()
     np.testing.assert_array_equal(frozen, sent())
@@ -600,16 +652,12 @@ class TestExecution:
   def test_batch_norm(self, sharing):
     model = _model('batch')
     weights = model_weights(model)
-    noise = _noise('correlated', 'local_training', value=30.0)
-    output, clean = (
-      _one_round(
-        _process(model, own, sharing), weights, [_dataset(_examples(seed=k)) for k in (1, 2)]
-      )
-      for own in (noise, _noise('correlated', 'local_training', value=0.0))
-    )
+    noise, none = (_noise('correlated', 'local_training', value=value) for value in (30.0, 0.0))
+    datasets = [_dataset(_examples(seed=k)) for k in (1, 2)]
+    plain = np.mean([np.linalg.norm(_Client(model, none, sharing).sends(d)) for d in datasets])
+    output = _one_round(_process(model, noise, sharing), weights, datasets)
     mean, variance = output.state.global_model_weights.non_trainable
-    noised, plain = (own.metrics['aggregator']['sent_norm'] for own in (output, clean))
-    assert noised == pytest.approx(30.0 * plain, rel=0.05)
+    assert output.metrics['aggregator']['sent_norm'] == pytest.approx(30.0 * plain, rel=0.05)
     if sharing == 'local':
       np.testing.assert_array_equal(mean, weights.non_trainable[0])
       np.testing.assert_array_equal(variance, weights.non_trainable[1])
@@ -623,6 +671,7 @@ class TestExecution:
     process = _process(
       model,
       _noise('correlated'),
+      'aggregate',  # Nothing is, as there are no statistics.
       tap=True,
       client_weighting=tff.learning.ClientWeighting.UNIFORM,
     )
@@ -652,17 +701,16 @@ class TestExecution:
 
   def test_region_psnr_does_not_depend_on_local_epochs(self):
     # At a tiny learning rate two epochs send twice the update: the noise must double too.
-    model, rate = _model(), 1e-4
-    noises = []
+    rate, noises = 1e-4, []
     for epochs in (1, 2):
+      model = _model()
       noise = _noise('diagonal', kind='region_psnr', value=20.0, probes=2, local_epochs=epochs)
       optimizer = tff.learning.optimizers.build_sgdm(rate)
-      process = _process(model, noise, optimizer=optimizer, tap=True)
-      clients = [_dataset(_examples(4, f'client_{k}')).repeat(epochs) for k in range(12)]
-      output = _one_round(process, model_weights(model), clients)
+      client = _Client(model, noise, optimizer=optimizer)
+      datasets = [_dataset(_examples(4, f'client_{k}')).repeat(epochs) for k in range(12)]
+      sent = np.array([client.sends(dataset) for dataset in datasets])
       # Of the same images, only the keys differ.
       clean = _update_in_plain_tf(model, model_weights(model), _examples(4)) * epochs * rate / _RATE
-      sent = np.array([_sent(output, k)[0] for k in range(12)])
       noises.append(np.mean(np.linalg.norm(sent - clean, axis=1)) / np.linalg.norm(clean))
     # Another key, the sum over batches, so equal but for chance; a region counted twice would give
     # 0.71.
