@@ -63,7 +63,8 @@ audit-%: demo-%
 GATE_SETS := chest_phantom fundus_patches histology_patches
 
 # All defences under the same audit of round 1: results/audit.csv; what they cost is in the table of
-# `make frontier`, whose trainings converge. Hours; a second call continues.
+# `make frontier`, whose trainings converge. Hours; what each audit found is kept in results/audits, and
+# those that are there are not made again.
 AUDITED_SETS := $(GATE_SETS)
 AUDITED_SEEDS := 0 1 2
 # Patches stay patches when they are turned, for whoever learns from public ones.
@@ -116,8 +117,10 @@ part = $(word $(1),$(subst +, ,$(2)))
 # Of the first seed alone: they take the most of an audit, and vary little.
 bounds-of = $(if $(filter-out 0,$(1)),--bound_clients=0)
 
-audit-table: $(STAMP) $(AUDITED:%=audited-%)
-	$(BIN)/tff-shadow-compare $(AUDITED:%=--run_dir=runs/audited/%) --output_dir=runs/audited/compared \
+FOUND := results/audits/
+
+audit-table: $(STAMP) $(AUDITED:%=$(FOUND)%.json)
+	$(BIN)/tff-shadow-compare $(AUDITED:%=--summary=$(FOUND)%.json) --output_dir=runs/audited/compared \
 	  --utility_table=results/frontier.csv --reference="decoy scale 3, fresh" --overwrite
 	cp runs/audited/compared/comparison.csv results/audit.csv
 
@@ -125,13 +128,14 @@ audit-table: $(STAMP) $(AUDITED:%=audited-%)
 BATCH_AUDITED := $(foreach defense,none iso_image100 decoy dp_sgd,\
   histology_patches+$(defense)+0+4)
 
-audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=audited-%)
-	$(BIN)/tff-shadow-compare $(BATCH_AUDITED:%=--run_dir=runs/audited/%) \
+audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=$(FOUND)%.json)
+	$(BIN)/tff-shadow-compare $(BATCH_AUDITED:%=--summary=$(FOUND)%.json) \
 	  --output_dir=runs/audited/compared_batch4 --overwrite
 	cp runs/audited/compared_batch4/comparison.csv results/audit_batch4.csv
 
 # SET+DEFENSE+SEED or SET+DEFENSE+SEED+IMAGES of a client.
-audited-%: $(STAMP)
+$(FOUND)%.json: | $(STAMP)
+	$(if $(filter published,$(call part,2,$*)),$(MAKE) generator-$(call part,1,$*))
 	$(BIN)/tff-shadow-train --run_dir=runs/audited/$* --dataset=$(call part,1,$*) \
 	  --seed=$(call part,3,$*) $(subst iid:16,iid:$(AUDITED_CLIENTS),$(ROUND_ONE)) --rounds=1 \
 	  $(addprefix --batch_size=,$(call part,4,$*)) \
@@ -140,6 +144,8 @@ audited-%: $(STAMP)
 	  --max_clients=$(if $(call part,4,$*),6,$(AUDITED_CLIENTS)) --lanes=$(AUDITED_CLIENTS) \
 	  $(call bounds-of,$(call part,3,$*)) $(variations-$(call part,1,$*)) \
 	  $(call audit-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*/audits/audit)
+	mkdir -p $(@D)
+	$(BIN)/python -m json.tool --compact runs/audited/$*/audits/audit/summary.json $@
 
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.

@@ -24,6 +24,9 @@ from tff_shadow.errors import UserError
 _RUN_DIRS = flags.DEFINE_multi_string(
   'run_dir', [], 'Run directory with an audit under audits/; may be given repeatedly.'
 )
+_SUMMARIES = flags.DEFINE_multi_string(
+  'summary', [], 'summary.json of an audit, kept apart from its run; may be given repeatedly.'
+)
 _NAMES = flags.DEFINE_list(
   'name', ['audit'], 'Names of the audits in the run directories, each of other rounds.'
 )
@@ -46,8 +49,10 @@ _FILES = ('comparison.csv', 'comparison.tex', 'comparison.html')
 
 def main() -> None:
   """Compares the audits that the flags name."""
-  if not _RUN_DIRS.value:
-    raise UserError('--run_dir is missing: name the run directories of several audited runs')
+  if not _RUN_DIRS.value + _SUMMARIES.value:
+    raise UserError(
+      '--run_dir is missing: name the run directories of several audited runs, or --summary'
+    )
   if not _OUTPUT_DIR.value:
     raise UserError('--output_dir is missing: the comparison needs a place')
   for name in _NAMES.value or ['']:
@@ -58,11 +63,12 @@ def main() -> None:
   for name in _FILES:
     if (output / name).exists() and not _OVERWRITE.value:
       raise UserError(f'{output / name} exists; pass --overwrite to replace it')
-  audits = [
-    comparison.read_audit(pathlib.Path(directory) / 'audits' / name / 'summary.json')
+  paths = [
+    pathlib.Path(directory) / 'audits' / name / 'summary.json'
     for directory in _RUN_DIRS.value
     for name in _NAMES.value
   ]
+  audits = [comparison.read_audit(path) for path in [*paths, *map(pathlib.Path, _SUMMARIES.value)]]
   rows = comparison.compare(audits, _REFERENCE.value, _utility(audits))
   budgets = sorted({_budget(audit) for audit in audits})
   page = comparison_page.render(

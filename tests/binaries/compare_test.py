@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -28,6 +29,8 @@ def run_dir(tmp_path_factory):
 def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_path):
   output = tmp_path / 'compared'
   at, to = f'--run_dir={run_dir}', f'--output_dir={output}'
+  kept = tmp_path / 'kept.json'
+  shutil.copy(run_dir / 'audits' / 'audit' / 'summary.json', kept)
   table = tmp_path / 'table.csv'
   table.write_text(
     '# command: frontier\ndataset,shape,freshness,strength,norm,f1,f1_undefended\n'
@@ -43,14 +46,14 @@ def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_pat
     'compare',
     [
       [at, to],
-      [at, f'--output_dir={tmp_path / "utility"}', f'--utility_table={table}'],
+      [f'--summary={kept}', f'--output_dir={tmp_path / "utility"}', f'--utility_table={table}'],
       [at, f'--output_dir={tmp_path / "rings"}', f'--utility_table={elsewhere}'],
       [at, f'--output_dir={tmp_path / "none"}', f'--utility_table={tmp_path / "none.csv"}'],
       [at, f'--output_dir={tmp_path / "none"}', f'--utility_table={wrong}'],
       [at, to],
       [to],
       [at],
-      [at, at, f'--output_dir={tmp_path / "twice"}'],
+      [at, f'--summary={kept}', f'--output_dir={tmp_path / "twice"}'],
       [f'--run_dir={tmp_path}', f'--output_dir={tmp_path / "other"}'],
       [at, f'--output_dir={tmp_path / "other"}', '--reference=x'],
       [at, f'--output_dir={run_dir / "audits" / "audit" / "summary.json"}'],
