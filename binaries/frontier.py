@@ -45,6 +45,8 @@ from binaries.progress import Progress
 from binaries.small_federation import (
   UTILITY_ROUNDS,
   UTILITY_TRAINING,
+  UtilityF1,
+  num_last,
   small_model,
   utility_data,
 )
@@ -53,11 +55,7 @@ from tff_shadow.aggregators import NOISE_SHAPES
 from tff_shadow.data import EMBEDDED
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
-from tff_shadow.learning import (
-  TrainingSettings,
-  estimate_batch_norm_statistics,
-  evaluate,
-)
+from tff_shadow.learning import TrainingSettings
 
 _OUTPUT = flags.DEFINE_string('output', 'results/frontier.csv', 'Table to write.')
 _PLOT = flags.DEFINE_string('plot', 'docs/frontier.png', 'Plot to write.')
@@ -203,23 +201,10 @@ def _utility(dataset, seed, norm, defense, frozen) -> tuple[float, list[float]]:
   settings = TrainingSettings(
     rounds, UTILITY_TRAINING, observed_rounds=(), seed=seed, batch_norm_sharing=_BATCH_NORM_SHARING
   )
-  test_images = data.test.float_images()
-  validation, test = [], []
-
-  def report(round_report):
-    validation.append(round_report.metrics['validation/f1'])
-    if round_report.round_num > rounds - _last(rounds):
-      # Validation has put the round's weights into the model, with statistics of its own images.
-      estimate_batch_norm_statistics(model, test_images)
-      test.append(evaluate(model, test_images, data.test.labels)['f1'])
-
+  f1 = UtilityF1(data, model, settings)
   with tempfile.TemporaryDirectory() as name:
-    train(data, model, settings, defense, pathlib.Path(name), frozen=frozen, report=report)
-  return float(np.mean(test)), validation
-
-
-def _last(rounds: int) -> int:
-  return max(1, rounds // 3)
+    train(data, model, settings, defense, pathlib.Path(name), frozen=frozen, report=f1)
+  return f1.test, f1.validation
 
 
 def _protection(dataset, seed, keys):
@@ -275,7 +260,7 @@ def _named(row: dict, columns: Sequence[str]) -> tuple[str, ...]:
 
 def _trained(row: dict) -> _Utility:
   curve = tuple(float(value) for value in row['validation_f1'].split())
-  return _Utility(row['f1'], f'{np.mean(curve[-_last(len(curve)) :]):.4f}', curve, '')
+  return _Utility(row['f1'], f'{np.mean(curve[-num_last(len(curve)) :]):.4f}', curve, '')
 
 
 def _attacked(protection: Sequence[dict]) -> dict[tuple[str, ...], _Protection]:

@@ -1,8 +1,15 @@
 """The federation of small images on which tables of defences measure utility and protection."""
 
+import numpy as np
 import tensorflow as tf
 
 from tff_shadow.data import FederatedData, Partition, load
+from tff_shadow.learning import (
+  RoundReport,
+  TrainingSettings,
+  estimate_batch_norm_statistics,
+  evaluate,
+)
 from tff_shadow.models import Norm, build_model
 from tff_shadow.observations import ClientTraining
 
@@ -40,6 +47,42 @@ def small_model(data: FederatedData, seed: int, norm: Norm) -> tf.keras.Model:
     norm=norm,
     seed=seed,
   )
+
+
+class UtilityF1:
+  """The F1 of a utility run that evaluates every round, collected as the `report` of its training.
+
+  Attributes:
+    validation: On validation, after each round.
+  """
+
+  def __init__(self, data: FederatedData, model: tf.keras.Model, settings: TrainingSettings):
+    """`model` is the one that is trained, and `settings` those of its training."""
+    self.validation: list[float] = []
+    self._images, self._labels = data.test.float_images(), data.test.labels
+    self._model, self._settings = model, settings
+    self._test: list[float] = []
+
+  def __call__(self, report: RoundReport) -> None:
+    """Takes the report of a round that has just ended."""
+    self.validation.append(report.metrics['validation/f1'])
+    rounds = self._settings.rounds
+    if report.round_num > rounds - num_last(rounds):
+      # Validation has put the round's weights into the model, if BatchNorm is local with statistics
+      # of its own images.
+      if self._settings.batch_norm_sharing == 'local':
+        estimate_batch_norm_statistics(self._model, self._images)
+      self._test.append(evaluate(self._model, self._images, self._labels)['f1'])
+
+  @property
+  def test(self) -> float:
+    """On test, the mean over the last third of the rounds."""
+    return float(np.mean(self._test))
+
+
+def num_last(rounds: int) -> int:
+  """The last third of the rounds, over which F1 is averaged: after one alone it is all noise."""
+  return max(1, rounds // 3)
 
 
 def _load(dataset: str, partition: str, seed: int) -> FederatedData:

@@ -42,14 +42,20 @@ def test_rows_are_paired_with_no_defense():
     *_protection('published', ['5', '5', '5', '5'], scoring='lenient'),
   ]
   utility = [
-    {'dataset': 'chest_phantom', 'seed': seed, 'variant': 'published', 'f1': value}
-    for seed, value in (('0', '0.8'), ('1', '0.9'))
+    {'dataset': 'chest_phantom', 'seed': seed, 'variant': variant, 'f1': value}
+    for seed, variant, value in (
+      ('0', 'published', '0.8'),
+      ('1', 'published', '0.9'),
+      ('0', 'none', '0.82'),
+      ('1', 'none', '0.91'),
+    )
   ]
   cost = [{'dataset': 'chest_phantom', 'learning': '3.10', 'later': '1.20'}]
   rows = published_table._join(protection, utility, cost)
   found = {(row['defense'], row['ablation'], row['scoring']): row for row in rows}
   clean = found['none', '', 'strict']
-  assert (clean['region_psnr'], clean['ci95_low'], clean['f1']) == ('25.000', '', '')
+  assert (clean['region_psnr'], clean['ci95_low'], clean['f1']) == ('25.000', '', '0.8650')
+  assert clean['f1_change'] == ''
   own = found['published', '', 'strict']
   assert own['region_psnr'] == '22.500'
   # Changes of -2, -1, -3 and -4 dB.
@@ -61,6 +67,8 @@ def test_rows_are_paired_with_no_defense():
     '0.8500',
     '3.10',
   )
+  assert own['f1_change'] == '-0.0150'
+  assert float(own['f1_ci95_low']) < -0.015 < float(own['f1_ci95_high'])
   ablation = found['published', 'white_noise', 'strict']
   assert (ablation['region_psnr'], ablation['f1']) == ('20.000', '')
   assert found['published', '', 'lenient']['ci95_low'] == ''
