@@ -9,6 +9,7 @@ UV_VERSION := 0.13.9
 comma := ,
 empty :=
 space := $(empty) $(empty)
+commas = $(subst $(space),$(comma),$(1))
 
 .PHONY: setup lock lint test demo audit audit-table audit-batch-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
 
@@ -155,7 +156,7 @@ KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
 	$(BIN)/tff-shadow-compare $(KEPT:%=--run_dir=runs/kept/histology_patches+%) \
-	  --name=$(subst $(space),$(comma),$(KEPT_ROUNDS:%=kept_%)) --output_dir=runs/kept/compared --overwrite
+	  --name=$(call commas,$(KEPT_ROUNDS:%=kept_%)) --output_dir=runs/kept/compared --overwrite
 	cp runs/kept/compared/comparison.csv results/rounds.csv
 
 kept-%: $(STAMP)
@@ -190,8 +191,10 @@ training: $(STAMP)
 # Protection against utility of the defences; continues results/frontier.csv where it stopped. dp_sgd
 # cannot train BatchNorm, so it and what it is compared with train group normalisation besides.
 STRONG := --freshness=fresh --shapes=isotropic,diagonal
-BY_GROUP := dp_sgd/noise_multiplier:0.01 dp_sgd/noise_multiplier:0.03 dp_sgd/noise_multiplier:0.1 \
-  dp_sgd/clip_norm:3+noise_multiplier:0.1
+BY_GROUP := dp_sgd/noise_multiplier:0.01 dp_sgd/noise_multiplier:0.03 dp_sgd/noise_multiplier:0.1
+CLIPPED := dp_sgd/clip_norm:3+noise_multiplier:0.1 dp_sgd/clip_norm:10+noise_multiplier:0.03
+# F1 of fundus patches varies from seed to seed by more than what decides between these.
+MORE_SEEDS := --datasets=fundus_patches --seeds=8 --parts=utility --freshness=fresh
 
 frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier
@@ -200,7 +203,12 @@ frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier --freshness=fresh --shapes=decoy --strengths=scale:3.0 \
 	  --baselines=
 	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
-	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(subst $(space),$(comma),$(BY_GROUP))
+	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(call commas,$(BY_GROUP))
+	$(BIN)/python -m binaries.frontier --norm=group --shapes= --strengths= \
+	  --baselines=$(call commas,$(CLIPPED))
+	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --shapes=decoy --strengths=scale:3.0 --baselines=
+	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --norm=group --shapes= --strengths= \
+	  --baselines=$(firstword $(CLIPPED))
 
 # The attacks side by side; continues results/attacks.csv where it stopped.
 attack-bench: $(STAMP)
@@ -219,7 +227,7 @@ flags-histology_patches_64 := $(flags-histology_patches) --image_size=64 --batch
 
 generator: $(STAMP) $(GENERATORS:%=generator-%)
 	$(BIN)/python -m binaries.generator_table \
-	  --run_dirs=$(subst $(space),$(comma),$(GENERATORS:%=runs/generator/%))
+	  --run_dirs=$(call commas,$(GENERATORS:%=runs/generator/%))
 
 generator-%: $(STAMP)
 	$(BIN)/tff-shadow-train-shadow --run_dir=runs/generator/$* $(flags-$*) \

@@ -13,8 +13,9 @@ third of the rounds, and the rounds until the F1 of validation reaches 90 % of t
 Protection: 16 clients that send one step on one image in round 1, attacked with the default
 inversion; a single round, so freshness does not enter, and a model without normalisation.
 
-Both parts are kept in --cache_dir as they come, so that an interrupted run continues; the table
-holds the rows of which both are there. Rows that it has already are not computed again.
+Both parts are kept in --cache_dir as they come, so that an interrupted run continues. The table
+holds the rows of which utility is there; protection is empty where it has not been computed. Parts
+that it has already are not computed again.
 """
 
 import itertools
@@ -134,7 +135,7 @@ def main() -> None:
         _compute_protection(protection, table)
   rows = _join(table, utility.rows, protection.rows)
   if not rows:
-    print('no row has both its parts yet')
+    print('no row has its utility yet')
     return
   write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
   frontier_plot.write(pathlib.Path(_PLOT.value), rows)
@@ -166,7 +167,7 @@ def _compute_utility(cache: RowCache, table: Sequence[dict]) -> None:
 
 def _compute_protection(cache: RowCache, table: Sequence[dict]) -> None:
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value)))
-  done = cache.done(_KEY) | {_named(row, _KEY) for row in table}
+  done = cache.done(_KEY) | {_named(row, _KEY) for row in table if row['psnr']}
   with Progress('protection', len(cells), 'cells') as progress:
     for count, (dataset, seed) in enumerate(cells):
       wanted = [UNDEFENDED, *_noises(), *_baselines()]
@@ -231,17 +232,17 @@ class _Utility(NamedTuple):
 
 
 class _Protection(NamedTuple):
-  """Means over the images."""
+  """Means over the images; empty where nothing was attacked."""
 
-  psnr: str
-  region_psnr: str
-  images: str
+  psnr: str = ''
+  region_psnr: str = ''
+  images: str = ''
 
 
 def _join(
   table: Sequence[dict], utility: Sequence[dict], protection: Sequence[dict]
 ) -> list[dict[str, str]]:
-  """The rows of the table: those it had, and those of which the caches have the missing part."""
+  """The rows of the table: those it had, and those of which the caches have the utility."""
   trained = {
     _named(row, _UTILITY_KEY): _Utility(row['f1'], row['validation_f1'], (), row['rounds_to_90'])
     for row in table
@@ -276,11 +277,14 @@ def _attacked(protection: Sequence[dict]) -> dict[tuple[str, ...], _Protection]:
 
 def _rows(trained: dict, attacked: dict) -> Iterator[dict[str, str]]:
   for (dataset, seed, shape, strength, freshness, norm), own in trained.items():
-    reconstructed = attacked.get((dataset, seed, shape, strength))
-    clean_reconstructed = attacked.get((dataset, seed, *UNDEFENDED))
     clean = trained.get((dataset, seed, *UNDEFENDED, 'frozen', norm))
-    if reconstructed is None or clean_reconstructed is None or clean is None:
+    if clean is None:
       continue
+    keys = [(dataset, seed, shape, strength), (dataset, seed, *UNDEFENDED)]
+    if all(key in attacked for key in keys):
+      reconstructed, clean_reconstructed = (attacked[key] for key in keys)
+    else:
+      reconstructed = clean_reconstructed = _Protection()
     rounds_to_90 = own.rounds_to_90
     if own.curve:
       enough = 0.9 * float(clean.validation_f1)

@@ -34,7 +34,7 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   Both are against the undefended run of the same seed: means over seeds with 95 % intervals (t).
   Noise is drawn for models with BatchNorm, baselines for all models. The strength is written
   beside each point. Most points lie close to no change of F1, so that its axis is linear there and
-  logarithmic beyond.
+  logarithmic beyond. What was never attacked has no point.
   """
   datasets = sorted({row['dataset'] for row in rows})
   figure = matplotlib.figure.Figure(figsize=(5.2 * len(datasets), 5.6), layout='constrained')
@@ -67,7 +67,7 @@ def _lines(axis, rows) -> list[float]:
     for freshness, line in _LINES.items():
       wanted = (shape, freshness, _NORM)
       own = [row for row in rows if (row['shape'], row['freshness'], row['norm']) == wanted]
-      strengths = {row['strength'] for row in own}
+      strengths = {row['strength'] for row in own if row['region_psnr']}
       strengths = sorted((s for s in strengths if split_strength(s)[0] == kind), key=split_strength)
       if not strengths:
         continue
@@ -98,7 +98,7 @@ def _baselines(axis, rows, baselines) -> list[float]:
   heights = []
   for key, marker in zip(baselines, itertools.cycle(_BASELINE_MARKERS)):
     own = [row for row in rows if (row['shape'], row['strength'], row['norm']) == key]
-    if own:
+    if any(row['region_psnr'] for row in own):
       x, y, y_error, x_error = _point(own)
       axis.errorbar(x, y, y_error, x_error, ecolor='grey', alpha=0.3, elinewidth=1)
       name, strength, norm = key
@@ -128,7 +128,9 @@ def split_strength(text: str) -> tuple[str, float]:
 def _point(rows) -> tuple[float, float, float, float]:
   """Mean changes and the half widths of their intervals: (F1, region PSNR, y error, x error)."""
   x, y = (
-    mean_interval([float(row[name]) - float(row[f'{name}_undefended']) for row in rows])
+    mean_interval(
+      [float(row[name]) - float(row[f'{name}_undefended']) for row in rows if row[name]]
+    )
     for name in ('f1', 'region_psnr')
   )
   widths = (0.0 if own.high is None else own.high - own.mean for own in (y, x))

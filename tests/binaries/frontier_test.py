@@ -62,7 +62,10 @@ def test_rows_are_joined_and_drawn(tmp_path):
       for defense in ('correlated,0.3', 'correlated,scale:0.1', 'top_k,fraction:0.1'):
         row = f'chest_phantom,{seed},{defense},{image},{20 + image},{12 + image}'
         protection.append(row)
-  utility += ['chest_phantom,2,none,0,frozen,batch,0.9000,0.9']
+  # Not attacked.
+  utility += [
+    f'chest_phantom,2,{own},batch,0.9000,0.9' for own in ('none,0,frozen', 'decoy,3,fresh')
+  ]
   (cache / 'utility.csv').write_text('\n'.join(utility) + '\n')
   (cache / 'protection.csv').write_text('\n'.join(protection) + '\n')
   # Caches that were lost leave the table as it is, and new rows stand on it.
@@ -80,7 +83,7 @@ def test_rows_are_joined_and_drawn(tmp_path):
   for ended in run_all('frontier', runs):
     assert ended.returncode == 0, ended.stderr
   lines = table.read_text().splitlines()
-  assert len(lines) == 2 + 8
+  assert len(lines) == 2 + 10
   assert lines[1].startswith(
     'dataset,shape,freshness,strength,seed,norm,f1,f1_undefended,'
     'validation_f1,validation_f1_undefended,rounds_to_90,'
@@ -90,6 +93,7 @@ def test_rows_are_joined_and_drawn(tmp_path):
     'correlated,frozen,0.3,0': '0.8900,0.9000,0.7000,0.9000,,20.50,12.50',
   }.items():
     assert f'chest_phantom,{defense},batch,{measured},30.50,28.50,2' in lines
+  assert lines[-1] == 'chest_phantom,decoy,fresh,3,2,batch,0.9000,0.9000,0.9000,0.9000,1,,,,,'
   assert plot.stat().st_size > 5000
   assert copied.read_text().splitlines()[1:] == [
     *lines[1:],
