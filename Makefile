@@ -11,7 +11,7 @@ empty :=
 space := $(empty) $(empty)
 commas = $(subst $(space),$(comma),$(1))
 
-.PHONY: setup lock lint test demo audit audit-table audit-batch-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
+.PHONY: setup lock lint test demo audit audit-table audit-batch-table audit-steps-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
 
 setup: $(STAMP)
 
@@ -134,15 +134,29 @@ audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=$(FOUND)%.json)
 	  --output_dir=runs/audited/compared_batch4 --overwrite
 	cp runs/audited/compared_batch4/comparison.csv results/audit_batch4.csv
 
-# SET+DEFENSE+SEED or SET+DEFENSE+SEED+IMAGES of a client.
+# The same with clients that take five steps on one image: results/audit_steps5.csv.
+STEPS_AUDITED := $(foreach defense,none iso_image100 decoy dp_sgd,histology_patches+$(defense)+0+1x5)
+
+audit-steps-table: $(STAMP) $(STEPS_AUDITED:%=$(FOUND)%.json)
+	$(BIN)/tff-shadow-compare $(STEPS_AUDITED:%=--summary=$(FOUND)%.json) \
+	  --output_dir=runs/audited/compared_steps5 --overwrite
+	cp runs/audited/compared_steps5/comparison.csv results/audit_steps5.csv
+
+# SET+DEFENSE+SEED, SET+DEFENSE+SEED+IMAGES of a client or SET+DEFENSE+SEED+1xSTEPS on its image.
+images-of = $(firstword $(subst x, ,$(call part,4,$(1))))
+steps-of = $(word 2,$(subst x, ,$(call part,4,$(1))))
+partition-of = $(if $(call steps-of,$(1)),sizes:1/1/1/1/1/1/1/1,iid:$(AUDITED_CLIENTS))
+clients-of = $(if $(call steps-of,$(1)),8,$(if $(call images-of,$(1)),6,$(AUDITED_CLIENTS)))
+
 $(FOUND)%.json: | $(STAMP)
 	$(if $(filter published,$(call part,2,$*)),$(MAKE) generator-$(call part,1,$*))
 	$(BIN)/tff-shadow-train --run_dir=runs/audited/$* --dataset=$(call part,1,$*) \
-	  --seed=$(call part,3,$*) $(subst iid:16,iid:$(AUDITED_CLIENTS),$(ROUND_ONE)) --rounds=1 \
-	  $(addprefix --batch_size=,$(call part,4,$*)) \
+	  --seed=$(call part,3,$*) $(ROUND_ONE) --rounds=1 --partition=$(call partition-of,$*) \
+	  $(addprefix --batch_size=,$(call images-of,$*)) \
+	  $(foreach flag,--local_epochs --max_local_steps,$(addprefix $(flag)=,$(call steps-of,$*))) \
 	  $(call defense-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*)
 	$(BIN)/tff-shadow-audit --run_dir=runs/audited/$* --cache_dir=runs/audited/cache \
-	  --max_clients=$(if $(call part,4,$*),6,$(AUDITED_CLIENTS)) --lanes=$(AUDITED_CLIENTS) \
+	  --max_clients=$(call clients-of,$*) --lanes=$(AUDITED_CLIENTS) \
 	  $(call bounds-of,$(call part,3,$*)) $(variations-$(call part,1,$*)) \
 	  $(call audit-$(call part,2,$*),$(call part,1,$*)) $(call resume,runs/audited/$*/audits/audit)
 	mkdir -p $(@D)
