@@ -80,9 +80,9 @@ _BASELINES = flags.DEFINE_list(
     'percentile_gaussian/sigma0:0.1',
     'top_k/fraction:0.1',
     'quantization/bits:4',
-    'soteria/percentile:60',
   ],
-  'NAME/PARAMETER:VALUE+..., their other parameters at their defaults; dp_sgd with --norm=group.',
+  'NAME/PARAMETER:VALUE+..., their other parameters at their defaults; dp_sgd with --norm=group.'
+  ' soteria/percentile:60, which takes a backward pass a feature a step, takes hours a seed.',
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
