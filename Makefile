@@ -119,10 +119,11 @@ part = $(word $(1),$(subst +, ,$(2)))
 bounds-of = $(if $(filter-out 0,$(1)),--bound_clients=0)
 
 FOUND := results/audits/
+AGAINST := --reference="decoy scale 3, fresh"
 
 audit-table: $(STAMP) $(AUDITED:%=$(FOUND)%.json)
 	$(BIN)/tff-shadow-compare $(AUDITED:%=--summary=$(FOUND)%.json) --output_dir=runs/audited/compared \
-	  --utility_table=results/frontier.csv --reference="decoy scale 3, fresh" --overwrite
+	  --utility_table=results/frontier.csv $(AGAINST) --overwrite
 	cp runs/audited/compared/comparison.csv results/audit.csv
 
 # The same with clients of 4 images in one step: results/audit_batch4.csv.
@@ -131,7 +132,7 @@ BATCH_AUDITED := $(foreach defense,none iso_image100 decoy dp_sgd,\
 
 audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=$(FOUND)%.json)
 	$(BIN)/tff-shadow-compare $(BATCH_AUDITED:%=--summary=$(FOUND)%.json) \
-	  --output_dir=runs/audited/compared_batch4 --overwrite
+	  --output_dir=runs/audited/compared_batch4 $(AGAINST) --overwrite
 	cp runs/audited/compared_batch4/comparison.csv results/audit_batch4.csv
 
 # The same with clients that take five steps on one image: results/audit_steps5.csv.
@@ -139,7 +140,7 @@ STEPS_AUDITED := $(foreach defense,none iso_image100 decoy dp_sgd,histology_patc
 
 audit-steps-table: $(STAMP) $(STEPS_AUDITED:%=$(FOUND)%.json)
 	$(BIN)/tff-shadow-compare $(STEPS_AUDITED:%=--summary=$(FOUND)%.json) \
-	  --output_dir=runs/audited/compared_steps5 --overwrite
+	  --output_dir=runs/audited/compared_steps5 $(AGAINST) --overwrite
 	cp runs/audited/compared_steps5/comparison.csv results/audit_steps5.csv
 
 # SET+DEFENSE+SEED, SET+DEFENSE+SEED+IMAGES of a client or SET+DEFENSE+SEED+1xSTEPS on its image.
