@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -53,7 +53,7 @@ from binaries.tables import RowCache, write_table
 from tff_shadow.data import EMBEDDED, FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
-from tff_shadow.learning import TrainingRun, TrainingSettings
+from tff_shadow.learning import RoundReport, TrainingRun, TrainingSettings
 from tff_shadow.models import load_generator
 from tff_shadow.observations import (
   read_observation,
@@ -178,9 +178,7 @@ def _compute_utility(table: RowCache) -> None:
         settings = dataclasses.replace(settings, defense=_defense(dataset, data, variant, seed))
         f1 = UtilityF1(data, model, settings)
         with tempfile.TemporaryDirectory() as name:
-          TrainingRun(
-            data, model, settings, pathlib.Path(name), save_every_rounds=settings.rounds
-          ).train(resume=False, report=f1)
+          _run(data, model, settings, pathlib.Path(name), f1, evaluate_every_rounds=1)
         row = dict(zip(_KEY, (dataset, seed, variant), strict=True))
         table.add([row | {'f1': f'{f1.test:.4f}'}])
       progress.update(count + 1, f'{dataset} {seed} {variant}')
@@ -282,7 +280,13 @@ def _compute_cost(table: RowCache, worker_pid: int) -> None:
       )
       with tempfile.TemporaryDirectory() as directory:
         took: list[float] = []
-        run = _run(data, small_model(data, 0, 'batch'), settings, pathlib.Path(directory), took)
+        run = _run(
+          data,
+          small_model(data, 0, 'batch'),
+          settings,
+          pathlib.Path(directory),
+          lambda report, took=took: took.append(report.seconds),
+        )
       # The first two rounds trace, and the last one evaluates.
       seconds[name] = float(np.median(took[2:-1]))
       peak_gib[name] = peak_memory_gib() + peak_memory_gib(worker_pid)
@@ -319,17 +323,23 @@ def _observe(dataset, seed, norm, variant):
     return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
 
 
-def _run(data, model, settings, run_dir, seconds: list[float] | None = None) -> TrainingRun:
+def _run(
+  data,
+  model,
+  settings,
+  run_dir,
+  report: Callable[[RoundReport], None] = lambda report: None,
+  evaluate_every_rounds: int | None = None,
+) -> TrainingRun:
   run = TrainingRun(
     data,
     model,
     settings,
     run_dir,
-    evaluate_every_rounds=settings.rounds,
+    evaluate_every_rounds=evaluate_every_rounds or settings.rounds,
     save_every_rounds=settings.rounds,
   )
-  collect = (lambda report: None) if seconds is None else lambda r: seconds.append(r.seconds)
-  run.train(resume=False, report=collect)
+  run.train(resume=False, report=report)
   return run
 
 

@@ -47,7 +47,7 @@ _ALL = [
   ('correlated', 'per_step', 'ratio'),
   ('correlated', 'local_training', 'ratio'),
   ('correlated', 'images', 'scale'),
-  ('decoy', 'per_step', 'ratio'),
+  ('decoy', 'per_step', 'scale'),
 ]
 
 
@@ -105,10 +105,12 @@ def _shadow_model_fn(model, sharing='local'):
   return shadow_model_fn
 
 
-def _process(model, noise, sharing='local', optimizer=_SGD, tap=False, **kwargs):
+def _process(
+  model, noise, sharing='local', optimizer=_SGD, tap=False, build=build_shadow_fed_avg, **kwargs
+):
   if tap:
     kwargs['model_aggregator'] = _tap()
-  return build_shadow_fed_avg(
+  return build(
     keras_model_fn(model, _SHAPE, sharing),
     optimizer,
     noise=noise,
@@ -129,15 +131,9 @@ def _all_noise(shape, propagation, kind):
 @functools.cache
 def _all_but_aggregation(*settings):
   """The processes of `_ALL`, each with any aggregator."""
-  model, noise = _model(), _all_noise(*settings)
-  return shadow_fed_avg_but_aggregation(
-    keras_model_fn(model, _SHAPE, 'local'),
-    _SGD,
-    noise=noise,
-    shadow_model_fn=_shadow_model_fn(model),
-    batch_norm_sharing='local',
-    decoys=_public() if noise.needs_decoys else None,
-  )
+  noise = _all_noise(*settings)
+  decoys = _public() if noise.needs_decoys else None
+  return _process(_model(), noise, build=shadow_fed_avg_but_aggregation, decoys=decoys)
 
 
 class _Client:
@@ -246,7 +242,7 @@ class TestTypes:
 
   def test_data_are_those_of_the_input_spec(self):
     given = _all_but_aggregation('correlated', 'per_step', 'ratio')(None)
-    uniform = _process(_model(), _noise('isotropic'))
+    uniform = _process(_model(), _noise('correlated'))
     for process, with_regions in ((given, True), (uniform, False)):
       spec = shadow_input_spec(_SHAPE, with_regions=with_regions)
       assert process.next.type_signature.parameter[1] == tff.types.FederatedType(
@@ -294,7 +290,7 @@ class TestArguments:
     ):
       with pytest.raises(ValueError, match='without momentum'):
         _process(_model(), _noise('diagonal'), optimizer=optimizer)
-    _process(_model(), _noise('isotropic'), optimizer=optimizer)
+      _process(_model(), _noise('isotropic'), optimizer=optimizer)
 
   def test_image_ratio_does_not_see_shared_statistics(self):
     with pytest.raises(ValueError, match="'image_ratio' does not see the BatchNorm statistics"):
@@ -394,7 +390,8 @@ class TestExecution:
     np.testing.assert_allclose(_flat(observation['aggregate']), mean, atol=1e-6)
 
   @pytest.mark.parametrize(
-    ('shape', 'propagation'), [('diagonal', 'per_step'), ('correlated', 'local_training')]
+    ('shape', 'propagation'),
+    [('isotropic', 'per_step'), ('diagonal', 'per_step'), ('correlated', 'local_training')],
   )
   def test_without_noise_it_is_fed_avg(self, shape, propagation, stock):
     model = _model()
@@ -513,6 +510,18 @@ class TestExecution:
     np.testing.assert_allclose(counts, np.round(counts), atol=0.01)
     assert abs(counts.sum()) < 0.01 < np.abs(counts).max()
 
+  def test_a_client_without_images_sends_no_decoys(self):
+    model = _model('batch')
+    noise = _noise('decoy', kind='scale', value=2.0, decoys=4)
+    clients = [_dataset(_examples(4)).take(0), _dataset(_examples(4))]
+    output = _one_round(
+      _process(model, noise, tap=True, decoys=_public()), model_weights(model), clients
+    )
+    sent, observation = _sent(output)
+    np.testing.assert_array_equal(sent, 0.0)
+    np.testing.assert_array_equal(observation['weights'], [0.0, 4.0])
+    assert np.isfinite(_flat(output.state.global_model_weights.trainable)).all()
+
   def test_correlated_noise_is_the_difference_of_two_trainings(self):
     model, examples, epsilon = _model(), _examples(), 0.2
     weights = model_weights(model)
@@ -537,6 +546,7 @@ class TestExecution:
     model, examples = _model('batch'), _examples()
     # The error to be guaranteed is that over the region: a weak map asks for stronger noise.
     examples['region'][:4] *= 0.5
+    weights = model_weights(model)
     # Momentum, which derivatives per step cannot follow.
     optimizer = tff.learning.optimizers.build_sgdm(_RATE, momentum=0.5)
     noise = _noise('correlated', 'images', kind, value, _GIVEN)
@@ -548,8 +558,15 @@ class TestExecution:
     shift = np.reshape(scale, (-1, 1, 1, 1)) * drawn
     noised['x'] = (examples['x'] + shift).astype(np.float32)
     actual = _Client(model, noise, 'aggregate', optimizer).sends(_dataset(examples, fields))
-    plain = _Client(model, _noise('isotropic', value=0.0), 'aggregate', optimizer)
-    wanted, other = (plain.sends(_dataset(own)) for own in (noised, examples))
+    plain = build_weighted_fed_avg(
+      keras_model_fn(model, _SHAPE, 'aggregate'), optimizer, model_aggregator=_tap()
+    )
+    outputs = (
+      _one_round(plain, weights, [_dataset(own, ('x', 'y'))]) for own in (noised, examples)
+    )
+    wanted, other = (
+      _flat(output.metrics['aggregator']['observation']['aggregate']) for output in outputs
+    )
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
     assert np.abs(actual - other).max() > 1e-3
 
