@@ -175,11 +175,10 @@ class _BaselinePlayer(Player):
   """Of a baseline, or of no defence."""
 
   def _build(self, model, defense):
-    parameters = {name: value for name, value in defense.items() if name != 'name'}
+    self._defense = _baseline(defense)
     try:
-      self._defense = BASELINES.get(defense['name'], BaselineDefense)(**parameters)
       build_gradient_fn = self._defense.gradients(model)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
       raise UserError(f'observation: defence {defense["name"]!r}: {error}') from error
     self._model = self._model_fn()
     self._gradient_fn = build_gradient_fn(self._model)
@@ -306,6 +305,27 @@ class _PublishedPlayer(_BaselinePlayer):
       self._shadow.pixel_std,
       secrets=_OwnSecrets(),
     )
+
+
+def without_noise(defense: Mapping[str, Any]) -> dict[str, Any]:
+  """`Observation.defense` with no more than it does to an update besides noising it.
+
+  Raises:
+    UserError: If its settings are none.
+  """
+  if defense['name'] not in BASELINES:
+    return {'name': 'none'}
+  left = _baseline(defense).without_noise()
+  return {'name': 'none'} if left is None else left.public_settings()
+
+
+def _baseline(defense: Mapping[str, Any]) -> BaselineDefense:
+  """Of `Observation.defense`; one that does nothing for 'none'."""
+  parameters = {name: value for name, value in defense.items() if name != 'name'}
+  try:
+    return BASELINES.get(defense['name'], BaselineDefense)(**parameters)
+  except (TypeError, ValueError) as error:
+    raise UserError(f'observation: defence {defense["name"]!r}: {error}') from error
 
 
 def build_player(

@@ -5,13 +5,14 @@ public images differ, each entry in units of the noise: for white noise a matche
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from attacks.adaptive.players import Equipment, build_player
+from attacks.adaptive.players import Equipment, build_player, without_noise
 from attacks.adaptive.simulated_defense import noise_key, simulated_steps
 from tff_shadow.data import Examples
 from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
@@ -23,6 +24,8 @@ _MAX_BASIS_ENTRIES = 2**28
 _LEAST_NOISE = 1e-2
 # Directions of less energy than this share of the largest are rounding.
 _LEAST_ENERGY = 1e-9
+# Of the logarithms of norms that are the same but for rounding.
+_LEAST_DEVIATION = 1e-3
 # Clients that are played at a time; fewer for large models.
 _CHUNK = 64
 # Of the images, and of the clients.
@@ -102,7 +105,8 @@ class SimulatedUpdates:
   """Of one round.
 
   Attributes:
-    clean: [clients, k], what is seen of undefended updates.
+    clean: [clients, k], what is seen of updates without noise: undefended ones, or what a defence
+      that does more than add noise makes of them (`players.without_noise`).
     noise: [defended clients, k], by how much defended ones differ from them.
     loudness: [clients], of the noise of each, as far as it follows from the norm of the update;
       the geometric mean is 1.
@@ -143,12 +147,11 @@ class SimulatedUpdates:
       UserError: If the defence cannot be played.
     """
     shares = bool(like.update.non_trainable)
-    undefended = dataclasses.replace(observation, defense={'name': 'none'})
-    players = {
-      'defended': build_player(observation, shares, equipment),
-      'clean': build_player(undefended, shares),
-    }
-
+    noiseless = dataclasses.replace(observation, defense=without_noise(observation.defense))
+    players = {'clean': build_player(noiseless, shares)}
+    draws_noise = noiseless.defense != observation.defense
+    if draws_noise:
+      players['defended'] = build_player(observation, shares, equipment)
     num_defended = min(num_defended, len(clients))
     self.shown: list[Any] = []
 
@@ -162,17 +165,21 @@ class SimulatedUpdates:
           for number in truths
         }
         sent = players[kind].updates(named, steps, keys)
-        if kind == 'defended' and shown is not None:
-          self.shown += map(shown, sent.values())
+        if shown is not None and (kind == 'defended' or not draws_noise):
+          left = num_defended - len(self.shown)
+          self.shown += map(shown, itertools.islice(sent.values(), left))
         yield np.concatenate([_flat(update) for update in sent.values()])
         done += len(truths)
         progress(done / len(clients), f'{kind} clients')
 
-    clean, defended = play('clean', len(clients)), play('defended', num_defended)
+    clean = play('clean', len(clients))
+    defended = play('defended', num_defended) if draws_noise else iter(())
     first = next(clean)
     num_basis = min(num_basis, len(clients), max(3, _MAX_BASIS_ENTRIES // first.shape[1]))
     basis = _at_least(num_basis, first, clean)
-    sent = _at_least(min(num_basis, num_defended), next(defended), defended)
+    sent = basis[:0]
+    if draws_noise:
+      sent = _at_least(min(num_basis, num_defended), next(defended), defended)
     paired = min(len(basis), len(sent))
     differences = sent[:paired] - basis[:paired]
     noise_norms = _log_norms(differences)
@@ -188,10 +195,14 @@ class SimulatedUpdates:
     del scaled
     parts = [(self._features(own), _log_norms(own)) for own in (basis, *clean)]
     self.clean, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
-    sent = np.concatenate([self._features(own) for own in (sent, *defended)])
-    self.noise = sent - self.clean[: len(sent)]
-    # Noise of a ratio grows with the update, and noise of a scale does not.
-    slope = np.polyfit(norms[:paired], noise_norms, 1)[0] if is_noised else 0.0
+    self.noise = np.zeros((num_defended, self.clean.shape[1]), np.float32)
+    if draws_noise:
+      sent = np.concatenate([self._features(own) for own in (sent, *defended)])
+      self.noise = sent - self.clean[: len(sent)]
+    # Noise of a ratio grows with the update, and noise of a scale does not; where clipping makes
+    # all updates of one length there is nothing to tell.
+    varies = is_noised and norms[:paired].std() > _LEAST_DEVIATION
+    slope = np.polyfit(norms[:paired], noise_norms, 1)[0] if varies else 0.0
     self.loudness = np.exp(slope * (norms - norms.mean()))
 
   def features_of(self, update: WeightArrays) -> np.ndarray:

@@ -64,6 +64,15 @@ class BaselineDefense:
     """What an attacker may know: everything."""
     return {'name': self.name, **dataclasses.asdict(self)}
 
+  def without_noise(self) -> 'BaselineDefense | None':
+    """The same defence without what it draws at random, None if that is no defence at all.
+
+    An attacker who learns from rounds that it plays itself takes the mean and covariance of what
+    the rest changes for those of noise, which is right for noise alone. By default the defence as
+    it is: of one that draws noise the attacker then learns from a single draw a client.
+    """
+    return self
+
   def gradients(self, model: tf.keras.Model) -> BuildGradientFn:
     """How a client gets the gradients of a local step.
 
@@ -136,6 +145,10 @@ class PercentileGaussian(UpdateTransform):
   sigma0: float = 0.1
   percentile: float = 95.0
 
+  def without_noise(self) -> BaselineDefense | None:
+    """See `BaselineDefense`."""
+    return None
+
   def on_client(self, inner: Factory | None) -> Factory:
     """See `percentile_noise_factory`."""
     return percentile_noise_factory(self.sigma0, self.percentile, inner)
@@ -175,6 +188,10 @@ class Quantization(UpdateTransform):
 
   name: ClassVar[str] = 'quantization'
   bits: int = 8
+
+  def without_noise(self) -> BaselineDefense | None:
+    """See `BaselineDefense`."""
+    return None
 
   def on_client(self, inner: Factory | None) -> Factory:
     """See `quantization_factory`."""
@@ -262,6 +279,10 @@ class DpSgd(BaselineDefense):
   def __post_init__(self):
     """Raises ValueError naming the field that is out of range."""
     _check_clipping(self.clip_norm, self.noise_multiplier)
+
+  def without_noise(self) -> BaselineDefense | None:
+    """See `BaselineDefense`; it still clips."""
+    return dataclasses.replace(self, noise_multiplier=0.0)
 
   def gradients(self, model: tf.keras.Model) -> BuildGradientFn:
     """See `BaselineDefense`."""

@@ -18,7 +18,7 @@ from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, 
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
-from tff_shadow.learning import TopK
+from tff_shadow.learning import DpSgd, TopK
 from tff_shadow.observations import Truth
 
 _QUICK = InversionSettings(clients=24, defended_clients=8, basis_clients=16, steps=4, width=8)
@@ -99,6 +99,39 @@ def test_meets_the_best_attacker_of_a_linear_model():
   guess = psnr(np.full_like(fresh, 0.5), fresh)
   assert psnr(best, fresh) > guess + 0.5  # There is something to find.
   assert psnr(found, fresh) == pytest.approx(psnr(best, fresh), abs=0.5)
+
+
+def test_learns_from_clipped_updates_and_not_as_if_clipping_were_noise():
+  limit, multiplier = 0.5, 0.05  # Gradients are about 1.6 long.
+  images, _ = _gaussian_images(2, seed=5)
+  observation = play_round(_linear_model(), [(image[None], [k]) for k, image in enumerate(images)])
+  defended = dataclasses.replace(observation, defense=DpSgd(limit, multiplier).public_settings())
+  public, _ = _gaussian_images(800, seed=1)
+  learned = LearnedInversion(
+    [defended],
+    defended.clients[0],
+    _examples(public),
+    InversionSettings(clients=800, steps=500, width=64),
+  )
+  fresh, _ = _gaussian_images(150, seed=2)
+  labels = np.arange(150, dtype=np.int32) % 2
+  sent = _sent(defended, fresh, labels)
+  found = _found(learned, [sent], labels)
+  # Clipping leaves the gradient's direction, of which a network makes more than the best linear
+  # attacker, and one that takes it for noise does not.
+  rate = observation.client_training.learning_rate
+  signs = np.where(labels == 1, 1, -1)[:, None]
+  seen = np.stack([(u.trainable[0][:, 1] - u.trainable[0][:, 0]) / rate for u in sent]) * signs
+  many = _gaussian_images(4000, seed=3)[0].reshape(4000, -1)
+  shorter = limit / np.sqrt(0.5 * (np.square(many).sum(axis=1, keepdims=True) + 1))
+  assert shorter.max() < 1
+  clipped = shorter * many
+  covariance = np.cov(clipped.T) + 2 * (limit * multiplier) ** 2 * np.eye(_SIDE**2)
+  both = (clipped - clipped.mean(axis=0)).T @ (many - many.mean(axis=0)) / len(many)
+  linear = many.mean(axis=0) + (seen - clipped.mean(axis=0)) @ np.linalg.solve(covariance, both)
+  linear = linear.reshape(fresh.shape)
+  assert psnr(linear, fresh) > psnr(np.full_like(fresh, 0.5), fresh) + 1  # There is something.
+  assert psnr(found, fresh) > psnr(linear, fresh) + 0.4
 
 
 def test_fresh_noise_of_several_rounds_tells_more_than_of_one():

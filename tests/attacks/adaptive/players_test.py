@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks.adaptive.players import AttackersShadow, Equipment, build_player
+from attacks.adaptive.players import AttackersShadow, Equipment, build_player, without_noise
 from attacks.adaptive.simulated_updates import SimulatedClients, SimulatedUpdates
 from attacks.local_steps import local_steps
 from tests.attacks.observed_rounds import small_model
@@ -17,9 +17,13 @@ from tff_shadow.errors import UserError
 from tff_shadow.learning import (
   BASELINES,
   DpFedAvg,
+  DpSgd,
+  PercentileGaussian,
+  Quantization,
   ShadowDefense,
   ShadowNoise,
   Soteria,
+  TopK,
   TrainingRun,
   TrainingSettings,
   UpdateTransform,
@@ -179,3 +183,30 @@ def test_decoy_noise_needs_decoys(tiny_data, tmp_path):
   observation, _ = _round(tiny_data, tmp_path / 'some', defense, False)
   with pytest.raises(UserError, match='public images'):
     build_player(observation, False)
+
+
+@pytest.mark.parametrize(
+  ('defense', 'left'),
+  [
+    (None, {'name': 'none'}),
+    (PercentileGaussian(), {'name': 'none'}),
+    (Quantization(), {'name': 'none'}),
+    (DpSgd(2.0, 0.5), DpSgd(2.0, 0.0).public_settings()),
+    (DpFedAvg(2.0, 0.5), DpFedAvg(2.0, 0.5).public_settings()),
+    (TopK(0.2), TopK(0.2).public_settings()),
+    (Soteria(50.0), Soteria(50.0).public_settings()),
+  ],
+  ids=lambda own: own.get('name') if isinstance(own, dict) else getattr(own, 'name', 'none'),
+)
+def test_what_a_defence_does_besides_noise(defense, left):
+  own = {'name': 'none'} if defense is None else defense.public_settings()
+  assert without_noise(own) == left
+
+
+def test_what_a_defence_of_one_s_own_does_is_no_noise_unless_it_says_so(monkeypatch):
+  own = _ClipEntries(0.1).public_settings()
+  monkeypatch.setitem(BASELINES, 'clip_entries', _ClipEntries)
+  assert without_noise(own) == own
+  assert without_noise({'name': 'published'}) == {'name': 'none'}
+  with pytest.raises(UserError, match="defence 'top_k'"):
+    without_noise({'name': 'top_k', 'fraction': 2.0})
