@@ -110,7 +110,7 @@ defense-published = --defense=published --published_generator=$(call shadow-of,$
 # Each client that is played fits latents, or has its pruning computed one by one: 200 instead
 # of thousands.
 audit-published = --generator=$(call shadow-of,$(1)) --inversion_clients=200
-audit-soteria = $(if $(filter-out histology_patches,$(1)),--inversion_clients=200)
+audit-soteria := --inversion_clients=200
 AUDITED_DEFENSES := $(patsubst defense-%,%,$(filter defense-%,$(.VARIABLES)))
 AUDITED := $(foreach set,$(AUDITED_SETS),$(foreach defense,$(AUDITED_DEFENSES),\
   $(foreach seed,$(AUDITED_SEEDS),$(set)+$(defense)+$(seed))))
