@@ -48,6 +48,7 @@ def shadow_noise(shape: str, strength: str) -> ShadowNoise | None:
     NoiseStrength('scale' if kind == 'images' else kind, value),
     SaliencyConfig(kind='given'),
     propagation='images' if kind == 'images' else 'per_step',
+    clip_norm=_clip_norm(strength),
   )
 
 
@@ -71,11 +72,24 @@ def parse_strength(text: str) -> tuple[str, float]:
   kind, value = frontier_plot.split_strength(text)
   if kind not in ('ratio', 'image_ratio', 'scale', 'images') or text.startswith('ratio:'):
     raise ValueError('must be a ratio, image_ratio:R, scale:S or images:S')
+  _clip_norm(text)
   return kind, NoiseStrength('scale', value).value
 
 
-def fits(shape: str, kind: str) -> bool:
-  """Whether tables have noise of a shape with a kind of strength; other scales are no multiples."""
+def _clip_norm(text: str) -> float | None:
+  """Of a strength, None if it has none; raises `ValueError` for anything else after a plus sign."""
+  _, plus, setting = text.partition('+')
+  name, _, value = setting.partition(':')
+  if plus and name != 'clip_norm':
+    raise ValueError(f'must be followed by +clip_norm:C if by anything, found {setting!r}')
+  return float(value) if plus else None
+
+
+def fits(shape: str, strength: str) -> bool:
+  """Whether tables have noise of a shape with a strength; other scales are no multiples."""
+  kind, _ = parse_strength(strength)
+  if _clip_norm(strength) is not None and shape not in ('isotropic', 'decoy'):
+    return False
   if kind == 'scale':
     return shape in ('correlated', 'decoy')
   return kind != 'images' or shape == 'correlated'
@@ -142,7 +156,7 @@ def parse_defense(text: str, *, baselines: bool = False) -> tuple[str, str]:
     kind, _ = parse_strength(strength)
   except ValueError as error:
     raise UserError(f'--defenses={text}: the strength {error}') from error
-  if not fits(shape, kind):
+  if not fits(shape, strength):
     raise UserError(f'--defenses={text}: {kind} is no strength of {shape} noise here')
   return shape, strength
 
@@ -192,7 +206,7 @@ class AttackedRounds:
     if (shape, strength) == UNDEFENDED or shape in BASELINES:
       return self._unit(shape, strength)
     kind, value = parse_strength(strength)
-    if kind == 'images':
+    if kind == 'images' or _clip_norm(strength) is not None:
       return self._unit(shape, strength)
     unit = self._unit(shape, '1.0' if kind == 'ratio' else f'{kind}:1.0')
     return with_noise_scaled(self._unit(*UNDEFENDED), unit, value)

@@ -74,6 +74,8 @@ def _parse_defense(text: str) -> tuple[str, str]:
   shape, strength = parse_defense(text)
   if parse_strength(strength)[0] == 'scale' and shape != 'decoy':
     raise UserError(f'--defenses={text}: the strength must be a ratio or images:S')
+  if '+' in strength:
+    raise UserError(f'--defenses={text}: the bounds are of gradients that are not clipped')
   return shape, strength
 
 

@@ -72,7 +72,8 @@ _STRENGTHS = flags.DEFINE_list(
   ['0.1', '0.3', '1.0', '3.0', 'images:0.05', 'images:0.1'],
   'Noise over update norm, or image_ratio:R, over the norm of what one image adds; or scale:S, of'
   ' correlated noise in image units and of decoy noise in those of what one public image adds; or'
-  ' images:S, of correlated noise in the images.',
+  ' images:S, of correlated noise in the images. With +clip_norm:C the gradients of images are'
+  ' clipped, for isotropic and decoy noise and --norm=group.',
 )
 _BASELINES = flags.DEFINE_list(
   'baselines',
@@ -187,7 +188,7 @@ def _compute_protection(cache: RowCache, table: Sequence[dict]) -> None:
 def _noises() -> list[tuple[str, str]]:
   """Pairs (shape, strength); the scale of the other shapes is in other units."""
   pairs = itertools.product(_SHAPES.value, _STRENGTHS.value)
-  return [(a, b) for a, b in pairs if fits(a, parse_strength(b)[0])]
+  return [(a, b) for a, b in pairs if fits(a, b)]
 
 
 def _baselines() -> list[tuple[str, str]]:
@@ -315,6 +316,11 @@ def _check_flags() -> None:
       parse_strength(value)
     except ValueError as error:
       raise UserError(f'--strengths={value}: {error}') from error
+    if '+' in value and _NORM.value == 'batch':
+      raise UserError(
+        f'--strengths={value}: the model has BatchNorm, which mixes the examples that are clipped'
+        ' one by one; use --norm=group'
+      )
 
 
 def run() -> None:

@@ -120,8 +120,11 @@ def _frame(axis, lowest: float) -> None:
 
 
 def split_strength(text: str) -> tuple[str, float]:
-  """Kind and value of '0.3', a ratio, or of 'scale:0.1'; raises `ValueError` without a number."""
-  kind, _, value = text.rpartition(':')
+  """Kind and value of '0.3', a ratio, or of 'scale:0.1'; raises `ValueError` without a number.
+
+  What follows a plus sign, as in 'scale:3+clip_norm:10', is left out.
+  """
+  kind, _, value = text.partition('+')[0].rpartition(':')
   return kind or 'ratio', float(value)
 
 

@@ -156,6 +156,8 @@ def defense_names(defense: Mapping[str, Any]) -> tuple[str, str]:
     parts = [f'{strength["kind"]} {strength["value"]:g}']
     if defense['propagation'] == 'images':
       parts.append('in images')
+    if defense.get('clip_norm'):
+      parts.append(f'clip_norm {defense["clip_norm"]:g}')
     if not defense['frozen']:
       parts.append('fresh')
     if defense['saliency']['kind'] != 'given':

@@ -8,6 +8,8 @@ def test_bad_flags():
     '--defenses=isotropic': '--defenses=isotropic: the strength',
     '--defenses=diagonal/images:0.1': 'images is no strength of diagonal noise',
     '--defenses=correlated/scale:0.1': 'scale:0.1: the strength must be a ratio or images:S',
+    '--defenses=decoy/scale:3+clip_norm:1': 'the bounds are of gradients that are not clipped',
+    '--defenses=correlated/0.1+clip_norm:1': 'ratio is no strength of correlated noise',
     '--images=0': '--images=0',
   }
   for ended, why in zip(

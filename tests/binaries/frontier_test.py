@@ -39,6 +39,8 @@ def test_bad_flags():
     '--datasets=mnist',
     '--strengths=-1',
     '--strengths=norm:1',
+    '--strengths=scale:3+clip:1',
+    '--strengths=scale:3+clip_norm:1',  # Of a model with BatchNorm.
     '--parts=all',
     '--baselines=top_k/fraction:2',
     '--baselines=dp_sgd/noise_multiplier:1',

@@ -98,16 +98,25 @@ def test_the_cost_may_come_from_longer_trainings(audits):
 
 def test_names_of_defences():
   noise = {**_NOISE, 'frozen': False, 'propagation': 'images', 'saliency': {'kind': 'vanilla'}}
+  clipped = {**_NOISE, 'shape': 'decoy', 'clip_norm': 10.0}
   settings = PublishedSettings(
     LatentFit(learning_rate=0.1), map_kind='white', cam_weights=(0.2, 0.5), shadow_rounds=20
   )
   published = PublishedDefense(settings, None, (0.5,), (0.1,)).public_settings()
   assert [
     comparison.defense_names(json.loads(json.dumps(defense)))
-    for defense in (_NOISE, noise, _TOP_K, published, {**published, **asdict(PublishedSettings())})
+    for defense in (
+      _NOISE,
+      noise,
+      clipped,
+      _TOP_K,
+      published,
+      {**published, **asdict(PublishedSettings())},
+    )
   ] == [
     ('correlated', 'ratio 0.3'),
     ('correlated', 'ratio 0.3, in images, fresh, vanilla'),
+    ('decoy', 'ratio 0.3, clip_norm 10'),
     ('top_k', 'fraction 0.1'),
     ('published', 'latents learning_rate 0.1, map_kind white, cam_weights [0.2, 0.5]'),
     ('published', ''),
