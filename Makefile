@@ -103,6 +103,9 @@ defense-soteria := --defense=soteria
 defense-dp_sgd := --defense=dp_sgd --dp_sgd_clip_norm=3 --dp_sgd_noise_multiplier=0.1
 # The same noise.
 defense-dp_sgd_clip10 := --defense=dp_sgd --dp_sgd_clip_norm=10 --dp_sgd_noise_multiplier=0.03
+# About as much as costs a point of F1.
+defense-dp_sgd_noise := --defense=dp_sgd --dp_sgd_clip_norm=3 --dp_sgd_noise_multiplier=0.3
+defense-dp_sgd_clip10_noise := --defense=dp_sgd --dp_sgd_clip_norm=10 --dp_sgd_noise_multiplier=0.1
 # The attacker has the clients' own generator, the worst case.
 shadow-of = runs/generator/$(1)/generator.keras
 defense-published = --defense=published --published_generator=$(call shadow-of,$(1)) \
