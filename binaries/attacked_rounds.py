@@ -48,7 +48,7 @@ def shadow_noise(shape: str, strength: str) -> ShadowNoise | None:
     NoiseStrength('scale' if kind == 'images' else kind, value),
     SaliencyConfig(kind='given'),
     propagation='images' if kind == 'images' else 'per_step',
-    clip_norm=_clip_norm(strength),
+    **_more_settings(strength),
   )
 
 
@@ -72,23 +72,28 @@ def parse_strength(text: str) -> tuple[str, float]:
   kind, value = frontier_plot.split_strength(text)
   if kind not in ('ratio', 'image_ratio', 'scale', 'images') or text.startswith('ratio:'):
     raise ValueError('must be a ratio, image_ratio:R, scale:S or images:S')
-  _clip_norm(text)
+  _more_settings(text)
   return kind, NoiseStrength('scale', value).value
 
 
-def _clip_norm(text: str) -> float | None:
-  """Of a strength, None if it has none; raises `ValueError` for anything else after a plus sign."""
-  _, plus, setting = text.partition('+')
-  name, _, value = setting.partition(':')
-  if plus and name != 'clip_norm':
-    raise ValueError(f'must be followed by +clip_norm:C if by anything, found {setting!r}')
-  return float(value) if plus else None
+def _more_settings(text: str) -> dict[str, float]:
+  """What a strength says after plus signs; raises `ValueError` if that is something else."""
+  found = {}
+  for setting in text.split('+')[1:]:
+    name, _, value = setting.partition(':')
+    if name not in ('clip_norm', 'floor') or name in found:
+      raise ValueError(f'may be followed by +clip_norm:C and +floor:SHARE, found {setting!r}')
+    found[name] = float(value)
+  return found
 
 
 def fits(shape: str, strength: str) -> bool:
   """Whether tables have noise of a shape with a strength; other scales are no multiples."""
   kind, _ = parse_strength(strength)
-  if _clip_norm(strength) is not None and shape not in ('isotropic', 'decoy'):
+  more = _more_settings(strength)
+  if 'clip_norm' in more and shape not in ('isotropic', 'decoy'):
+    return False
+  if 'floor' in more and (shape == 'isotropic' or kind == 'images'):
     return False
   if kind == 'scale':
     return shape in ('correlated', 'decoy')
@@ -206,7 +211,7 @@ class AttackedRounds:
     if (shape, strength) == UNDEFENDED or shape in BASELINES:
       return self._unit(shape, strength)
     kind, value = parse_strength(strength)
-    if kind == 'images' or _clip_norm(strength) is not None:
+    if kind == 'images' or _more_settings(strength):
       return self._unit(shape, strength)
     unit = self._unit(shape, '1.0' if kind == 'ratio' else f'{kind}:1.0')
     return with_noise_scaled(self._unit(*UNDEFENDED), unit, value)

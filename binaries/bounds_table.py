@@ -75,7 +75,7 @@ def _parse_defense(text: str) -> tuple[str, str]:
   if parse_strength(strength)[0] == 'scale' and shape != 'decoy':
     raise UserError(f'--defenses={text}: the strength must be a ratio or images:S')
   if '+' in strength:
-    raise UserError(f'--defenses={text}: the bounds are of gradients that are not clipped')
+    raise UserError(f'--defenses={text}: {strength.partition("+")[2]} is not known to the bounds')
   return shape, strength
 
 

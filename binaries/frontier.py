@@ -39,7 +39,7 @@ from binaries.attacked_rounds import (
   defense_of,
   fits,
   parse_baselines,
-  parse_strength,
+  shadow_noise,
   train,
 )
 from binaries.progress import Progress
@@ -72,8 +72,9 @@ _STRENGTHS = flags.DEFINE_list(
   ['0.1', '0.3', '1.0', '3.0', 'images:0.05', 'images:0.1'],
   'Noise over update norm, or image_ratio:R, over the norm of what one image adds; or scale:S, of'
   ' correlated noise in image units and of decoy noise in those of what one public image adds; or'
-  ' images:S, of correlated noise in the images. With +clip_norm:C the gradients of images are'
-  ' clipped, for isotropic and decoy noise and --norm=group.',
+  ' images:S, of correlated noise in the images. +floor:SHARE of the energy is isotropic; with'
+  ' +clip_norm:C the gradients of images are clipped, for isotropic and decoy noise and'
+  ' --norm=group.',
 )
 _BASELINES = flags.DEFINE_list(
   'baselines',
@@ -313,10 +314,11 @@ def _check_flags() -> None:
     command.check_choices(name, given, allowed)
   for value in _STRENGTHS.value:
     try:
-      parse_strength(value)
+      for shape in (own for own in _SHAPES.value if fits(own, value)):
+        shadow_noise(shape, value)
     except ValueError as error:
       raise UserError(f'--strengths={value}: {error}') from error
-    if '+' in value and _NORM.value == 'batch':
+    if '+clip_norm:' in value and _NORM.value == 'batch':
       raise UserError(
         f'--strengths={value}: the model has BatchNorm, which mixes the examples that are clipped'
         ' one by one; use --norm=group'

@@ -88,7 +88,7 @@ def _lines(axis, rows) -> list[float]:
       heights += list(y)
       for strength, at_x, at_y in zip(strengths, x, y, strict=True):
         _, value = split_strength(strength)
-        text = f'{value:g}'
+        text = ', '.join([f'{value:g}', *strength.replace(':', ' ').split('+')[1:]])
         axis.annotate(text, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords='offset points')
   return heights
 
@@ -122,7 +122,7 @@ def _frame(axis, lowest: float) -> None:
 def split_strength(text: str) -> tuple[str, float]:
   """Kind and value of '0.3', a ratio, or of 'scale:0.1'; raises `ValueError` without a number.
 
-  What follows a plus sign, as in 'scale:3+clip_norm:10', is left out.
+  What follows a plus sign, as in 'scale:3+floor:0.999', is left out.
   """
   kind, _, value = text.partition('+')[0].rpartition(':')
   return kind or 'ratio', float(value)

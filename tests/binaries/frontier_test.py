@@ -40,6 +40,7 @@ def test_bad_flags():
     '--strengths=-1',
     '--strengths=norm:1',
     '--strengths=scale:3+clip:1',
+    '--strengths=scale:3+floor:1',
     '--strengths=scale:3+clip_norm:1',  # Of a model with BatchNorm.
     '--parts=all',
     '--baselines=top_k/fraction:2',

@@ -362,6 +362,8 @@ class TestArguments:
       {'probes': 0},
       {'local_epochs': 0},
       {'decoys': 0},
+      {'floor': 0.0},
+      {'floor': 1.0},
       {'decoy_augmentations': ('blur',)},
       {'epsilon': 0.0},
       {'epsilon': float('inf')},

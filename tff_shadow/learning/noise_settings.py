@@ -75,6 +75,8 @@ class ShadowNoise:
     """Fills the floor in; raises ValueError for settings that fit no noise."""
     if self.floor is None:
       object.__setattr__(self, 'floor', default_floor(self.shape))
+    if not 0.0 < self.floor < 1.0:
+      raise ValueError(f'floor must be above 0 and below 1, found {self.floor}')
     if self.propagation not in PROPAGATIONS:
       raise ValueError(f'propagation must be one of {PROPAGATIONS}, found {self.propagation!r}')
     if self.in_images and (self.shape != 'correlated' or self.strength.is_relative):
