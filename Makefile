@@ -94,9 +94,8 @@ defense-correlated := $(call ratio,correlated,1)
 # would cost 4 to 7 points of F1.
 defense-decoy = $(NOISE)=scale --noise_shape=decoy --noise_strength=3 $(FRESH) \
   $(subst --augment,--decoy_augment,$(variations-$(1)))
-# The same with three times the plain noise; of gradients that are clipped one by one.
+# The same with three times the plain noise.
 defense-decoy_floor = $(defense-decoy) --noise_floor=0.999
-defense-decoy_clip10 = $(defense-decoy) --noise_clip_norm=10
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
 defense-top_k := --defense=top_k

@@ -48,7 +48,7 @@ def shadow_noise(shape: str, strength: str) -> ShadowNoise | None:
     NoiseStrength('scale' if kind == 'images' else kind, value),
     SaliencyConfig(kind='given'),
     propagation='images' if kind == 'images' else 'per_step',
-    **_more_settings(strength),
+    **_floor(strength),
   )
 
 
@@ -72,28 +72,23 @@ def parse_strength(text: str) -> tuple[str, float]:
   kind, value = frontier_plot.split_strength(text)
   if kind not in ('ratio', 'image_ratio', 'scale', 'images') or text.startswith('ratio:'):
     raise ValueError('must be a ratio, image_ratio:R, scale:S or images:S')
-  _more_settings(text)
+  _floor(text)
   return kind, NoiseStrength('scale', value).value
 
 
-def _more_settings(text: str) -> dict[str, float]:
-  """What a strength says after plus signs; raises `ValueError` if that is something else."""
-  found = {}
-  for setting in text.split('+')[1:]:
-    name, _, value = setting.partition(':')
-    if name not in ('clip_norm', 'floor') or name in found:
-      raise ValueError(f'may be followed by +clip_norm:C and +floor:SHARE, found {setting!r}')
-    found[name] = float(value)
-  return found
+def _floor(text: str) -> dict[str, float]:
+  """What a strength says after a plus sign; raises `ValueError` for anything but a floor."""
+  _, plus, setting = text.partition('+')
+  name, _, value = setting.partition(':')
+  if plus and name != 'floor':
+    raise ValueError(f'may be followed by +floor:SHARE, found {setting!r}')
+  return {'floor': float(value)} if plus else {}
 
 
 def fits(shape: str, strength: str) -> bool:
   """Whether tables have noise of a shape with a strength; other scales are no multiples."""
   kind, _ = parse_strength(strength)
-  more = _more_settings(strength)
-  if 'clip_norm' in more and shape not in ('isotropic', 'decoy'):
-    return False
-  if 'floor' in more and (shape == 'isotropic' or kind == 'images'):
+  if _floor(strength) and (shape == 'isotropic' or kind == 'images'):
     return False
   if kind == 'scale':
     return shape in ('correlated', 'decoy')
@@ -211,7 +206,7 @@ class AttackedRounds:
     if (shape, strength) == UNDEFENDED or shape in BASELINES:
       return self._unit(shape, strength)
     kind, value = parse_strength(strength)
-    if kind == 'images' or _more_settings(strength):
+    if kind == 'images' or _floor(strength):
       return self._unit(shape, strength)
     unit = self._unit(shape, '1.0' if kind == 'ratio' else f'{kind}:1.0')
     return with_noise_scaled(self._unit(*UNDEFENDED), unit, value)

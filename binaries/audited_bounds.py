@@ -95,9 +95,8 @@ def _linearised_strength(defense: Mapping[str, Any]) -> str | None:
     return None
   noise = ShadowNoise.from_public_settings(defense)
   kind, value = noise.strength.kind, noise.strength.value
-  if not value or noise.clip_norm is not None:
-    # What is sent without noise has no bound; and the bounds are of gradients as they are.
-    return None
+  if not value:
+    return None  # What is sent without noise has no bound.
   # Of another shadow the bounds would need its maps; noise without one is the same for any.
   if noise.needs_shadow and noise.saliency.kind != 'given':
     return None

@@ -304,7 +304,6 @@ def _idle_settings(defense: Mapping[str, Any]) -> set[str]:
     return set()
   noise = ShadowNoise.from_public_settings(defense)
   used = {
-    'clip_norm': noise.clip_norm is not None,
     'decoys': noise.needs_decoys,
     'decoy_augmentations': noise.needs_decoys,
     'floor': noise.shape != 'isotropic' and not noise.in_images,

@@ -72,9 +72,8 @@ _STRENGTHS = flags.DEFINE_list(
   ['0.1', '0.3', '1.0', '3.0', 'images:0.05', 'images:0.1'],
   'Noise over update norm, or image_ratio:R, over the norm of what one image adds; or scale:S, of'
   ' correlated noise in image units and of decoy noise in those of what one public image adds; or'
-  ' images:S, of correlated noise in the images. +floor:SHARE of the energy is isotropic; with'
-  ' +clip_norm:C the gradients of images are clipped, for isotropic and decoy noise and'
-  ' --norm=group.',
+  ' images:S, of correlated noise in the images. With +floor:SHARE so much of the energy is'
+  ' isotropic, whatever the shape.',
 )
 _BASELINES = flags.DEFINE_list(
   'baselines',
@@ -318,11 +317,6 @@ def _check_flags() -> None:
         shadow_noise(shape, value)
     except ValueError as error:
       raise UserError(f'--strengths={value}: {error}') from error
-    if '+clip_norm:' in value and _NORM.value == 'batch':
-      raise UserError(
-        f'--strengths={value}: the model has BatchNorm, which mixes the examples that are clipped'
-        ' one by one; use --norm=group'
-      )
 
 
 def run() -> None:

@@ -51,13 +51,6 @@ _NOISE_FLOOR = flags.DEFINE_float(
   "Share of the noise's energy that is the same for every weight, whatever the shape, in (0, 1); by"
   f' default {DEFAULT_FLOOR}, of decoy noise {DECOY_FLOOR}.',
 )
-_NOISE_CLIP_NORM = flags.DEFINE_float(
-  'noise_clip_norm',
-  None,
-  'Clips the gradient of each image, and of each decoy, to this norm before it is averaged; for'
-  ' isotropic and decoy noise, and models without BatchNorm that trains. By default nothing is'
-  ' clipped.',
-)
 _DECOYS = flags.DEFINE_integer(
   'decoys', 32, 'Images in each of the two batches that make decoy noise.', lower_bound=1
 )
@@ -111,7 +104,6 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
       propagation=_PROPAGATION.value or ('images' if in_images else 'per_step'),
       probes=_PROBES.value,
       floor=_NOISE_FLOOR.value,
-      clip_norm=_NOISE_CLIP_NORM.value,
       decoys=_DECOYS.value,
       decoy_augmentations=tuple(_DECOY_AUGMENT.value),
       local_epochs=local_epochs,

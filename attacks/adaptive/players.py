@@ -23,7 +23,6 @@ from tff_shadow.learning import BASELINES, BaselineDefense, ShadowNoise, keras_m
 from tff_shadow.learning.client_work import client_result, train_locally
 from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.observed_round import observed_update
-from tff_shadow.learning.shadow_fed_avg import clipped_gradients
 from tff_shadow.learning.shadow_work import ShadowWork
 from tff_shadow.models import model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays
@@ -224,7 +223,6 @@ class _ShadowPlayer(Player):
       self._noise,
       self._shares_statistics,
       decoy_batches(self._noise, self._decoys, model) if self._noise.needs_decoys else None,
-      clipped_gradients(self._noise, lambda: model),
     )
 
   def _examples(self, truth, key):
@@ -315,10 +313,6 @@ def without_noise(defense: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     UserError: If its settings are none.
   """
-  if defense['name'] == 'shadow' and ShadowNoise.from_public_settings(defense).clip_norm:
-    none = {'kind': 'scale', 'value': 0.0}
-    # No decoys are needed for none.
-    return {**defense, 'shape': 'isotropic', 'strength': none}
   if defense['name'] not in BASELINES:
     return {'name': 'none'}
   left = _baseline(defense).without_noise()

@@ -157,8 +157,6 @@ def defense_names(defense: Mapping[str, Any]) -> tuple[str, str]:
     parts = [f'{strength["kind"]} {strength["value"]:g}']
     if defense['propagation'] == 'images':
       parts.append('in images')
-    if defense.get('clip_norm'):
-      parts.append(f'clip_norm {defense["clip_norm"]:g}')
     floor = default_floor(defense['shape'])
     if defense['shape'] != 'isotropic' and defense.get('floor', floor) != floor:
       parts.append(f'floor {defense["floor"]:g}')

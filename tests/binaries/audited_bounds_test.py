@@ -74,7 +74,6 @@ def test_noise_in_the_images_is_bounded():
     {'noise': _noise('isotropic'), 'norm': 'batch'},
     {'noise': _noise('correlated', 'scale', saliency='given')},
     {'noise': _noise('isotropic', 'ratio', 0.0)},
-    {'noise': _noise('isotropic', clip_norm=1.0)},
   ],
 )
 def test_nothing_is_computed_where_there_is_no_bound(case):

@@ -29,7 +29,6 @@ _RATIO = NoiseStrength('image_ratio', 100.0)
       'shape decoy, strength scale 3.0, floor 0.99, local epochs 1, decoys 32, decoy augmentations'
       ' shifts and brightness',
     ),
-    (ShadowNoise('isotropic', _RATIO, clip_norm=10.0), 'local epochs 1, clip norm 10.0'),
     (
       ShadowNoise('correlated', NoiseStrength('scale', 0.1), propagation='images'),
       'strength scale 0.1, saliency gradcam_pp, propagation images',

@@ -8,8 +8,8 @@ def test_bad_flags():
     '--defenses=isotropic': '--defenses=isotropic: the strength',
     '--defenses=diagonal/images:0.1': 'images is no strength of diagonal noise',
     '--defenses=correlated/scale:0.1': 'scale:0.1: the strength must be a ratio or images:S',
-    '--defenses=decoy/scale:3+clip_norm:1': 'clip_norm:1 is not known to the bounds',
-    '--defenses=correlated/0.1+clip_norm:1': 'ratio is no strength of correlated noise',
+    '--defenses=decoy/scale:3+floor:0.5': 'floor:0.5 is not known to the bounds',
+    '--defenses=isotropic/0.1+floor:0.5': 'ratio is no strength of isotropic noise',
     '--images=0': '--images=0',
   }
   for ended, why in zip(

@@ -41,7 +41,6 @@ def test_bad_flags():
     '--strengths=norm:1',
     '--strengths=scale:3+clip:1',
     '--strengths=scale:3+floor:1',
-    '--strengths=scale:3+clip_norm:1',  # Of a model with BatchNorm.
     '--parts=all',
     '--baselines=top_k/fraction:2',
     '--baselines=dp_sgd/noise_multiplier:1',

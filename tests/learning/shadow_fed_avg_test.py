@@ -20,7 +20,6 @@ from tff_shadow.learning.keras_task import restore_eager_keras
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
 from tff_shadow.learning.shadow_fed_avg import (
   build_shadow_fed_avg,
-  clipped_gradients,
   shadow_fed_avg_but_aggregation,
 )
 from tff_shadow.learning.shadow_work import ShadowWork
@@ -39,7 +38,7 @@ _RATE = 0.1
 _SGD = tff.learning.optimizers.build_sgdm(_RATE)
 _UNIFORM = SaliencyConfig('uniform')
 _GIVEN = SaliencyConfig('given')
-# Shape, propagation and kind of strength, and what examples are clipped to.
+# Shape, propagation and kind of strength.
 _ALL = [
   ('isotropic', 'per_step', 'ratio'),
   ('isotropic', 'per_step', 'image_ratio'),
@@ -49,8 +48,6 @@ _ALL = [
   ('correlated', 'local_training', 'ratio'),
   ('correlated', 'images', 'scale'),
   ('decoy', 'per_step', 'scale'),
-  ('isotropic', 'per_step', 'image_ratio', 1.0),
-  ('decoy', 'per_step', 'scale', 1.0),
 ]
 
 
@@ -127,8 +124,8 @@ def _tap():
   return observation_tap_factory(tff.aggregators.MeanFactory())
 
 
-def _all_noise(shape, propagation, kind, clip_norm=None):
-  return _noise(shape, propagation, kind, saliency=_GIVEN, probes=2, clip_norm=clip_norm)
+def _all_noise(shape, propagation, kind):
+  return _noise(shape, propagation, kind, saliency=_GIVEN, probes=2)
 
 
 @functools.cache
@@ -157,7 +154,6 @@ class _Client:
       noise,
       sharing == 'aggregate',
       decoy_batches(noise, decoys, shadow_model_fn()) if noise.needs_decoys else None,
-      clipped_gradients(noise, shadow_model_fn),
     )
 
   def result(self, dataset):
@@ -368,22 +364,11 @@ class TestArguments:
       {'epsilon': 0.0},
       {'epsilon': float('inf')},
       {'epsilon': float('nan')},
-      {'clip_norm': 0.0},
-      {'clip_norm': float('nan')},
-      {'clip_norm': 1.0},  # Its derivatives would be of gradients that are not clipped.
     ],
   )
   def test_settings(self, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
       _noise('diagonal', **changes)
-
-  def test_examples_are_not_clipped_where_batch_norm_mixes_them(self):
-    noise = _noise('isotropic', clip_norm=1.0)
-    with pytest.raises(ValueError, match="BatchNorm layer 'bn' mixes the examples"):
-      _process(_model('batch'), noise)
-    _process(_model('batch'), noise, 'frozen')
-    with pytest.raises(ValueError, match="'region_psnr'"):
-      _noise('isotropic', kind='region_psnr', clip_norm=1.0)
 
 
 @pytest.mark.usefixtures('tff_worker')
@@ -493,52 +478,8 @@ class TestExecution:
     with pytest.raises(Exception, match='divide them by 255'):
       _one_round(process, model_weights(model), [_dataset(examples)])
 
-  def test_clipped_images_add_what_is_left_of_their_gradients(self):
-    # Two steps of two images.
-    model, examples = _model(), _examples(4)
-    weights = model_weights(model)
-    loss_fn = classification_loss(model)
-
-    def gradients(batch):
-      found = []
-      for image in batch:
-        with tf.GradientTape() as tape:
-          loss = loss_fn(examples['y'][image : image + 1], model(examples['x'][image : image + 1]))
-        found.append(_flat(tape.gradient(loss, model.trainable_variables)))
-      return np.stack(found)
-
-    norms = np.linalg.norm(gradients(range(4)), axis=1)
-    clip_norm = float(np.median(norms))
-    assert norms.min() < 0.9 * clip_norm < 1.1 * clip_norm < norms.max()
-
-    def clipped(batch):
-      rows = gradients(batch)
-      return rows * np.minimum(1.0, clip_norm / np.linalg.norm(rows, axis=1))[:, None]
-
-    client = _dataset(examples, batch_size=2)
-    sent = {
-      value: _Client(
-        model,
-        _noise('isotropic', kind='image_ratio', value=value, probes=2, clip_norm=clip_norm),
-      ).sends(client)
-      for value in (0.0, 0.3)
-    }
-    energies = [np.sum((_RATE / 2 * clipped([image])[0]) ** 2) for image in (0, 2)]
-    first = clipped((0, 1)).mean(axis=0)
-    moved = np.split(first, np.cumsum([v.size for v in weights.trainable])[:-1])
-    for variable, change in zip(model.trainable_variables, moved, strict=True):
-      variable.assign_sub(_RATE * change.reshape(variable.shape))
-    expected = _RATE * (first + clipped((2, 3)).mean(axis=0))
-    np.testing.assert_allclose(sent[0.0], expected, rtol=1e-3, atol=1e-6)
-    key = tf.reduce_sum(tf.constant(examples['noise_key']), axis=0)
-    normal = _flat(stateless_normal_like(weights.trainable, key, draw=0))
-    noise = 0.3 * np.sqrt(np.mean(energies) / normal.size) * normal
-    np.testing.assert_allclose(sent[0.3] - sent[0.0], noise, rtol=1e-3, atol=1e-6)
-
-  @pytest.mark.parametrize(
-    ('kind', 'clip_norm'), [('scale', None), ('ratio', None), ('scale', 1.8)]
-  )
-  def test_decoy_noise_is_a_sum_of_the_gradients_of_public_images(self, kind, clip_norm):
+  @pytest.mark.parametrize('kind', ['scale', 'ratio'])
+  def test_decoy_noise_is_a_sum_of_the_gradients_of_public_images(self, kind):
     # Two steps of four images in each of three epochs, so that no factor is 1.
     model, examples, public = _model(), _examples(8), _public()
     weights = model_weights(model)
@@ -546,7 +487,6 @@ class TestExecution:
     sent = {}
     for value in (0.0, 2.0):
       settings = {'local_epochs': 3, 'floor': 1e-9, 'decoys': 8, 'decoy_augmentations': ()}
-      settings['clip_norm'] = clip_norm
       noise = _noise('decoy', kind=kind, value=value, **settings)
       sent[value] = _Client(model, noise, decoys=public).sends(client)
     _, metrics, *_ = _Client(model, noise, decoys=public).result(client)
@@ -560,10 +500,6 @@ class TestExecution:
       with tf.GradientTape() as tape:
         loss = loss_fn([label], model(image[None], training=True))
       singles.append(_flat(tape.gradient(loss, model.trainable_variables)))
-    norms = np.linalg.norm(singles, axis=1)
-    if clip_norm is not None:
-      assert norms.max() > 1.2 * clip_norm
-      singles = [row * min(1.0, clip_norm / n) for row, n in zip(singles, norms, strict=True)]
     shares, *_ = np.linalg.lstsq(np.array(singles).T, noise, rcond=None)
     np.testing.assert_allclose(shares @ singles, noise, atol=1e-3 * np.abs(noise).max())
     # How often each was drawn for one batch of eight, less how often for the other.

@@ -50,10 +50,6 @@ class ShadowNoise:
       with 'images', where the update has nothing else in it that noise would have to cover.
     local_epochs: How often a client's data repeats each image; only 'region_psnr', 'image_ratio'
       and decoy noise need it.
-    clip_norm: The gradient of each image, and of each decoy, is clipped to this norm before it is
-      averaged, of isotropic and decoy noise; None for no clipping. How long a gradient is tells of
-      an image by itself, and the longest decide how strong noise has to be that is measured by what
-      an image adds: clipped images add less. Not for models with BatchNorm that trains.
     decoys: Public images in each of the two batches whose gradients make decoy noise.
     decoy_augmentations: How they are varied, of `tff_shadow.shadow.augmentation.AUGMENTATIONS`, so
       that nobody knows all of them.
@@ -67,7 +63,6 @@ class ShadowNoise:
   epsilon: float = 0.1
   floor: float | None = None
   local_epochs: int = 1
-  clip_norm: float | None = None
   decoys: int = 32
   decoy_augmentations: tuple[str, ...] = ('shifts', 'brightness')
 
@@ -87,14 +82,6 @@ class ShadowNoise:
     if self.probes < 1 or self.local_epochs < 1 or self.decoys < 1:
       raise ValueError('probes, local_epochs and decoys must be at least 1')
     check_strength(self.shape, self.strength)
-    if self.clip_norm is not None:
-      if not 0 < self.clip_norm < float('inf'):
-        raise ValueError(f'clip_norm must be finite and above 0, found {self.clip_norm}')
-      if self.needs_shadow:
-        raise ValueError(
-          'clip_norm goes with isotropic and decoy noise of a strength that needs no map of the'
-          f' region, found {self.shape} of {self.strength.kind!r}'
-        )
     if not set(self.decoy_augmentations) <= set(AUGMENTATIONS):
       raise ValueError(
         f'decoy_augmentations must be some of {tuple(AUGMENTATIONS)}, found'

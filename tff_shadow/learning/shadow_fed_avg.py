@@ -8,8 +8,7 @@ import tensorflow_federated as tff
 
 from tff_shadow.aggregators import shadow_noise_factory, shaped_update_type
 from tff_shadow.data import Examples
-from tff_shadow.learning.client_work import BuildGradientFn, ModelFn, wire_client_work
-from tff_shadow.learning.clipping import build_clipped_gradient_fn
+from tff_shadow.learning.client_work import ModelFn, wire_client_work
 from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.fed_avg import ButAggregation, but_aggregation, initial_weights
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
@@ -67,8 +66,7 @@ def build_shadow_fed_avg(
   Raises:
     ValueError: For an unknown `batch_norm_sharing`, if 'per_step', 'image_ratio' or decoy noise
       cannot be used with the optimiser or with the shared statistics, or
-      'local_training' with a model that draws at random, if examples are clipped and the model has
-      BatchNorm that trains, or if decoy noise has no decoys, or such
+      'local_training' with a model that draws at random, or if decoy noise has no decoys, or such
       as do not fit the model.
     TypeError: If the input of `model_fn`'s model has other types than `shadow_input_spec`.
   """
@@ -123,7 +121,6 @@ def shadow_fed_avg_but_aggregation(
     share_statistics,
     metrics_aggregator or tff.learning.metrics.sum_then_finalize,
     decoy_batches(noise, decoys, shadow_model_fn()) if noise.needs_decoys else None,
-    clipped_gradients(noise, shadow_model_fn),
   )
   complete = but_aggregation(
     model_fn,
@@ -137,20 +134,6 @@ def shadow_fed_avg_but_aggregation(
   return lambda aggregator: complete(
     shadow_noise_factory(*noise.added, aggregator, floor=noise.floor)
   )
-
-
-def clipped_gradients(
-  noise: ShadowNoise, shadow_model_fn: Callable[[], tf.keras.Model]
-) -> BuildGradientFn | None:
-  """How clients get gradients under `noise` if it has a `clip_norm`; None without.
-
-  Raises:
-    ValueError: If they cannot be clipped with this model.
-  """
-  if noise.clip_norm is None:
-    return None
-  with tf.Graph().as_default():
-    return build_clipped_gradient_fn(shadow_model_fn(), noise.clip_norm)
 
 
 def _check_plain_sgd(
@@ -206,7 +189,6 @@ def _build_client_work(
   share_statistics,
   metrics_aggregator,
   decoys,
-  build_clipped,
 ):
   """Returns the client work and the type of a plain update."""
   with tf.Graph().as_default():
@@ -225,9 +207,7 @@ def _build_client_work(
 
   @tff.tensorflow.computation(weights_type, data_type)
   def client_update(initial_weights, dataset):
-    work = ShadowWork(
-      model_fn, shadow_model_fn, optimizer, noise, share_statistics, decoys, build_clipped
-    )
+    work = ShadowWork(model_fn, shadow_model_fn, optimizer, noise, share_statistics, decoys)
 
     @tf.function
     def train(initial_weights, dataset):

@@ -8,13 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.shadow_noise import squared_norm
-from tff_shadow.learning.client_work import (
-  BuildGradientFn,
-  ModelFn,
-  client_result,
-  fold,
-  train_locally,
-)
+from tff_shadow.learning.client_work import ModelFn, client_result, fold, train_locally
 from tff_shadow.learning.decoys import DecoyBatches
 from tff_shadow.learning.noise_settings import ShadowNoise
 from tff_shadow.shadow import RegionMap, build_region_map
@@ -37,19 +31,8 @@ class ShadowWork:
     noise: ShadowNoise,
     share_statistics: bool,
     decoys: DecoyBatches | None = None,
-    build_clipped: BuildGradientFn | None = None,
   ):
-    """Makes the variables; see `build_shadow_fed_avg` for the arguments.
-
-    Args:
-      model_fn: See there.
-      shadow_model_fn: See there.
-      optimizer: See there.
-      noise: See there.
-      share_statistics: Whether the update has the BatchNorm statistics.
-      decoys: As batches, for decoy noise.
-      build_clipped: Of the clipped gradients, for noise with a `clip_norm`.
-    """
+    """Makes the variables; see `build_shadow_fed_avg` for the arguments, `decoys` as batches."""
     self._optimizer = optimizer
     self._noise = noise
     self._share_statistics = share_statistics
@@ -58,10 +41,6 @@ class ShadowWork:
     # Apart from the others, so that no batch counts twice in the metrics.
     probes = noise.probes_batches or noise.measures_images or noise.needs_decoys
     self._probe_model = model_fn() if probes else None
-    self._clipped = self._clipped_probe = None
-    if build_clipped is not None:
-      self._clipped = build_clipped(self._models[0])
-      self._clipped_probe = build_clipped(self._probe_model) if probes else None
     self._decoys = decoys
     self._shadow = None
     self._region_map: RegionMap | None = None
@@ -201,6 +180,9 @@ class ShadowWork:
     self._reset_probe_model(initial_weights)
     probes = self._noise.probes
 
+    def mean_gradient(batch):
+      return self._derivatives(self._probe_model, batch, batch['x'])[0]
+
     def reduce_fn(state, batch):
       count, energy = state
       others = tf.nest.map_structure(lambda tensor: tensor[1:], batch)
@@ -208,10 +190,10 @@ class ShadowWork:
       share = (size - 1.0) / size
       without = tf.cond(
         size > 1.0,
-        lambda: self._probe_gradient(others),
+        lambda: mean_gradient(others),
         lambda: [tf.zeros_like(tensor) for tensor in initial_weights.trainable],
       )
-      parts = [a - share * b for a, b in zip(self._probe_gradient(batch), without, strict=True)]
+      parts = [a - share * b for a, b in zip(mean_gradient(batch), without, strict=True)]
       return count + 1.0, energy + tf.square(size / smallest_batch) * squared_norm(parts)
 
     start = (tf.zeros(()), tf.zeros(()))
@@ -226,7 +208,9 @@ class ShadowWork:
     """
     self._reset_probe_model(initial_weights)
     difference, energy = self._decoys.difference(
-      lambda images, labels: self._probe_gradient(collections.OrderedDict(x=images, y=labels)),
+      lambda images, labels: self._derivatives(
+        self._probe_model, collections.OrderedDict(y=labels), images
+      )[0],
       key,
       images_per_step,
       initial_weights.trainable,
@@ -234,12 +218,6 @@ class ShadowWork:
     rate = float(self._noise.local_epochs) * self._rate
     factor = tf.where(tf.math.is_finite(images_per_step), rate / images_per_step, 0.0)
     return [factor * tensor for tensor in difference], factor**2 * energy
-
-  def _probe_gradient(self, batch):
-    """The mean gradient of a batch at the weights of the probe model, clipped if noise says so."""
-    if self._clipped_probe is not None:
-      return self._clipped_probe(batch)[1]
-    return self._derivatives(self._probe_model, batch, batch['x'])[0]
 
   def _reset_probe_model(self, initial_weights):
     for variables, values in (
@@ -310,8 +288,6 @@ class ShadowWork:
       ]
     head = (key, tf.ones(()), energy, fourth_moment, fell_back)
     batch_size = tf.shape(images)[0]
-    if self._clipped is not None:
-      return batch_size, [self._clipped(batch)[1]], head
     if self._noise.propagation == 'per_step':
       own, derivatives = self._derivatives(self._models[0], batch, images, directions)
       moved = (self._rate * tensor for derivative in derivatives for tensor in derivative)

@@ -99,20 +99,17 @@ def test_a_defence_of_one_s_own_is_played_once_it_is_entered(tiny_data, tmp_path
 
 
 @pytest.mark.parametrize(
-  ('shape', 'propagation', 'batch_norm', 'clip_norm'),
+  ('shape', 'propagation', 'batch_norm'),
   [
-    ('correlated', 'per_step', False, None),
-    ('correlated', 'local_training', True, None),
-    ('decoy', 'per_step', False, None),
-    ('decoy', 'per_step', False, 0.5),
+    ('correlated', 'per_step', False),
+    ('correlated', 'local_training', True),
+    ('decoy', 'per_step', False),
   ],
 )
 def test_with_the_client_s_keys_shadow_noise_is_the_same(
-  tiny_data, tmp_path, monkeypatch, shape, propagation, batch_norm, clip_norm
+  tiny_data, tmp_path, monkeypatch, shape, propagation, batch_norm
 ):
-  strength = NoiseStrength('scale', 0.1)
-  given = SaliencyConfig(kind='given')
-  noise = ShadowNoise(shape, strength, given, propagation, clip_norm=clip_norm)
+  noise = ShadowNoise(shape, NoiseStrength('scale', 0.1), SaliencyConfig(kind='given'), propagation)
   secrets = {name: experiment_secret(7, name) for name in tiny_data.clients}
   defense = ShadowDefense(noise, True, secrets, tiny_data.validation)
   observation, truth = _round(tiny_data, tmp_path, defense, batch_norm)
@@ -211,14 +208,5 @@ def test_what_a_defence_of_one_s_own_does_is_no_noise_unless_it_says_so(monkeypa
   monkeypatch.setitem(BASELINES, 'clip_entries', _ClipEntries)
   assert without_noise(own) == own
   assert without_noise({'name': 'published'}) == {'name': 'none'}
-  for clip_norm in (None, 2.0):
-    noise = ShadowNoise('decoy', NoiseStrength('scale', 3.0), clip_norm=clip_norm)
-    left = without_noise(ShadowDefense(noise, False, {}).public_settings())
-    if clip_norm is None:
-      assert left == {'name': 'none'}
-    else:
-      left = ShadowNoise.from_public_settings(left)
-      assert (left.clip_norm, left.strength.value) == (2.0, 0)
-      assert not left.needs_decoys
   with pytest.raises(UserError, match="defence 'top_k'"):
     without_noise({'name': 'top_k', 'fraction': 2.0})

@@ -98,7 +98,7 @@ def test_the_cost_may_come_from_longer_trainings(audits):
 
 def test_names_of_defences():
   noise = {**_NOISE, 'frozen': False, 'propagation': 'images', 'saliency': {'kind': 'vanilla'}}
-  clipped = {**_NOISE, 'shape': 'decoy', 'clip_norm': 10.0, 'floor': 0.999}
+  decoy = {**_NOISE, 'shape': 'decoy', 'floor': 0.7}
   settings = PublishedSettings(
     LatentFit(learning_rate=0.1), map_kind='white', cam_weights=(0.2, 0.5), shadow_rounds=20
   )
@@ -108,7 +108,7 @@ def test_names_of_defences():
     for defense in (
       _NOISE,
       noise,
-      clipped,
+      decoy,
       _TOP_K,
       published,
       {**published, **asdict(PublishedSettings())},
@@ -116,7 +116,7 @@ def test_names_of_defences():
   ] == [
     ('correlated', 'ratio 0.3'),
     ('correlated', 'ratio 0.3, in images, fresh, vanilla'),
-    ('decoy', 'ratio 0.3, clip_norm 10, floor 0.999'),
+    ('decoy', 'ratio 0.3, floor 0.7'),
     ('top_k', 'fraction 0.1'),
     ('published', 'latents learning_rate 0.1, map_kind white, cam_weights [0.2, 0.5]'),
     ('published', ''),
