@@ -90,12 +90,12 @@ defense-diag_image30 := $(call image_ratio,diagonal,30)
 defense-iso_image100 := $(call image_ratio,isotropic,100)
 defense-iso_image300 := $(call image_ratio,isotropic,300)
 defense-correlated := $(call ratio,correlated,1)
-# Three times what one public image adds; with the floor, thirty times as much of plain noise. Ten times
-# would cost 4 to 7 points of F1.
+# Three times what one public image adds; with the floor, 95 times as much of plain noise. Ten times would
+# cost 4 to 7 points of F1.
 defense-decoy = $(NOISE)=scale --noise_shape=decoy --noise_strength=3 $(FRESH) \
   $(subst --augment,--decoy_augment,$(variations-$(1)))
-# The same with three times the plain noise.
-defense-decoy_floor = $(defense-decoy) --noise_floor=0.999
+# The same with a third of the plain noise, as the default once was.
+defense-decoy_floor99 = $(defense-decoy) --noise_floor=0.99
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
 defense-top_k := --defense=top_k
@@ -211,7 +211,8 @@ training: $(STAMP)
 # cannot train BatchNorm, so it and what it is compared with train group normalisation besides.
 STRONG := --freshness=fresh --shapes=isotropic,diagonal
 BY_GROUP := dp_sgd/noise_multiplier:0.01 dp_sgd/noise_multiplier:0.03 dp_sgd/noise_multiplier:0.1
-CLIPPED := dp_sgd/clip_norm:3+noise_multiplier:0.1 dp_sgd/clip_norm:10+noise_multiplier:0.03
+CLIPPED := dp_sgd/clip_norm:3+noise_multiplier:0.1 dp_sgd/clip_norm:10+noise_multiplier:0.03 \
+  dp_sgd/clip_norm:3+noise_multiplier:0.3 dp_sgd/clip_norm:10+noise_multiplier:0.1
 # F1 of fundus patches varies from seed to seed by more than what decides between these.
 MORE_SEEDS := --datasets=fundus_patches --seeds=8 --parts=utility --freshness=fresh
 
@@ -219,8 +220,8 @@ frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier
 	$(BIN)/python -m binaries.frontier $(STRONG) --baselines= \
 	  --strengths=10.0,30.0,image_ratio:30.0,image_ratio:100.0,image_ratio:300.0
-	$(BIN)/python -m binaries.frontier --freshness=fresh --shapes=decoy --strengths=scale:3.0 \
-	  --baselines=
+	$(BIN)/python -m binaries.frontier --freshness=fresh --shapes=decoy --baselines= \
+	  --strengths=scale:3.0,scale:3.0+floor:0.99
 	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
 	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(call commas,$(BY_GROUP))
 	$(BIN)/python -m binaries.frontier --norm=group --shapes= --strengths= \

@@ -123,7 +123,7 @@ def linear():
   return model, _client(4), _public(4), decoys, keys, draws, 1 / tf.reduce_mean(1 / energies)
 
 
-@pytest.mark.parametrize('floor', [0.05, 0.99])
+@pytest.mark.parametrize('floor', [0.05, 0.99, 0.999])
 def test_decoy_noise_has_the_covariance_that_clients_add(linear, floor):
   model, client, public, decoys, keys, draws, energy = linear
   release = LinearisedRelease(
@@ -167,7 +167,7 @@ def test_decoys_hide_more_than_their_floor_alone():
   model, public = small_model(activation='tanh'), _public(8)
   decoys = DecoyBatches(public, 32, ('shifts',), mixes_batches=False)
   release = LinearisedRelease(
-    model, [_client(8)], public.float_images(), ['decoy', 'isotropic'], decoys=decoys
+    model, [_client(8)], public.float_images(), ['decoy', 'isotropic'], floor=0.99, decoys=decoys
   )
   shaped, plain = (
     release.errors(shape, strength)[1]
