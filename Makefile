@@ -135,14 +135,15 @@ audit-table: $(STAMP) $(AUDITED:%=$(FOUND)%.json)
 	$(call compare-found,$(AUDITED),audit)
 
 # The same with clients of 4 images in one step: results/audit_batch4.csv.
-BATCH_AUDITED := $(foreach defense,none iso_image100 decoy dp_sgd,\
+BATCH_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor99 dp_sgd,\
   histology_patches+$(defense)+0+4)
 
 audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=$(FOUND)%.json)
 	$(call compare-found,$(BATCH_AUDITED),audit_batch4)
 
 # The same with clients that take five steps on one image: results/audit_steps5.csv.
-STEPS_AUDITED := $(foreach defense,none iso_image100 decoy dp_sgd,histology_patches+$(defense)+0+1x5)
+STEPS_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor99 dp_sgd,\
+  histology_patches+$(defense)+0+1x5)
 
 audit-steps-table: $(STAMP) $(STEPS_AUDITED:%=$(FOUND)%.json)
 	$(call compare-found,$(STEPS_AUDITED),audit_steps5)
@@ -170,7 +171,8 @@ $(FOUND)%.json: | $(STAMP)
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
-KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh decoy+fresh
+KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh decoy+fresh \
+  decoy_floor99+fresh
 KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_dir=runs/kept/cache
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
