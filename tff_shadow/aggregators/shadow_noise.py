@@ -11,11 +11,11 @@ from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_
 from tff_shadow.aggregators.noise_strength import NOISE_SHAPES, NoiseShape, NoiseStrength
 
 # Share of the noise's energy that is isotropic: a direction without noise leaks whatever it holds.
-# Of decoy noise it is most, as much as costs no accuracy: a part of each image lies outside of all
-# that the public ones span, and whoever knows them can take their noise away; and images of one
-# class in a batch add up along the few directions that decoys share.
+# Of decoy noise it is most: a part of each image lies outside of all that the public ones span, and
+# whoever knows them can take their noise away. More still hides images of one class that add up in
+# a batch, for some accuracy.
 DEFAULT_FLOOR = 0.01
-DECOY_FLOOR = 0.999
+DECOY_FLOOR = 0.99
 
 
 def default_floor(shape: NoiseShape) -> float:
