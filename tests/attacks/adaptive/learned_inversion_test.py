@@ -67,11 +67,15 @@ def _found(learned, rounds, labels):
   return np.stack([learned(own, [label])[0] for own, label in zip(sent, labels, strict=True)])
 
 
-def test_meets_the_best_attacker_of_a_linear_model():
-  ratio = 0.6
-  images, covariance = _gaussian_images(2, seed=5)
+def _attacked_linear_model(defend):
+  """What is found behind a defence of fresh images, these, and the images that updates show.
+
+  Args:
+    defend: From a round to the same under a defence.
+  """
+  images, _ = _gaussian_images(2, seed=5)
   observation = play_round(_linear_model(), [(image[None], [k]) for k, image in enumerate(images)])
-  defended = _defended(observation, 'isotropic', value=ratio)
+  defended = defend(observation)
   public, _ = _gaussian_images(800, seed=1)
   learned = LearnedInversion(
     [defended],
@@ -82,12 +86,20 @@ def test_meets_the_best_attacker_of_a_linear_model():
   fresh, _ = _gaussian_images(150, seed=2)
   labels = np.arange(150, dtype=np.int32) % 2
   sent = _sent(defended, fresh, labels)
-  found = _found(learned, [sent], labels)
-  # Of both columns of the kernel's gradient the difference is the image; the noise's variance
-  # follows from the ratio, the norm of the bias's gradient included.
+  # Of both columns of the kernel's gradient the difference is the image.
   rate = observation.client_training.learning_rate
   signs = np.where(labels == 1, 1, -1)[:, None]
   seen = np.stack([(u.trainable[0][:, 1] - u.trainable[0][:, 0]) / rate for u in sent]) * signs
+  return _found(learned, [sent], labels), fresh, seen
+
+
+def test_meets_the_best_attacker_of_a_linear_model():
+  ratio = 0.6
+  found, fresh, seen = _attacked_linear_model(
+    lambda observation: _defended(observation, 'isotropic', value=ratio)
+  )
+  _, covariance = _gaussian_images(2, seed=5)
+  # The noise's variance follows from the ratio, the norm of the bias's gradient included.
   norms = 0.5 * (np.square(fresh).sum(axis=(1, 2, 3)) + 1)
   variance = 2 * ratio**2 * norms / (2 * _SIDE**2 + 2)
   best = np.stack(
@@ -103,25 +115,12 @@ def test_meets_the_best_attacker_of_a_linear_model():
 
 def test_learns_from_clipped_updates_and_not_as_if_clipping_were_noise():
   limit, multiplier = 0.5, 0.05  # Gradients are about 1.6 long.
-  images, _ = _gaussian_images(2, seed=5)
-  observation = play_round(_linear_model(), [(image[None], [k]) for k, image in enumerate(images)])
-  defended = dataclasses.replace(observation, defense=DpSgd(limit, multiplier).public_settings())
-  public, _ = _gaussian_images(800, seed=1)
-  learned = LearnedInversion(
-    [defended],
-    defended.clients[0],
-    _examples(public),
-    InversionSettings(clients=800, steps=500, width=64),
+  settings = DpSgd(limit, multiplier).public_settings()
+  found, fresh, seen = _attacked_linear_model(
+    lambda observation: dataclasses.replace(observation, defense=settings)
   )
-  fresh, _ = _gaussian_images(150, seed=2)
-  labels = np.arange(150, dtype=np.int32) % 2
-  sent = _sent(defended, fresh, labels)
-  found = _found(learned, [sent], labels)
   # Clipping leaves the gradient's direction, of which a network makes more than the best linear
   # attacker, and one that takes it for noise does not.
-  rate = observation.client_training.learning_rate
-  signs = np.where(labels == 1, 1, -1)[:, None]
-  seen = np.stack([(u.trainable[0][:, 1] - u.trainable[0][:, 0]) / rate for u in sent]) * signs
   many = _gaussian_images(4000, seed=3)[0].reshape(4000, -1)
   shorter = limit / np.sqrt(0.5 * (np.square(many).sum(axis=1, keepdims=True) + 1))
   assert shorter.max() < 1
