@@ -135,7 +135,7 @@ audit-table: $(STAMP) $(AUDITED:%=$(FOUND)%.json)
 	$(call compare-found,$(AUDITED),audit)
 
 # The same with clients of 4 images in one step: results/audit_batch4.csv.
-BATCH_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor999 dp_sgd,\
+BATCH_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor999 dp_sgd dp_sgd_noise,\
   histology_patches+$(defense)+0+4)
 
 audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=$(FOUND)%.json)
