@@ -105,7 +105,7 @@ defense-soteria := --defense=soteria
 defense-dp_sgd := --defense=dp_sgd --dp_sgd_clip_norm=3 --dp_sgd_noise_multiplier=0.1
 # The same noise.
 defense-dp_sgd_clip10 := --defense=dp_sgd --dp_sgd_clip_norm=10 --dp_sgd_noise_multiplier=0.03
-# About as much as costs a point of F1.
+# About as much as costs a point of F1 on histology; on fundus patches it costs many.
 defense-dp_sgd_noise := --defense=dp_sgd --dp_sgd_clip_norm=3 --dp_sgd_noise_multiplier=0.3
 defense-dp_sgd_clip10_noise := --defense=dp_sgd --dp_sgd_clip_norm=10 --dp_sgd_noise_multiplier=0.1
 # The attacker has the clients' own generator, the worst case.

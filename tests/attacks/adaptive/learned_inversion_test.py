@@ -200,6 +200,21 @@ def test_labels_are_read_in_all_rounds():
     assert 0 < np.linalg.norm(a - b) < np.linalg.norm(a)
 
 
+def test_labels_are_read_of_as_many_clients_of_a_defence_without_noise():
+  observation = dataclasses.replace(_observed(), defense=TopK(0.1).public_settings())
+  shown = []
+
+  def show(view, update):
+    shown.append(np.count_nonzero(np.concatenate([array.ravel() for array in update.trainable])))
+    return 0
+
+  reader = LabelReader(show, lambda shown: [0])
+  LearnedInversion([observation], observation.clients[0], _public(), _QUICK, reader=reader)
+  assert len(shown) == _QUICK.defended_clients
+  weights = sum(array.size for array in observation.global_weights.trainable)
+  assert max(shown) <= 0.11 * weights
+
+
 def test_kinds_are_confused_as_often_as_they_were():
   labels = (np.arange(4000) % 2)[:, None].astype(np.int32)
   inferred = labels[:1000].copy()
