@@ -39,6 +39,7 @@ from binaries.attacked_rounds import (
   defense_of,
   fits,
   parse_baselines,
+  parse_strength,
   shadow_noise,
   train,
 )
@@ -313,6 +314,7 @@ def _check_flags() -> None:
     command.check_choices(name, given, allowed)
   for value in _STRENGTHS.value:
     try:
+      parse_strength(value)
       for shape in (own for own in _SHAPES.value if fits(own, value)):
         shadow_noise(shape, value)
     except ValueError as error:
