@@ -23,21 +23,29 @@ class SharedSolvers:
 
   Attributes:
     simulators: Of the clients' local training, one per round.
+    example_clip_norm: To which they clip the gradient of each image; None if they do not.
   """
 
-  def __init__(self, observations: Sequence[Observation], dtype: str = 'float32'):
+  def __init__(
+    self,
+    observations: Sequence[Observation],
+    dtype: str = 'float32',
+    example_clip_norm: float | None = None,
+  ):
     """Rebuilds the models.
 
     Args:
       observations: The rounds; other ones with the same global weights may be attacked.
       dtype: `AttackConfig.dtype` of the attacks.
+      example_clip_norm: See `ClientSimulator`.
 
     Raises:
       UserError: If the observations cannot be attacked.
     """
     self._observations = list(observations)
     self._dtype = dtype
-    self.simulators = [ClientSimulator(seen, dtype) for seen in observations]
+    self.example_clip_norm = example_clip_norm
+    self.simulators = [ClientSimulator(seen, dtype, example_clip_norm) for seen in observations]
     self._solvers: dict[Hashable, Solver] = {}
 
   def fits(self, observations: Sequence[Observation], dtype: str = 'float32') -> bool:

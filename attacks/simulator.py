@@ -22,6 +22,7 @@ from tff_shadow.models import (
   layers_from_output,
   model_from_config,
   outputs_logits,
+  training_batch_norm_layers,
 )
 from tff_shadow.observations import ClientObservation, Observation
 
@@ -42,15 +43,24 @@ class ClientSimulator:
     model: The model with the global weights.
   """
 
-  def __init__(self, observation: Observation, dtype: str = 'float32'):
+  def __init__(
+    self,
+    observation: Observation,
+    dtype: str = 'float32',
+    example_clip_norm: float | None = None,
+  ):
     """Rebuilds the client's model.
 
     Args:
       observation: Gives architecture, weights and the public settings of local training.
       dtype: Floating point type of everything computed; 'float64' for checks by differences.
+      example_clip_norm: To what norm, over all variables together, the client clips the gradient of
+        each image before it takes their mean (DP-SGD; Abadi et al. 2016, algorithm 1); None if it
+        does not, or the attacker does not know. Above 0.
 
     Raises:
-      UserError: If the observation does not hold together, or its local optimiser is not SGD.
+      UserError: If the observation does not hold together, its local optimiser is not SGD, or
+        images are clipped one by one that BatchNorm mixes.
     """
     training = observation.client_training
     if training.optimizer != 'sgd':
@@ -70,6 +80,12 @@ class ClientSimulator:
     for layer in self.model._flatten_layers():
       if isinstance(layer, tf.keras.layers.LayerNormalization):
         layer.call = functools.partial(_layer_norm, layer)
+    layers = training_batch_norm_layers(self.model)
+    if example_clip_norm and layers:
+      raise UserError(
+        f'observation: BatchNorm layer {layers[0].name!r} mixes the images of a batch, whose'
+        ' gradients cannot have been clipped one by one'
+      )
     _assign(self.model.trainable_variables, observation.global_weights.trainable, 'trainable')
     # A client that keeps its statistics private leaves the attacker the freshly built ones, which
     # do not enter the gradient in training mode.
@@ -86,6 +102,7 @@ class ClientSimulator:
     replace_relus(self.model, self._relu)
     self._training = training
     self._dtype = tf.as_dtype(dtype)
+    self._example_clip_norm = example_clip_norm
 
   @property
   def dtype(self) -> tf.DType:
@@ -209,6 +226,22 @@ class ClientSimulator:
 
   def _gradient(self, weights: list[tf.Tensor] | None, images, labels) -> list[tf.Tensor]:
     """At other weights than the model's own if they are given."""
+    if self._example_clip_norm is None:
+      return self._gradient_of_mean(weights, images, labels)
+
+    def clipped(example):
+      image, label = example
+      gradient = self._gradient_of_mean(weights, image[None], label[None])
+      return _clipped(gradient, self._example_clip_norm)
+
+    if images.shape[0] == 1:
+      return clipped((images[0], labels[0]))
+    specs = [tf.TensorSpec(v.shape, self._dtype) for v in self.model.trainable_variables]
+    examples = tf.map_fn(clipped, (images, labels), fn_output_signature=specs)
+    return [tf.reduce_mean(gradients, axis=0) for gradients in examples]
+
+  def _gradient_of_mean(self, weights: list[tf.Tensor] | None, images, labels) -> list[tf.Tensor]:
+    """Of the mean loss of a batch."""
     model = self.model if weights is None else functools.partial(self._functional, weights)
     weights = self.model.trainable_variables if weights is None else weights
     # Outer tapes ask only for images: watching no variable keeps half of the second backward
@@ -305,6 +338,13 @@ def _normalised(layer: Any, inputs: tf.Tensor, axes: list[int], of_weights: Any)
   if layer.center:
     outputs += tf.reshape(layer.beta, shape)
   return outputs
+
+
+def _clipped(gradient: list[tf.Tensor], norm: float) -> list[tf.Tensor]:
+  """Scaled down to `norm` where it is longer; a gradient of zeros has a derivative."""
+  squared = tf.add_n([tf.reduce_sum(tf.square(tensor)) for tensor in gradient])
+  factor = norm * tf.math.rsqrt(tf.maximum(squared, norm**2))
+  return [factor * tensor for tensor in gradient]
 
 
 def _summed_momentum(steps: int, momentum: float) -> float:

@@ -11,14 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from attacks.adaptive.calibrated import Trial, attack_calibrated, calibrate, candidates_for
+from attacks.adaptive.calibrated import (
+  Trial,
+  attack_calibrated,
+  calibrate,
+  candidates_for,
+  informed_solvers,
+)
 from attacks.adaptive.denoiser import DenoiserSettings, RegionDenoiser
 from attacks.adaptive.learned_inversion import (
   InversionSettings,
   LabelReader,
   LearnedInversion,
 )
-from attacks.adaptive.players import AttackersShadow, Equipment
+from attacks.adaptive.players import AttackersShadow, Equipment, example_clip_norm
 from attacks.adaptive.simulated_defense import simulate_round
 from attacks.config import AttackConfig
 from attacks.local_steps import local_steps
@@ -149,11 +155,14 @@ class AdaptiveAttack(NamedTuple):
           f' settings for clients of {kind} that do without a network for updates.'
         )
     published = observation.defense['name'] == 'published'
+    clip_norm = example_clip_norm(observation.defense)
+    clipping = f'It clips the gradient of each image that it tries at {clip_norm}, as clients do.'
     return (
       'It is an honest-but-curious server that knows the defence with all its settings, and not its'
       ' keys.',
       *facts,
       regions,
+      *([clipping] if clip_norm else []),
       *(['It plays their shadows with a generator that it has.'] if published else []),
     )
 
@@ -227,7 +236,7 @@ class AdaptiveAttacker:
     Raises:
       UserError: If the defence cannot be played, or the rounds not attacked.
     """
-    shared = shared or SharedSolvers(observations, self._config.dtype)
+    shared = informed_solvers(observations, self._config.dtype, shared)
     groups = _groups(observations[0], clients, len(self._played))
     made = []
     for group in groups:

@@ -14,6 +14,7 @@ import numpy as np
 
 from attacks.adaptive.denoiser import RegionDenoiser
 from attacks.adaptive.learned_inversion import LearnedInversion
+from attacks.adaptive.players import example_clip_norm
 from attacks.adaptive.simulated_defense import SimulatedRound
 from attacks.adaptive.weightings import WEIGHTINGS, weights_of
 from attacks.config import AttackConfig
@@ -109,6 +110,22 @@ def candidates_for(observation: Observation, config: AttackConfig) -> tuple[Cand
   return tuple(_in_proportion(candidate, config) for candidate in known)
 
 
+def informed_solvers(
+  observations: Sequence[Observation], dtype: str, shared: SharedSolvers | None = None
+) -> SharedSolvers:
+  """Solvers that do to gradients what the defence does besides noising them.
+
+  Args:
+    observations: The rounds, all under one defence.
+    dtype: `AttackConfig.dtype`.
+    shared: Solvers for these rounds, which are taken if they do so.
+  """
+  clip_norm = example_clip_norm(observations[0].defense)
+  if shared is not None and shared.example_clip_norm == clip_norm:
+    return shared
+  return SharedSolvers(observations, dtype, clip_norm)
+
+
 def _in_proportion(candidate: Candidate, config: AttackConfig) -> Candidate:
   """With as much more total variation as the attack of `config` has by itself, if it has any."""
   factor = config.total_variation.weight / CANDIDATES[0].tv_weight or 1.0
@@ -164,7 +181,7 @@ def calibrate(
   """
   rounds = [simulated] if isinstance(simulated, SimulatedRound) else list(simulated)
   observations, simulated = [own.observation for own in rounds], rounds[0]
-  shared = shared or SharedSolvers(observations, config.dtype)
+  shared = informed_solvers(observations, config.dtype, shared)
   guesses: dict[str, np.ndarray] = {}
   trials: list[Trial] = []
   first: list[TargetResult] = []
@@ -226,7 +243,7 @@ def attack_calibrated(
   """
   earlier = {} if earlier is None else earlier
   observations = [observation] if isinstance(observation, Observation) else list(observation)
-  shared = shared or SharedSolvers(observations, config.dtype)
+  shared = informed_solvers(observations, config.dtype, shared)
 
   def invert(candidate: Candidate) -> list[TargetResult]:
     if candidate.needs_guess:

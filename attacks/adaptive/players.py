@@ -319,6 +319,15 @@ def without_noise(defense: Mapping[str, Any]) -> dict[str, Any]:
   return {'name': 'none'} if left is None else left.public_settings()
 
 
+def example_clip_norm(defense: Mapping[str, Any]) -> float | None:
+  """See `BaselineDefense`, of `Observation.defense`.
+
+  Raises:
+    UserError: If its settings are none.
+  """
+  return _baseline(defense).example_clip_norm if defense['name'] in BASELINES else None
+
+
 def _baseline(defense: Mapping[str, Any]) -> BaselineDefense:
   """Of `Observation.defense`; one that does nothing for 'none'."""
   parameters = {name: value for name, value in defense.items() if name != 'name'}

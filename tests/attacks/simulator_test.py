@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from attacks.adaptive.players import build_player
 from attacks.config import AttackConfig
 from attacks.labels import infer_labels
 from attacks.local_steps import LocalSteps, local_steps
@@ -14,14 +15,15 @@ from attacks.solver import Evidence, Solver
 from attacks.targets import Targets
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.errors import UserError
-from tff_shadow.observations import WeightArrays
+from tff_shadow.learning import DpSgd
+from tff_shadow.observations import Truth, WeightArrays
 
 
-def _problem(dtype='float64', batch=2, **model_kwargs):
+def _problem(dtype='float64', batch=2, clip_norm=None, **model_kwargs):
   images = smooth_images(batch)
   labels = [k % 2 for k in range(batch)]
   observation = play_round(small_model(**model_kwargs), [(images, labels)])
-  simulator = ClientSimulator(observation, dtype)
+  simulator = ClientSimulator(observation, dtype, clip_norm)
   return simulator, images.astype(dtype), tf.constant(labels), observation
 
 
@@ -44,7 +46,9 @@ def _solver(simulator, config):
 
 @pytest.mark.parametrize('matching', [CosineMatching(), CosineMatching(0.5), SquaredMatching()])
 @pytest.mark.parametrize(
-  'model', [{}, {'activation': 'tanh'}, {'norm': 'batch'}], ids=['relu', 'tanh', 'batch_norm']
+  'model',
+  [{}, {'activation': 'tanh'}, {'norm': 'batch'}, {'norm': 'group', 'clip_norm': 5.0}],
+  ids=['relu', 'tanh', 'batch_norm', 'clipped'],
 )
 def test_gradient_of_the_matching_loss_equals_differences(matching, model):
   simulator, truth, labels, observation = _problem(**model)
@@ -275,6 +279,62 @@ def test_label_probabilities_and_layer_norm_are_differentiated():
     expected = (ends[0] - ends[1]) / 2e-6
     assert abs(expected) > 1e-4
     np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('batches', 'clip_norm'),
+  [(((0,),), 0.5), (((0, 1, 2),), 5.0), (((0, 1), (2, 3), (4,)), 5.0)],
+  ids=['single', 'batch', 'steps'],
+)
+def test_clipped_gradients_are_those_of_dp_sgd(batches, clip_norm):
+  steps = LocalSteps(batches)
+  count = sum(map(len, batches))
+  images, labels = smooth_images(count), [k % 2 for k in range(count)]
+  observation = play_round(small_model(norm='group'), [(images, labels)], learning_rate=0.5)
+  defense = DpSgd(clip_norm, 0.0).public_settings()
+  player = build_player(dataclasses.replace(observation, defense=defense), False)
+  truth = Truth(images, np.array(labels, np.int32), images)
+  update = player.update(truth, steps, (0, 0)).trainable
+  simulator, without = (ClientSimulator(observation, 'float32', own) for own in (clip_norm, None))
+  norms = [
+    float(tf.linalg.global_norm(without.gradient(one[None], tf.constant([label]))))
+    for one, label in zip(images, labels, strict=True)
+  ]
+  assert max(norms) > clip_norm
+  assert count == 1 or min(norms) < clip_norm
+  scale = simulator.update_over_gradient(len(batches))
+  images, labels = tf.constant(images), tf.constant(labels)
+  for own, other, real in zip(
+    simulator.mean_gradient(images, labels, steps),
+    without.mean_gradient(images, labels, steps),
+    update,
+    strict=True,
+  ):
+    np.testing.assert_allclose(-scale * own, real, rtol=1e-4, atol=1e-6)
+    assert np.abs(-scale * other - real).max() > 1e-2 * np.abs(real).max()
+
+
+def test_an_image_without_a_gradient_is_not_clipped_to_nan():
+  simulator, images, *_ = _problem(clip_norm=1.0)
+  for variable in simulator.model.trainable_variables[-2:]:
+    variable.assign(tf.zeros_like(variable))
+  # The prediction is right, so there is nothing to learn.
+  even = tf.fill([len(images), 2], tf.constant(0.5, tf.float64))
+  images = tf.constant(images)
+  with tf.GradientTape() as tape:
+    tape.watch(images)
+    gradient = simulator.gradient(images, even)
+    size = tf.add_n([tf.reduce_sum(tensor**2) for tensor in gradient])
+  assert float(size) == 0
+  np.testing.assert_array_equal(tape.gradient(size, images), np.zeros(images.shape))
+
+
+def test_images_that_batch_norm_mixes_are_not_clipped_one_by_one():
+  model = small_model(norm='batch')
+  with pytest.raises(UserError, match='mixes the images of a batch'):
+    ClientSimulator(play_round(model, [(smooth_images(2), [0, 1])]), 'float32', 1.0)
+  frozen = play_round(model, [(smooth_images(2), [0, 1])], batch_norm_sharing='frozen')
+  ClientSimulator(frozen, 'float32', 1.0)
 
 
 def test_another_optimizer_is_refused():

@@ -73,6 +73,15 @@ class BaselineDefense:
     """
     return self
 
+  @property
+  def example_clip_norm(self) -> float | None:
+    """To what norm a local step clips the gradient of each image; None if it does not.
+
+    Over all variables together, before it takes the mean of the batch. An attacker who knows the
+    defence does so too with the gradients of the images that it tries.
+    """
+    return None
+
   def gradients(self, model: tf.keras.Model) -> BuildGradientFn:
     """How a client gets the gradients of a local step.
 
@@ -283,6 +292,11 @@ class DpSgd(BaselineDefense):
   def without_noise(self) -> BaselineDefense | None:
     """See `BaselineDefense`; it still clips."""
     return dataclasses.replace(self, noise_multiplier=0.0)
+
+  @property
+  def example_clip_norm(self) -> float | None:
+    """See `BaselineDefense`."""
+    return self.clip_norm
 
   def gradients(self, model: tf.keras.Model) -> BuildGradientFn:
     """See `BaselineDefense`."""

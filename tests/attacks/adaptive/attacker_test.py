@@ -12,6 +12,7 @@ from attacks.presets import PRESETS
 from tests.attacks.adaptive.simulated_defense_test import _public
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.errors import UserError
+from tff_shadow.learning import DpSgd
 
 _TRIALS = [
   Trial(CANDIDATES[1], 0.0, 0.5, False, 20.0),
@@ -78,7 +79,11 @@ def test_of_one_kind_nothing_is_said_of_kinds(calls):
   observation = _round(1, 1)
   made = _attack(observation)
   assert calls.played == [(1, 6)]
-  assert 'Clients of' not in ' '.join(made.knows(observation))
+  knows = ' '.join(made.knows(observation))
+  assert 'Clients of' not in knows
+  assert 'clips' not in knows
+  clipped = dataclasses.replace(observation, defense=DpSgd(3.0, 0.1).public_settings())
+  assert 'It clips the gradient of each image that it tries at 3.0' in ' '.join(made.knows(clipped))
   assert calls.configs[0].start == AttackConfig().start
 
 

@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from attacks.adaptive import calibrated
 from attacks.adaptive.calibrated import (
@@ -15,6 +16,7 @@ from attacks.adaptive.simulated_defense import simulate_round
 from attacks.adaptive.weightings import weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
+from attacks.local_steps import local_steps
 from attacks.matching import CosineMatching, SquaredMatching
 from attacks.presets import PRESETS
 from attacks.priors import GaussianImages
@@ -235,3 +237,36 @@ def test_rounds_are_attacked_jointly(simulated):
   # The mean of two equal losses is one of them.
   for result, image in zip(alone, images, strict=True):
     np.testing.assert_allclose(image, result.reconstructions['attack'], atol=1e-3)
+
+
+def test_images_that_are_tried_are_clipped_as_the_clients_clip(monkeypatch):
+  observation = dataclasses.replace(_observed(), defense=DpSgd(0.5, 0.0).public_settings())
+  like = observation.clients[0]
+  simulated = simulate_round(observation, like, _public(), num_clients=2, seed=1)
+  unaware = SharedSolvers([observation])
+  informed = calibrated.informed_solvers([observation], 'float32', unaware)
+  assert informed.example_clip_norm == 0.5
+  assert calibrated.informed_solvers([observation], 'float32', informed) is informed
+  assert calibrated.informed_solvers([_observed()], 'float32', unaware) is unaware
+  # An update that only clipped gradients explain; whoever does not know of it misses the length.
+  (target, truth), *_ = simulated.truth.items()
+  client = simulated.observation.client(target)
+  for shared, explains in ((informed, True), (unaware, False)):
+    (simulator,) = shared.simulators
+    observed = simulator.observed_gradient(client)
+    steps = local_steps(client, observation.client_training)
+    tried = simulator.mean_gradient(tf.constant(truth.images), tf.constant(truth.labels), steps)
+    assert (float(SquaredMatching()(tried, observed)) < 1e-6) == explains
+  used = []
+  real = calibrated.attack_observation
+
+  def attack(*arguments, shared, **settings):
+    used.append(shared.example_clip_norm)
+    return real(*arguments, shared=shared, **settings)
+
+  monkeypatch.setattr(calibrated, 'attack_observation', attack)
+  config = dataclasses.replace(_CONFIG, iterations=2)
+  candidates = [Candidate(SquaredMatching(), 1.5)]
+  (best, *_) = calibrate(simulated, config, None, candidates=candidates, shared=unaware)
+  attack_calibrated(simulated.observation, best, config, None, simulated.maps, shared=unaware)
+  assert set(used) == {0.5}
