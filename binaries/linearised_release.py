@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from binaries.attacked_rounds import parse_strength
-from tff_shadow.aggregators.shadow_noise import default_floor
+from tff_shadow.aggregators.shadow_noise import floor_of
 from tff_shadow.learning.decoys import DecoyBatches
 from tff_shadow.models import classification_loss
 from tff_shadow.observations import Truth
@@ -63,9 +63,7 @@ class LinearisedRelease:
     if 'decoy' in shapes and decoys is None:
       raise ValueError('the bounds of decoy noise need its decoys')
     self._shapes = frozenset(shapes)
-    self._floors = {
-      shape: default_floor(shape) if floor is None else floor for shape in self._shapes
-    }
+    self._floors = {shape: floor_of(shape, floor) for shape in self._shapes}
     self._decoys = decoys
     self._model = model
     self._clients = list(clients)

@@ -4,7 +4,7 @@ from absl import flags
 
 from binaries import command
 from tff_shadow.aggregators import NOISE_SHAPES, STRENGTH_KINDS, NoiseStrength
-from tff_shadow.aggregators.shadow_noise import DECOY_FLOOR, DEFAULT_FLOOR
+from tff_shadow.aggregators.shadow_noise import DECOY_FLOOR, DEFAULT_FLOOR, floor_of
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.learning import PROPAGATIONS, ShadowDefense, ShadowNoise
@@ -84,8 +84,10 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
   Raises:
     UserError: If a flag is out of range, or they do not go together.
   """
-  if _NOISE_FLOOR.value is not None and not 0 < _NOISE_FLOOR.value < 1:
-    raise UserError(f'--noise_floor={_NOISE_FLOOR.value}: must be above 0 and below 1')
+  try:
+    floor = floor_of(_NOISE_SHAPE.value, _NOISE_FLOOR.value)
+  except ValueError as error:
+    raise UserError(f'--noise_floor: {error}') from error
   command.check_choices('decoy_augment', _DECOY_AUGMENT.value, AUGMENTATIONS)
   try:
     strength = NoiseStrength(_NOISE_STRENGTH_KIND.value, _NOISE_STRENGTH.value)
@@ -103,7 +105,7 @@ def shadow_noise(local_epochs: int) -> ShadowNoise:
       ),
       propagation=_PROPAGATION.value or ('images' if in_images else 'per_step'),
       probes=_PROBES.value,
-      floor=_NOISE_FLOOR.value,
+      floor=floor,
       decoys=_DECOYS.value,
       decoy_augmentations=tuple(_DECOY_AUGMENT.value),
       local_epochs=local_epochs,

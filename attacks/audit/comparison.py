@@ -12,7 +12,7 @@ from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_r
 from attacks.report.findings import VERDICTS
 from attacks.scoring.results import CLASS_MEAN, read_json
 from attacks.scoring.statistics import clustered_interval, paired_differences
-from tff_shadow.aggregators.shadow_noise import default_floor
+from tff_shadow.aggregators.shadow_noise import floor_of
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedSettings
 
@@ -157,7 +157,7 @@ def defense_names(defense: Mapping[str, Any]) -> tuple[str, str]:
     parts = [f'{strength["kind"]} {strength["value"]:g}']
     if defense['propagation'] == 'images':
       parts.append('in images')
-    floor = default_floor(defense['shape'])
+    floor = floor_of(defense['shape'])
     if defense['shape'] != 'isotropic' and defense.get('floor', floor) != floor:
       parts.append(f'floor {defense["floor"]:g}')
     if not defense['frozen']:

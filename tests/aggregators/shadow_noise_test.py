@@ -12,7 +12,7 @@ from tff_shadow.aggregators import (
   shadow_noise_factory,
   shaped_update_type,
 )
-from tff_shadow.aggregators.shadow_noise import default_floor, noised_update
+from tff_shadow.aggregators.shadow_noise import floor_of, noised_update
 
 _RATIO = NoiseStrength('ratio', 0.5)
 _UPDATE_TYPE = tff.types.to_type(
@@ -497,7 +497,7 @@ class TestExecution:
     observation = output.measurements['inner']['observation']
     logged = observation['updates']
     assert list(logged) == ['a', 'b']
-    floor = default_floor(shape)
+    floor = floor_of(shape)
     expected = [noised_update(value, shape, _RATIO, floor) for value in values]
     for k, (sent, _) in enumerate(expected):
       row = _flat(tf.nest.map_structure(lambda tensor, k=k: tensor[k], logged))

@@ -156,6 +156,7 @@ _PER_STEP = {'defense': 'shadow', 'propagation': 'per_step'}
     ({'resume': True}, 'config.json is missing'),
     ({'defense': 'shadow', 'noise_strength_kind': 'ratio', 'noise_strength': -1.0}, '=-1.0'),
     ({'defense': 'shadow', 'noise_strength': float('nan')}, '--noise_strength=nan'),
+    ({'defense': 'shadow', 'noise_floor': 1.0}, '--noise_floor: floor must be above 0 and below 1'),
     ({'defense': 'shadow', 'noise_freshness': 'frozen'}, '--noise_freshness=frozen: the map'),
     ({'defense': 'shadow', 'saliency_layer': 'nowhere'}, 'nowhere'),
     ({'defense': 'shadow', 'saliency_top_fraction': 1.5}, '1.5'),

@@ -18,9 +18,17 @@ DEFAULT_FLOOR = 0.01
 DECOY_FLOOR = 0.99
 
 
-def default_floor(shape: NoiseShape) -> float:
-  """The share of the energy of noise of `shape` that is isotropic unless something else is said."""
-  return DECOY_FLOOR if shape == 'decoy' else DEFAULT_FLOOR
+def floor_of(shape: NoiseShape, floor: float | None = None) -> float:
+  """The share of the energy of noise of `shape` that is isotropic: `floor`, or its default.
+
+  Raises:
+    ValueError: If there is a floor that is not in (0, 1).
+  """
+  if floor is None:
+    return DECOY_FLOOR if shape == 'decoy' else DEFAULT_FLOOR
+  if not 0.0 < floor < 1.0:
+    raise ValueError(f'floor must be above 0 and below 1, found {floor}')
+  return floor
 
 
 def shaped_update_type(update_type: tff.types.Type, shape: NoiseShape) -> tff.types.StructType:
@@ -88,7 +96,7 @@ def shadow_noise_factory(
     strength: See `NoiseStrength`.
     inner: Aggregates the noised updates; the weighted mean by default.
     floor: Share of the noise's energy that is isotropic, in (0, 1); unused for 'isotropic'. By
-      default `default_floor(shape)`.
+      default that of `floor_of`.
 
   Raises:
     ValueError: For an unknown shape, a floor out of range, or 'region_psnr' of decoy noise.
@@ -97,9 +105,7 @@ def shadow_noise_factory(
   if shape not in NOISE_SHAPES:
     raise ValueError(f'shape must be one of {NOISE_SHAPES}, found {shape!r}')
   check_strength(shape, strength)
-  floor = default_floor(shape) if floor is None else floor
-  if not 0.0 < floor < 1.0:
-    raise ValueError(f'floor must be above 0 and below 1, found {floor}')
+  floor = floor_of(shape, floor)
 
   def build(value_type: tff.types.Type) -> ClientSide:
     update_type = _check_value_type(value_type, shape)

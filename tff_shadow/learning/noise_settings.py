@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from tff_shadow.aggregators import NoiseShape, NoiseStrength
-from tff_shadow.aggregators.shadow_noise import check_strength, default_floor
+from tff_shadow.aggregators.shadow_noise import check_strength, floor_of
 from tff_shadow.shadow import SaliencyConfig
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 from tff_shadow.shadow.noise_keys import NOISE_KEY
@@ -68,10 +68,7 @@ class ShadowNoise:
 
   def __post_init__(self):
     """Fills the floor in; raises ValueError for settings that fit no noise."""
-    if self.floor is None:
-      object.__setattr__(self, 'floor', default_floor(self.shape))
-    if not 0.0 < self.floor < 1.0:
-      raise ValueError(f'floor must be above 0 and below 1, found {self.floor}')
+    object.__setattr__(self, 'floor', floor_of(self.shape, self.floor))
     if self.propagation not in PROPAGATIONS:
       raise ValueError(f'propagation must be one of {PROPAGATIONS}, found {self.propagation!r}')
     if self.in_images and (self.shape != 'correlated' or self.strength.is_relative):
