@@ -13,6 +13,8 @@ from attacks.checkpoints import Checkpoint, FinishedLane, read_checkpoint, write
 from attacks.config import AttackConfig
 from attacks.labels import Labels
 from attacks.local_steps import LocalSteps, local_steps
+from attacks.matching import SquaredMatching
+from attacks.noise_covariance import NoiseCovariance
 from attacks.order_search import OrderSearch, Trial
 from attacks.priors import GroupConsistency
 from attacks.results import TargetResult
@@ -75,6 +77,7 @@ def attack_observation(
   *,
   labels: Mapping[str, Sequence[int]] | None = None,
   weights: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
+  covariances: Sequence[NoiseCovariance] = (),
   orders: Mapping[str, Sequence[int]] | None = None,
   finished: Sequence[TargetResult] = (),
   on_result: Callable[[list[TargetResult]], None] | None = None,
@@ -99,6 +102,8 @@ def attack_observation(
     weights: For each target, per round and per trainable variable, what observed and simulated
       gradient are multiplied by before they are compared: 1 over the deviation of noise that was
       added to them, say. As they are by default.
+    covariances: Of the noise on the clients' gradients, one per round, in units of which observed
+      and simulated gradient are then compared; with `SquaredMatching()` alone.
     orders: `TargetResult.order` of targets where it is known; searched by default.
     finished: Results of an earlier, interrupted call; kept as they are.
     on_result: Called with all results so far whenever targets are done.
@@ -114,13 +119,19 @@ def attack_observation(
 
   Raises:
     UserError: If a target is unknown, labels do not fit, or the observation cannot be attacked.
-    ValueError: If `shared` is of other rounds.
+    ValueError: If `shared` is of other rounds, or `covariances` do not go with the rest.
     KeyboardInterrupt: On Ctrl-C, after the checkpoint is written.
   """
   observations = [observation] if isinstance(observation, Observation) else list(observation)
   shared = shared or SharedSolvers(observations, config.dtype)
   if not shared.fits(observations, config.dtype):
     raise ValueError('the shared solvers are of other rounds')
+  if covariances and (
+    weights is not None
+    or config.matching != SquaredMatching()
+    or len(covariances) != len(observations)
+  ):
+    raise ValueError('covariances of the noise, one per round, go with plain squared errors alone')
   known = Targets(observations, config, shared.simulators)
   names = list(targets) if targets else known.default_names
   chosen = [known.find(name, None if labels is None else labels[name]) for name in names]
@@ -129,6 +140,7 @@ def attack_observation(
     config,
     shared,
     weights,
+    covariances,
     orders or {},
     progress,
     checkpoint_path,
@@ -171,6 +183,7 @@ class _Attack:
     config,
     shared,
     weights,
+    covariances,
     known_orders,
     progress,
     checkpoint_path,
@@ -181,6 +194,9 @@ class _Attack:
     self._config = config
     self._shared = shared
     self._weights = weights
+    self._covariances = tuple(
+      NoiseCovariance(*(tf.constant(array, config.dtype) for array in own)) for own in covariances
+    )
     self._known_orders = known_orders
     self._progress = progress
     self._checkpoint_path = checkpoint_path
@@ -463,6 +479,7 @@ class _Attack:
       statistics=statistics,
       seeds=tf.constant(seeds),
       weights=weights,
+      covariances=self._covariances,
       prior_weights=self._prior_weights,
       orders=tf.constant(np.stack(orders), tf.int32) if orders else (),
     )

@@ -14,6 +14,7 @@ from attacks.config import AttackConfig
 from attacks.contrast import with_contrast
 from attacks.local_steps import LocalSteps
 from attacks.matching import NoMatching
+from attacks.noise_covariance import NoiseCovariance
 from attacks.optimizers import Lbfgs
 from attacks.priors import reweighted
 from attacks.rectifiers import SurrogateRectifier
@@ -63,6 +64,8 @@ class Evidence(NamedTuple):
     seeds: int32 [R, 2], of each lane's own draws.
     weights: Per view, per trainable variable: [T, ...], what both gradients are multiplied by
       before they are compared; empty to compare them as they are.
+    covariances: Per view, of the noise on its gradients, in units of which they are compared then
+      by the squared error; empty where it is not known.
     prior_weights: By the name of an image prior, a scalar in place of its weight in the config, so
       that attacks which differ in nothing else share a trace.
     orders: int32 [R, M], the images that the local steps of the first view train on one after
@@ -75,6 +78,7 @@ class Evidence(NamedTuple):
   statistics: Any
   seeds: tf.Tensor
   weights: Any = ()
+  covariances: Sequence[NoiseCovariance] = ()
   prior_weights: Mapping[str, tf.Tensor] = {}
   orders: Any = ()
 
@@ -341,7 +345,10 @@ class Solver:
         weights = [tensor[target] for tensor in evidence.weights[view]]
         simulated = [tensor * w for tensor, w in zip(simulated, weights, strict=True)]
         observed = [tensor * w for tensor, w in zip(observed, weights, strict=True)]
-      losses.append(config.matching(simulated, observed))
+      if evidence.covariances:
+        losses.append(evidence.covariances[view].mahalanobis(simulated, observed))
+      else:
+        losses.append(config.matching(simulated, observed))
     penalty = tf.add_n(penalties) / len(penalties) if penalties else tf.zeros((), images.dtype)
     return tf.add_n(losses) / len(losses), penalty
 

@@ -24,10 +24,13 @@ from attacks.adaptive.learned_inversion import (
   LabelReader,
   LearnedInversion,
 )
+from attacks.adaptive.played_noise import has_public_covariance, played_covariance
 from attacks.adaptive.players import AttackersShadow, Equipment, example_clip_norm
 from attacks.adaptive.simulated_defense import simulate_round
+from attacks.adaptive.simulated_updates import SimulatedClients
 from attacks.config import AttackConfig
 from attacks.local_steps import local_steps
+from attacks.noise_covariance import NoiseCovariance
 from attacks.priors import GaussianImages
 from attacks.results import TargetResult
 from attacks.shared_solvers import SharedSolvers
@@ -41,6 +44,8 @@ from tff_shadow.shadow.augmentation import augment
 
 # Without them the covariance of a hundred images is mostly shrinkage.
 _PRIOR_DRAWS = 2000
+# Of the noise, for its covariance.
+_NOISE_DRAWS = 400
 # Settings are chosen for so many kinds of clients; each takes as long as the first.
 _MAX_KINDS = 3
 
@@ -278,6 +283,7 @@ class AdaptiveAttacker:
       for view, seen in enumerate(observations)
     ]
     learned = self._trained_inversion(observations, like, name, shared)
+    covariances = self._covariances(observations, like, name)
     total = len(candidates_for(observations[0], config))
     with self._watch(f'{name}: {total} settings on public images', total) as update:
       trials = calibrate(
@@ -287,6 +293,7 @@ class AdaptiveAttacker:
         learned,
         progress=lambda done, best: update(done, f'best {best.region_psnr:.1f} dB'),
         shared=shared,
+        covariances=covariances,
       )
     everyone = (*group.clients, *group.others)
     maps_known = [dict.fromkeys(everyone, simulated[0].mean_map)]
@@ -308,7 +315,15 @@ class AdaptiveAttacker:
           if names:
             own = {client: maps[client] for client in names}
             results += attack_calibrated(
-              observations, chosen, config, denoiser, own, network, made_before, shared
+              observations,
+              chosen,
+              config,
+              denoiser,
+              own,
+              network,
+              made_before,
+              shared,
+              covariances,
             )
         calibration = Calibration(trial, count, like, group.others)
         made.append(AdaptiveAttack((calibration,), results))
@@ -333,6 +348,25 @@ class AdaptiveAttacker:
           self._directory,
         )
     return self._denoiser
+
+  def _covariances(
+    self, observations: Sequence[Observation], like: ClientObservation, name: str
+  ) -> list[NoiseCovariance]:
+    """Of the noise in each round; none where it is not the same for all clients."""
+    if not has_public_covariance(observations[0]):
+      return []
+    clients = SimulatedClients(
+      self._learned, like, _NOISE_DRAWS, self._effort.augmentations, self._config.seed
+    )
+    found = []
+    with self._watch(f'{name}: covariance of the noise', len(observations)) as update:
+      for view, seen in enumerate(observations):
+        own = played_covariance(seen, like, clients, self._equipment, is_first=not view)
+        if own is None:
+          return []
+        found.append(own)
+        update(view + 1, f'{len(own.ratios)} directions')
+    return found
 
   def _trained_inversion(
     self,

@@ -20,6 +20,7 @@ from attacks.adaptive.weightings import WEIGHTINGS, weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, Matching, SquaredMatching
+from attacks.noise_covariance import NoiseCovariance
 from attacks.priors import reweighted
 from attacks.results import TargetResult
 from attacks.scoring.assignment import in_order
@@ -47,12 +48,15 @@ class Candidate:
       rule; noise of ratio r to the update asks for r^2 / (1 + r^2).
     weighting: What is compared: 'none' for all entries alike, or one of `WEIGHTINGS`. What that
       has to guess follows from what the first candidate has reconstructed.
+    knows_covariance: Whether updates are compared in units of the noise, whose covariance is the
+      same for all clients.
   """
 
   matching: Matching
   tv_weight: float
   weighting: str = _UNWEIGHTED
   gaussian_weight: float = 0.0
+  knows_covariance: bool = False
 
   @property
   def needs_guess(self) -> bool:
@@ -65,6 +69,8 @@ class Candidate:
       parts.append(f'tv {self.tv_weight:g}')
     if self.gaussian_weight:
       parts.append(f'Gaussian prior {self.gaussian_weight:g}')
+    if self.knows_covariance:
+      parts.append('in units of the noise')
     return ' '.join(parts if self.weighting == _UNWEIGHTED else [*parts, self.weighting])
 
 
@@ -88,6 +94,12 @@ MORE_CANDIDATES = {
   'diagonal': (
     Candidate(SquaredMatching(), 5.0, 'deviations'),
     Candidate(SquaredMatching(), 5.0, 'low_noise'),
+  ),
+  # The noise fills the directions in which images differ most.
+  'decoy': (
+    Candidate(SquaredMatching(), 1.5, knows_covariance=True),
+    Candidate(SquaredMatching(), 0.0, gaussian_weight=0.2, knows_covariance=True),
+    Candidate(SquaredMatching(), 0.0, gaussian_weight=1.0, knows_covariance=True),
   ),
   'top_k': (
     Candidate(_BALANCED, 0.15, 'nonzero'),
@@ -159,6 +171,7 @@ def calibrate(
   candidates: Sequence[Candidate] | None = None,
   progress: Callable[[int, Trial], None] = lambda done, best: None,
   shared: SharedSolvers | None = None,
+  covariances: Sequence[NoiseCovariance] = (),
 ) -> list[Trial]:
   """Tries all candidates, with all levels of denoising and all shares of the learned inversion.
 
@@ -172,6 +185,7 @@ def calibrate(
     candidates: `candidates_for` the round by default.
     progress: Called after each candidate with their number and the best trial so far.
     shared: Solvers for these rounds.
+    covariances: Of the noise, one per round, without which no candidate that knows it is tried.
 
   Returns:
     All trials, the best first.
@@ -188,12 +202,16 @@ def calibrate(
   candidates = candidates or candidates_for(observations[0], config)
   if config.gaussian_images is None:
     candidates = [candidate for candidate in candidates if not candidate.gaussian_weight]
+  if not covariances:
+    candidates = [candidate for candidate in candidates if not candidate.knows_covariance]
   for done, candidate in enumerate(candidates):
     results: list[TargetResult] = []
     for knows_region in (False, True):
       maps = simulated.maps if knows_region else dict.fromkeys(simulated.maps, simulated.mean_map)
       if not results or candidate.needs_guess:
-        results = _invert(observations, candidate, config, first, maps, shared, controls=False)
+        results = _invert(
+          observations, candidate, config, first, maps, shared, covariances, controls=False
+        )
         guesses = guesses or _learned_images(observations, results, learned)
       for level in LEVELS if denoiser else LEVELS[:1]:
         found = [_denoised(own, level, denoiser, maps[own.target]) for own in results]
@@ -219,6 +237,7 @@ def attack_calibrated(
   learned: LearnedInversion | None = None,
   earlier: dict[Candidate, list[TargetResult]] | None = None,
   shared: SharedSolvers | None = None,
+  covariances: Sequence[NoiseCovariance] = (),
 ) -> list[TargetResult]:
   """Attacks clients as `trial` did.
 
@@ -235,6 +254,7 @@ def attack_calibrated(
     earlier: Takes inversions that do not depend on the maps, and gives them to another call on the
       same round.
     shared: Solvers for these rounds.
+    covariances: As there.
 
   Returns:
     One result per client in `maps`. One that is told the region maps has a control more than every
@@ -248,9 +268,9 @@ def attack_calibrated(
   def invert(candidate: Candidate) -> list[TargetResult]:
     if candidate.needs_guess:
       first = invert(_in_proportion(CANDIDATES[0], config))
-      return _invert(observations, candidate, config, first, maps, shared)
+      return _invert(observations, candidate, config, first, maps, shared, covariances)
     if candidate not in earlier:
-      earlier[candidate] = _invert(observations, candidate, config, [], maps, shared)
+      earlier[candidate] = _invert(observations, candidate, config, [], maps, shared, covariances)
     return earlier[candidate]
 
   results = invert(trial.candidate)
@@ -290,6 +310,7 @@ def _invert(
   first: Sequence[TargetResult],
   maps: Mapping[str, np.ndarray],
   shared: SharedSolvers,
+  covariances: Sequence[NoiseCovariance] = (),
   *,
   controls: bool = True,
 ) -> list[TargetResult]:
@@ -319,6 +340,7 @@ def _invert(
     config,
     list(maps),
     weights=weights,
+    covariances=covariances if candidate.knows_covariance else (),
     orders={own.target: own.order for own in first if own.order is not None},
     controls=controls,
     shared=shared,

@@ -19,7 +19,7 @@ from tff_shadow.observations import ClientObservation, Observation, Truth, Weigh
 from tff_shadow.shadow.augmentation import augment
 
 # Of the updates that directions are taken from: 1 GiB of float32.
-_MAX_BASIS_ENTRIES = 2**28
+MAX_BASIS_ENTRIES = 2**28
 # An entry without any noise counts as one with this share of the mean variance.
 _LEAST_NOISE = 1e-2
 # Directions of less energy than this share of the largest are rounding.
@@ -72,7 +72,7 @@ class SimulatedClients:
     self._augmentations = augmentations
     self.seed = seed
     entries = sum(array.size for array in like.update.trainable)
-    self._chunk = min(_CHUNK, max(1, _MAX_BASIS_ENTRIES // 8 // entries))
+    self._chunk = min(_CHUNK, max(1, MAX_BASIS_ENTRIES // 8 // entries))
 
   def __len__(self) -> int:
     return len(self._chosen)
@@ -168,14 +168,14 @@ class SimulatedUpdates:
         if shown is not None and (kind == 'defended' or not draws_noise):
           left = num_defended - len(self.shown)
           self.shown += map(shown, itertools.islice(sent.values(), left))
-        yield np.concatenate([_flat(update) for update in sent.values()])
+        yield np.concatenate([flat(update) for update in sent.values()])
         done += len(truths)
         progress(done / len(clients), f'{kind} clients')
 
     clean = play('clean', len(clients))
     defended = play('defended', num_defended) if draws_noise else iter(())
     first = next(clean)
-    num_basis = min(num_basis, len(clients), max(3, _MAX_BASIS_ENTRIES // first.shape[1]))
+    num_basis = min(num_basis, len(clients), max(3, MAX_BASIS_ENTRIES // first.shape[1]))
     basis = _at_least(num_basis, first, clean)
     sent = basis[:0]
     if draws_noise:
@@ -207,7 +207,7 @@ class SimulatedUpdates:
 
   def features_of(self, update: WeightArrays) -> np.ndarray:
     """[k], what is seen of a client's update."""
-    return self._features(_flat(update))[0]
+    return self._features(flat(update))[0]
 
   def _features(self, updates: np.ndarray) -> np.ndarray:
     """[N, k] of updates [N, d]."""
@@ -228,7 +228,7 @@ def _at_least(count: int, first: np.ndarray, more: Iterator[np.ndarray]) -> np.n
   return np.concatenate(rows)
 
 
-def _flat(update: WeightArrays) -> np.ndarray:
+def flat(update: WeightArrays) -> np.ndarray:
   """[1, d], weights and statistics."""
   arrays = (*update.trainable, *(update.non_trainable or ()))
   return np.concatenate([np.ravel(array) for array in arrays]).astype(np.float32)[None]

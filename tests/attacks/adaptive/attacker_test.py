@@ -9,7 +9,7 @@ from attacks.adaptive.attacker import AdaptiveAttacker, Effort
 from attacks.adaptive.calibrated import CANDIDATES, Trial
 from attacks.config import AttackConfig
 from attacks.presets import PRESETS
-from tests.attacks.adaptive.simulated_defense_test import _public
+from tests.attacks.adaptive.simulated_defense_test import _defended, _public
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.errors import UserError
 from tff_shadow.learning import DpSgd
@@ -32,9 +32,12 @@ def calls(monkeypatch):
 
   def calibrate(simulated, config, denoiser, learned, **settings):
     seen.configs.append(config)
+    seen.covariances = settings['covariances']
     return _TRIALS
 
-  def attack_calibrated(observations, trial, config, denoiser, maps, learned, earlier, shared):
+  def attack_calibrated(
+    observations, trial, config, denoiser, maps, learned, earlier, shared, covariances
+  ):
     own = learned and learned.num_images
     seen.attacked |= {name: (trial.learned_share, own) for name in maps}
     return [types.SimpleNamespace(target=name) for name in maps]
@@ -85,6 +88,15 @@ def test_of_one_kind_nothing_is_said_of_kinds(calls):
   clipped = dataclasses.replace(observation, defense=DpSgd(3.0, 0.1).public_settings())
   assert 'It clips the gradient of each image that it tries at 3.0' in ' '.join(made.knows(clipped))
   assert calls.configs[0].start == AttackConfig().start
+
+
+def test_the_covariance_of_decoy_noise_is_played(calls):
+  observation = _defended(_round(1, 1), 'decoy', 'scale', 1.0, decoys=4)
+  _attack(observation)
+  (covariance,) = calls.covariances
+  assert len(covariance.ratios)
+  _attack(_round(1, 1))
+  assert calls.covariances == []
 
 
 def test_clients_of_rare_kinds_are_attacked_without_what_was_learned_of_others(calls):

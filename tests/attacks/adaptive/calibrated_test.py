@@ -12,12 +12,14 @@ from attacks.adaptive.calibrated import (
   calibrate,
   candidates_for,
 )
+from attacks.adaptive.players import Equipment
 from attacks.adaptive.simulated_defense import simulate_round
 from attacks.adaptive.weightings import weights_of
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.local_steps import local_steps
 from attacks.matching import CosineMatching, SquaredMatching
+from attacks.noise_covariance import NoiseCovariance
 from attacks.presets import PRESETS
 from attacks.priors import GaussianImages
 from attacks.shared_solvers import SharedSolvers
@@ -189,6 +191,9 @@ def test_candidates_are_those_of_the_defence(simulated):
 
   assert weightings(simulated.observation.defense) == {'none', 'deviations', 'low_noise'}
   assert weightings(TopK().public_settings()) == {'none', 'nonzero'}
+  decoy = _defended(_observed(), 'decoy', 'scale', 1.0)
+  assert weightings(decoy.defense) == {'none'}
+  assert str(candidates_for(decoy, _CONFIG)[-1]) == 'l2 Gaussian prior 1 in units of the noise'
   assert weightings(Soteria().public_settings()) == {'none', 'nonzero', 'without_last_kernel'}
   for defense in (PercentileGaussian(), DpSgd(), DpFedAvg(), Quantization()):
     assert weightings(defense.public_settings()) == {'none'}
@@ -270,3 +275,36 @@ def test_images_that_are_tried_are_clipped_as_the_clients_clip(monkeypatch):
   (best, *_) = calibrate(simulated, config, None, candidates=candidates, shared=unaware)
   attack_calibrated(simulated.observation, best, config, None, simulated.maps, shared=unaware)
   assert set(used) == {0.5}
+
+
+def test_candidates_that_know_the_covariance_are_told_it(monkeypatch):
+  observation = _defended(_observed(), 'decoy', 'scale', 0.1, decoys=8)
+  simulated = simulate_round(
+    observation,
+    observation.clients[0],
+    _public(),
+    num_clients=2,
+    seed=1,
+    equipment=Equipment(decoys=_public()),
+  )
+  told = []
+  real = calibrated.attack_observation
+
+  def attack(*arguments, covariances, **settings):
+    told.append(covariances)
+    return real(*arguments, covariances=covariances, **settings)
+
+  monkeypatch.setattr(calibrated, 'attack_observation', attack)
+  config = dataclasses.replace(_CONFIG, iterations=2)
+  plain = Candidate(SquaredMatching(), 1.5)
+  knowing = dataclasses.replace(plain, knows_covariance=True)
+  size = sum(array.size for array in observation.clients[0].update.trainable)
+  known = [NoiseCovariance(np.eye(size, 2, dtype=np.float32), np.full(2, 9, np.float32))]
+  tried = calibrate(simulated, config, None, candidates=[plain, knowing], covariances=known)
+  assert {trial.candidate for trial in tried} == {plain, knowing}
+  assert told == [(), known]
+  trial = next(trial for trial in tried if trial.candidate == knowing)
+  attack_calibrated(simulated.observation, trial, config, None, simulated.maps, covariances=known)
+  assert told[-1] == known
+  without = calibrate(simulated, config, None, candidates=[plain, knowing])
+  assert {trial.candidate for trial in without} == {plain}

@@ -1,0 +1,72 @@
+"""The covariance of noise that is the same whoever sends it, from clients that are played."""
+
+import dataclasses
+
+import numpy as np
+
+from attacks.adaptive.players import Equipment, build_player
+from attacks.adaptive.simulated_defense import noise_key, simulated_steps
+from attacks.adaptive.simulated_updates import MAX_BASIS_ENTRIES, SimulatedClients, flat
+from attacks.noise_covariance import NoiseCovariance
+from tff_shadow.observations import ClientObservation, Observation
+
+# Of the energy, in place of what the defence has: the draws are then of its shaped part alone.
+_NO_FLOOR = 1e-6
+
+
+def has_public_covariance(observation: Observation) -> bool:
+  """Whether whoever plays the defence knows the covariance of the noise on every update.
+
+  Decoy noise is made of public images. That of diagonal and correlated noise depends on the
+  client's own, and white noise has none that a squared error does not know.
+  """
+  return observation.defense.get('shape') == 'decoy'
+
+
+def played_covariance(
+  observation: Observation,
+  like: ClientObservation,
+  clients: SimulatedClients,
+  equipment: Equipment,
+  *,
+  is_first: bool,
+) -> NoiseCovariance | None:
+  """Of the noise on the trainable entries of what a client sends.
+
+  Args:
+    observation: A round under a defence that `has_public_covariance`.
+    like: Whose steps the clients take.
+    clients: On each of them noise is drawn once; on fewer for large models.
+    equipment: With which the defence is played.
+    is_first: See `simulate_round`.
+
+  Returns:
+    None if no noise was drawn.
+
+  Raises:
+    UserError: If the defence cannot be played.
+  """
+  floor = observation.defense['floor']
+  shares_statistics = bool(like.update.non_trainable)
+  clean, noised = (
+    build_player(dataclasses.replace(observation, defense=defense), shares_statistics, equipment)
+    for defense in ({'name': 'none'}, {**observation.defense, 'floor': _NO_FLOOR})
+  )
+  entries = sum(array.size for array in like.update.trainable)
+  count = min(len(clients), max(3, MAX_BASIS_ENTRIES // entries))
+  draws, variances = [], []
+  for truths in clients.chunks(count):
+    named = {str(number): truth for number, truth in truths.items()}
+    keys = {str(number): noise_key(observation, clients.seed, number) for number in truths}
+    steps = {
+      str(number): simulated_steps(observation, like, clients.seed, number, is_first)
+      for number in truths
+    }
+    plain = clean.updates(named, steps, keys)
+    for name, update in noised.updates(named, steps, keys).items():
+      noise = flat(update) - flat(plain[name])
+      draws.append(noise[:, :entries])
+      # Statistics have their share of the floor.
+      variances.append(np.mean(np.square(noise, dtype=np.float64)))
+  variance = floor / (1 - floor) * float(np.mean(variances))
+  return NoiseCovariance.fitted(np.concatenate(draws), variance) if variance > 0 else None

@@ -1,0 +1,64 @@
+"""Noise whose covariance an attacker knows, and the squared error in units of it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+# Directions along which there is less than so much more noise than elsewhere count as the others.
+_LEAST_EXCESS = 0.25
+# Every direction costs as much as reading the gradient once more.
+_MOST_DIRECTIONS = 128
+
+
+class NoiseCovariance(NamedTuple):
+  """Of noise that is independent and alike in all entries of a gradient, but for some directions.
+
+  Attributes:
+    directions: float32 [d, r], orthonormal; the entries are those of all trainable variables, one
+      variable after another.
+    ratios: float32 [r], the variance along each over that along all others; at least 1.
+  """
+
+  directions: np.ndarray
+  ratios: np.ndarray
+
+  @classmethod
+  def fitted(cls, draws: np.ndarray, variance: float) -> 'NoiseCovariance':
+    """Of the sum of noise like `draws` and white noise.
+
+    Args:
+      draws: [N, d], of mean zero.
+      variance: Of each entry of the white noise; above 0.
+
+    Raises:
+      ValueError: If the variance is not above 0.
+    """
+    if not variance > 0:
+      raise ValueError(f'variance must be above 0, found {variance}')
+    # By products of draws, of which there are far fewer than entries.
+    blocks = np.array_split(draws, 1 + draws.shape[1] // 4096, axis=1)
+    products = sum(own @ own.T for own in (block.astype(np.float64) for block in blocks))
+    energies, vectors = np.linalg.eigh(products)
+    kept = np.argsort(-energies)[:_MOST_DIRECTIONS]
+    kept = kept[energies[kept] / len(draws) > _LEAST_EXCESS * variance]
+    directions = draws.T @ (vectors[:, kept] / np.sqrt(energies[kept])).astype(np.float32)
+    ratios = 1 + energies[kept] / len(draws) / variance
+    return cls(directions.astype(np.float32), ratios.astype(np.float32))
+
+  def mahalanobis(self, simulated: Sequence[tf.Tensor], observed: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns |simulated - observed|^2 / |observed|^2, of the norm |v|^2 = v' covariance^-1 v.
+
+    `SquaredMatching` in units of the noise; beside a Gaussian prior the exponent of the posterior
+    of an attacker who knows the noise.
+    """
+    given = tf.concat([tf.reshape(tensor, [-1]) for tensor in observed], axis=0)
+    tried = tf.concat([tf.reshape(tensor, [-1]) for tensor in simulated], axis=0)
+    return self._squared(tried - given) / self._squared(given)
+
+  def _squared(self, vector: tf.Tensor) -> tf.Tensor:
+    """`vector` [d] in units of the noise along most directions."""
+    along = tf.linalg.matvec(tf.cast(self.directions, vector.dtype), vector, transpose_a=True)
+    shares = tf.cast(1 - 1 / self.ratios, vector.dtype)
+    return tf.reduce_sum(tf.square(vector)) - tf.reduce_sum(shares * tf.square(along))
