@@ -27,7 +27,7 @@ from attacks.adaptive.learned_inversion import (
 from attacks.adaptive.played_noise import has_public_covariance, played_covariance
 from attacks.adaptive.players import AttackersShadow, Equipment, example_clip_norm
 from attacks.adaptive.simulated_defense import simulate_round
-from attacks.adaptive.simulated_updates import SimulatedClients
+from attacks.adaptive.simulated_updates import MAX_BASIS_ENTRIES, SimulatedClients
 from attacks.config import AttackConfig
 from attacks.local_steps import local_steps
 from attacks.noise_covariance import NoiseCovariance
@@ -355,8 +355,10 @@ class AdaptiveAttacker:
     """Of the noise in each round; none where it is not the same for all clients."""
     if not has_public_covariance(observations[0]):
       return []
+    entries = sum(array.size for array in like.update.trainable) * len(observations)
+    count = max(3, min(_NOISE_DRAWS, MAX_BASIS_ENTRIES // entries))
     clients = SimulatedClients(
-      self._learned, like, _NOISE_DRAWS, self._effort.augmentations, self._config.seed
+      self._learned, like, count, self._effort.augmentations, self._config.seed
     )
     found = []
     with self._watch(f'{name}: covariance of the noise', len(observations)) as update:

@@ -6,7 +6,7 @@ import numpy as np
 
 from attacks.adaptive.players import Equipment, build_player
 from attacks.adaptive.simulated_defense import noise_key, simulated_steps
-from attacks.adaptive.simulated_updates import MAX_BASIS_ENTRIES, SimulatedClients, flat
+from attacks.adaptive.simulated_updates import SimulatedClients, flat
 from attacks.noise_covariance import NoiseCovariance
 from tff_shadow.observations import ClientObservation, Observation
 
@@ -36,7 +36,7 @@ def played_covariance(
   Args:
     observation: A round under a defence that `has_public_covariance`.
     like: Whose steps the clients take.
-    clients: On each of them noise is drawn once; on fewer for large models.
+    clients: On each of them noise is drawn once, and all draws are kept in memory.
     equipment: With which the defence is played.
     is_first: See `simulate_round`.
 
@@ -53,9 +53,8 @@ def played_covariance(
     for defense in ({'name': 'none'}, {**observation.defense, 'floor': _NO_FLOOR})
   )
   entries = sum(array.size for array in like.update.trainable)
-  count = min(len(clients), max(3, MAX_BASIS_ENTRIES // entries))
   draws, variances = [], []
-  for truths in clients.chunks(count):
+  for truths in clients.chunks(len(clients)):
     named = {str(number): truth for number, truth in truths.items()}
     keys = {str(number): noise_key(observation, clients.seed, number) for number in truths}
     steps = {
