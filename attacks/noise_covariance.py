@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from attacks.principal_directions import principal_directions
+
 # Directions along which there is less than so much more noise than elsewhere count as the others.
 _LEAST_EXCESS = 0.25
 # Every direction costs as much as reading the gradient once more; a hundred at most stand out of a
@@ -38,15 +40,10 @@ class NoiseCovariance(NamedTuple):
     """
     if not variance > 0:
       raise ValueError(f'variance must be above 0, found {variance}')
-    # By products of draws, of which there are far fewer than entries.
-    blocks = np.array_split(draws, 1 + draws.shape[1] // 4096, axis=1)
-    products = sum(own @ own.T for own in (block.astype(np.float64) for block in blocks))
-    energies, vectors = np.linalg.eigh(products)
-    kept = np.argsort(-energies)[:_MOST_DIRECTIONS]
-    kept = kept[energies[kept] / len(draws) > _LEAST_EXCESS * variance]
-    directions = draws.T @ (vectors[:, kept] / np.sqrt(energies[kept])).astype(np.float32)
-    ratios = 1 + energies[kept] / len(draws) / variance
-    return cls(directions.astype(np.float32), ratios.astype(np.float32))
+    directions, energies = principal_directions(draws, _MOST_DIRECTIONS)
+    excess = energies / len(draws) / variance
+    kept = excess > _LEAST_EXCESS
+    return cls(directions[:, kept], (1 + excess[kept]).astype(np.float32))
 
   def mahalanobis(self, simulated: Sequence[tf.Tensor], observed: Sequence[tf.Tensor]) -> tf.Tensor:
     """Returns |simulated - observed|^2 / |observed|^2, of the norm |v|^2 = v' covariance^-1 v.

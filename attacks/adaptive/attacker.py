@@ -46,6 +46,7 @@ from tff_shadow.shadow.augmentation import augment
 _PRIOR_DRAWS = 2000
 # Of the noise, for its covariance.
 _NOISE_DRAWS = 400
+_CLIPPING = 'It clips the gradient of each image that it tries at {}, as clients do.'
 # Settings are chosen for so many kinds of clients; each takes as long as the first.
 _MAX_KINDS = 3
 
@@ -161,13 +162,14 @@ class AdaptiveAttack(NamedTuple):
         )
     published = observation.defense['name'] == 'published'
     clip_norm = example_clip_norm(observation.defense)
-    clipping = f'It clips the gradient of each image that it tries at {clip_norm}, as clients do.'
     return (
       'It is an honest-but-curious server that knows the defence with all its settings, and not its'
       ' keys.',
       *facts,
       regions,
-      *([clipping] if clip_norm else []),
+      *(
+        [f'It clips the gradient of each image that it tries at {clip_norm}.'] if clip_norm else []
+      ),
       *(['It plays their shadows with a generator that it has.'] if published else []),
     )
 

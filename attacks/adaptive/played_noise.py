@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 
 from attacks.adaptive.players import Equipment, build_player
-from attacks.adaptive.simulated_defense import noise_key, simulated_steps
 from attacks.adaptive.simulated_updates import SimulatedClients, flat
 from attacks.noise_covariance import NoiseCovariance
 from tff_shadow.observations import ClientObservation, Observation
@@ -54,15 +53,9 @@ def played_covariance(
   )
   entries = sum(array.size for array in like.update.trainable)
   draws, variances = [], []
-  for truths in clients.chunks(len(clients)):
-    named = {str(number): truth for number, truth in truths.items()}
-    keys = {str(number): noise_key(observation, clients.seed, number) for number in truths}
-    steps = {
-      str(number): simulated_steps(observation, like, clients.seed, number, is_first)
-      for number in truths
-    }
-    plain = clean.updates(named, steps, keys)
-    for name, update in noised.updates(named, steps, keys).items():
+  for some in clients.in_round(observation, like, len(clients), is_first):
+    plain = clean.updates(*some)
+    for name, update in noised.updates(*some).items():
       noise = flat(update) - flat(plain[name])
       draws.append(noise[:, :entries])
       # Statistics have their share of the floor.

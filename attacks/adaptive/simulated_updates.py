@@ -14,6 +14,8 @@ import tensorflow as tf
 
 from attacks.adaptive.players import Equipment, build_player, without_noise
 from attacks.adaptive.simulated_defense import noise_key, simulated_steps
+from attacks.local_steps import LocalSteps
+from attacks.principal_directions import principal_directions
 from tff_shadow.data import Examples
 from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
 from tff_shadow.shadow.augmentation import augment
@@ -22,8 +24,6 @@ from tff_shadow.shadow.augmentation import augment
 MAX_BASIS_ENTRIES = 2**28
 # An entry without any noise counts as one with this share of the mean variance.
 _LEAST_NOISE = 1e-2
-# Directions of less energy than this share of the largest are rounding.
-_LEAST_ENERGY = 1e-9
 # Of the logarithms of norms that are the same but for rounding.
 _LEAST_DEVIATION = 1e-3
 # Clients that are played at a time; fewer for large models.
@@ -100,6 +100,27 @@ class SimulatedClients:
         for number, own in zip(numbers, varied, strict=False)
       }
 
+  def in_round(
+    self, observation: Observation, like: ClientObservation, count: int, is_first: bool
+  ) -> Iterator[tuple[dict[str, Truth], dict[str, LocalSteps], dict[str, tuple[int, int]]]]:
+    """What `Player.updates` takes of the first `count`, some at a time.
+
+    Args:
+      observation: The round.
+      like: Whose steps they take.
+      count: See above.
+      is_first: See `simulate_round`.
+    """
+    for truths in self.chunks(count):
+      yield (
+        {str(number): truth for number, truth in truths.items()},
+        {
+          str(number): simulated_steps(observation, like, self.seed, number, is_first)
+          for number in truths
+        },
+        {str(number): noise_key(observation, self.seed, number) for number in truths},
+      )
+
 
 class SimulatedUpdates:
   """Of one round.
@@ -157,19 +178,13 @@ class SimulatedUpdates:
 
     def play(kind: str, count: int) -> Iterator[np.ndarray]:
       done = 0
-      for truths in clients.chunks(count):
-        named = {str(number): truth for number, truth in truths.items()}
-        keys = {str(number): noise_key(observation, clients.seed, number) for number in truths}
-        steps = {
-          str(number): simulated_steps(observation, like, clients.seed, number, is_first)
-          for number in truths
-        }
-        sent = players[kind].updates(named, steps, keys)
+      for some in clients.in_round(observation, like, count, is_first):
+        sent = players[kind].updates(*some)
         if shown is not None and (kind == 'defended' or not draws_noise):
           left = num_defended - len(self.shown)
           self.shown += map(shown, itertools.islice(sent.values(), left))
         yield np.concatenate([flat(update) for update in sent.values()])
-        done += len(truths)
+        done += len(sent)
         progress(done / len(clients), f'{kind} clients')
 
     clean = play('clean', len(clients))
@@ -188,10 +203,7 @@ class SimulatedUpdates:
     del differences
     self._center = basis.mean(axis=0)
     scaled = (basis - self._center) * self._scale
-    energies, vectors = np.linalg.eigh(_products(scaled))
-    kept = np.argsort(-energies)[:num_features]
-    kept = kept[energies[kept] > _LEAST_ENERGY * energies.max()]
-    self._projection = scaled.T @ (vectors[:, kept] / np.sqrt(energies[kept])).astype(np.float32)
+    self._projection, _ = principal_directions(scaled, num_features)
     del scaled
     parts = [(self._features(own), _log_norms(own)) for own in (basis, *clean)]
     self.clean, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -212,12 +224,6 @@ class SimulatedUpdates:
   def _features(self, updates: np.ndarray) -> np.ndarray:
     """[N, k] of updates [N, d]."""
     return (updates - self._center) * self._scale @ self._projection
-
-
-def _products(rows: np.ndarray) -> np.ndarray:
-  """Inner products [N, N] of rows [N, d] in float64, some columns at a time."""
-  blocks = np.array_split(rows, 1 + rows.shape[1] // 4096, axis=1)
-  return sum(block @ block.T for block in (own.astype(np.float64) for own in blocks))
 
 
 def _at_least(count: int, first: np.ndarray, more: Iterator[np.ndarray]) -> np.ndarray:
