@@ -9,12 +9,13 @@ entries at once.
 The network sees what `attacks.adaptive.simulated_updates` keeps of an update. To that of undefended
 updates the noise is added anew in every step, with the mean and the covariance that it has in
 simulated defended ones, louder where the update is longer if it is so there; few of these are
-enough, and the network cannot learn them by heart. Of clients whose images it has not seen follows
-when it was at its best. What an image does to a gradient depends on its
-label, most plainly by its sign, and the label is easily inferred: there is a linear estimate for
-each label, or combination of labels in a batch, to begin with. Strong noise hides labels too, so
-the network is trained with labels that are taken for others as often as those of simulated defended
-clients are.
+enough, and the network cannot learn them by heart. Where it is so, the norm of what a client sends
+tells that of its gradient, however strong the noise is, and the network sees that too. Of clients
+whose images it has not seen follows when it was at its best. What an image does to a gradient
+depends on its label, most plainly by its sign, and the label is easily inferred: there is a linear
+estimate for each label, or combination of labels in a batch, to begin with. Strong noise hides
+labels too, so the network is trained with labels that are taken for others as often as those of
+simulated defended clients are.
 """
 
 import dataclasses
@@ -168,9 +169,16 @@ class LearnedInversion:
     self._mean = clean.mean(axis=0)
     _, _, directions = np.linalg.svd(clean - self._mean, full_matrices=False)
     self._directions = directions[: settings.features].T.astype(np.float32)
+    clean = (clean - self._mean) @ self._directions
+    norms = np.concatenate([own.norms for own in self._rounds], axis=1)
+    errors = np.concatenate([own.norm_errors[: len(noise)] for own in self._rounds], axis=1)
+    # As large as what is seen best: they stand out of what is taken for chance.
+    self._mean_norms = norms.mean(axis=0)
+    self._norm_unit = (clean[:, 0].std() or 1.0) / norms.std(axis=0)
     self._train(
-      (clean - self._mean) @ self._directions,
+      np.concatenate([clean, (norms - self._mean_norms) * self._norm_unit], axis=1),
       noise @ self._directions,
+      errors * self._norm_unit,
       np.mean([own.loudness for own in self._rounds], axis=0),
       clients.images(),
       self._kinds.as_inferred(clients.labels, inferred, settings.seed),
@@ -190,24 +198,29 @@ class LearnedInversion:
       updates: What it sent in each round; of a client that `fits`.
       labels: Of its images, in any order, as far as they are known.
     """
-    features = np.concatenate(
-      [own.features_of(update) for own, update in zip(self._rounds, updates, strict=True)]
+    sent = list(zip(self._rounds, updates, strict=True))
+    features = np.concatenate([own.features_of(update) for own, update in sent])
+    norms = np.concatenate([own.norms_of(update) for own, update in sent])
+    seen = np.concatenate(
+      [(features - self._mean) @ self._directions, (norms - self._mean_norms) * self._norm_unit]
     )
     kind = self._kinds.index(labels)
-    seen = ((features - self._mean) @ self._directions - self._centers[kind]) / self._scale
+    seen = (seen - self._centers[kind]) / self._scale
     inputs = (tf.constant(seen[None], tf.float32), tf.constant([kind]))
     coefficients = self._network(inputs, training=False).numpy()[0]
     images = self._mean_images[kind] + coefficients @ self._components
     images = images.reshape(self._like.num_images, *self._image_shape)
     return np.clip(images, 0, 1).astype(np.float32)
 
-  def _train(self, clean, noise, loudness, images, kinds, held_out, progress) -> None:
+  def _train(self, clean, noise, norm_errors, loudness, images, kinds, held_out, progress) -> None:
     """Of N simulated clients.
 
     Args:
-      clean: [N, k], what is seen of their undefended updates.
+      clean: [N, k + c], what is seen of their undefended updates, and what the norms of defended
+        ones are expected to be.
       noise: [n, k], by how much the defended ones of the first n differ.
-      loudness: [N], of the noise.
+      norm_errors: [n, c], by how much their norms do.
+      loudness: [N], of the noise, not of the errors.
       images: [N, D].
       kinds: int [N], of their labels as they are inferred.
       held_out: bool [N], who is not trained on.
@@ -215,8 +228,17 @@ class LearnedInversion:
     """
     settings = self._settings
     noise = noise / loudness[: len(noise), None]
-    mean_noise = noise.mean(axis=0)
-    covariance = ledoit_wolf(noise)[0] if noise.any() else np.zeros((noise.shape[1],) * 2)
+    num_norms = norm_errors.shape[1]
+    mean_noise = np.append(noise.mean(axis=0), np.zeros(num_norms))
+    covariance = np.zeros((clean.shape[1],) * 2)
+    if noise.any():
+      covariance[: noise.shape[1], : noise.shape[1]] = ledoit_wolf(noise)[0]
+    if num_norms:
+      covariance[-num_norms:, -num_norms:] = norm_errors.T @ norm_errors / len(norm_errors)
+    loudness = np.concatenate(
+      [np.repeat(loudness[:, None], noise.shape[1], axis=1), np.ones((len(clean), num_norms))],
+      axis=1,
+    )
     own = [kinds == kind for kind in range(len(self._kinds))]
     # What is never inferred stands for nothing in particular.
     groups = [group if group.any() else np.ones_like(group) for group in own]
@@ -244,7 +266,7 @@ class LearnedInversion:
         clean,
         mean_noise,
         _root(covariance),
-        loudness[:, None],
+        loudness,
         self._scale,
         coefficients,
       )

@@ -1,7 +1,8 @@
 """Many clients of public images, simulated without and with a defence, and what is seen of them.
 
 What is seen of an update is its projection on the leading directions in which undefended updates of
-public images differ, each entry in units of the noise: for white noise a matched filter.
+public images differ, each entry in units of the noise: for white noise a matched filter. And, where
+noise is as loud as the update is long, its norm, which many entries of noise tell exactly.
 """
 
 import dataclasses
@@ -26,6 +27,8 @@ MAX_BASIS_ENTRIES = 2**28
 _LEAST_NOISE = 1e-2
 # Of the logarithms of norms that are the same but for rounding.
 _LEAST_DEVIATION = 1e-3
+# Of how the norms of what is sent vary, so much has to follow from those without noise.
+_LEAST_EXPLAINED = 0.1
 # Clients that are played at a time; fewer for large models.
 _CHUNK = 64
 # Of the images, and of the clients.
@@ -131,6 +134,9 @@ class SimulatedUpdates:
     noise: [defended clients, k], by how much defended ones differ from them.
     loudness: [clients], of the noise of each, as far as it follows from the norm of the update;
       the geometric mean is 1.
+    norms: [clients, c], the logarithm of the norm of the defended update, as far as it follows from
+      that of the update without noise; c is 0 where it does not, and else 1.
+    norm_errors: [defended clients, c], by how much it differs.
     shown: Of each defended client, what its update shows of its labels; empty for an attacker who
       is told them.
   """
@@ -208,18 +214,27 @@ class SimulatedUpdates:
     parts = [(self._features(own), _log_norms(own)) for own in (basis, *clean)]
     self.clean, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
     self.noise = np.zeros((num_defended, self.clean.shape[1]), np.float32)
+    sent_norms = norms[:0]
     if draws_noise:
-      sent = np.concatenate([self._features(own) for own in (sent, *defended)])
+      parts = [(self._features(own), _log_norms(own)) for own in (sent, *defended)]
+      sent, sent_norms = (np.concatenate(column) for column in zip(*parts, strict=True))
       self.noise = sent - self.clean[: len(sent)]
     # Noise of a ratio grows with the update, and noise of a scale does not; where clipping makes
     # all updates of one length there is nothing to tell.
     varies = is_noised and norms[:paired].std() > _LEAST_DEVIATION
     slope = np.polyfit(norms[:paired], noise_norms, 1)[0] if varies else 0.0
     self.loudness = np.exp(slope * (norms - norms.mean()))
+    self.norms = self.norm_errors = np.zeros((len(clients), 0))
+    if varies:
+      self.norms, self.norm_errors = _explained(norms, sent_norms)
 
   def features_of(self, update: WeightArrays) -> np.ndarray:
     """[k], what is seen of a client's update."""
     return self._features(flat(update))[0]
+
+  def norms_of(self, update: WeightArrays) -> np.ndarray:
+    """[c], the logarithm of a client's norm."""
+    return _log_norms(flat(update))[: self.norms.shape[1]]
 
   def _features(self, updates: np.ndarray) -> np.ndarray:
     """[N, k] of updates [N, d]."""
@@ -255,6 +270,19 @@ def _inverse_deviations(noises: np.ndarray, log_norms: np.ndarray) -> np.ndarray
   # The logarithm of a mean of N squares of a normal has the variance 2 / N.
   kept = max(0.0, 1 - 2 / len(noises) / max(logs.var(), 1e-12))
   return np.exp(-kept * logs / 2).astype(np.float32)
+
+
+def _explained(norms: np.ndarray, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """`SimulatedUpdates.norms` and `norm_errors`.
+
+  Args:
+    norms: [N], logarithms of norms without noise.
+    sent: [n], with noise, of the first n.
+  """
+  expected = np.polyval(np.polyfit(norms[: len(sent)], sent, 1), norms)[:, None]
+  errors = sent[:, None] - expected[: len(sent)]
+  count = int(errors.var() < (1 - _LEAST_EXPLAINED) * sent.var())
+  return expected[:, :count], errors[:, :count]
 
 
 def _log_norms(rows: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from attacks.adaptive.learned_inversion import (
   _Kinds,
 )
 from attacks.adaptive.players import build_player
-from attacks.adaptive.simulated_updates import _inverse_deviations
+from attacks.adaptive.simulated_updates import _inverse_deviations, flat
 from attacks.local_steps import local_steps
 from attacks.scoring.assignment import in_order
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
@@ -111,6 +111,33 @@ def test_meets_the_best_attacker_of_a_linear_model():
   guess = psnr(np.full_like(fresh, 0.5), fresh)
   assert psnr(best, fresh) > guess + 0.5  # There is something to find.
   assert psnr(found, fresh) == pytest.approx(psnr(best, fresh), abs=0.5)
+
+
+def test_noise_as_loud_as_the_update_is_long_tells_its_norm():
+  # Many entries that show the same: noise hides the image in them, and not how loud it is itself.
+  inputs = tf.keras.Input((_SIDE, _SIDE, 1))
+  seen = tf.keras.layers.Concatenate()([tf.keras.layers.Flatten()(inputs)] * 64)
+  model = tf.keras.Model(inputs, tf.keras.layers.Dense(2, kernel_initializer='zeros')(seen))
+  images, _ = _gaussian_images(2, seed=5)
+  observation = play_round(model, [(image[None], [k]) for k, image in enumerate(images)])
+  public, _ = _gaussian_images(400, seed=1)
+  settings = InversionSettings(clients=400, defended_clients=100, steps=300, width=64)
+  fresh, _ = _gaussian_images(100, seed=2)
+  labels = np.arange(100, dtype=np.int32) % 2
+  clean = np.stack([flat(update)[0] for update in _sent(observation, fresh, labels)])
+  # As loud on the whole, but the same for all.
+  deviation = 10 * np.sqrt(np.mean(np.square(clean)))
+  reached = {}
+  for kind, value in (('ratio', 10.0), ('scale', deviation)):
+    defended = _defended(observation, 'isotropic', kind, value)
+    learned = LearnedInversion([defended], defended.clients[0], _examples(public), settings)
+    found = _found(learned, [_sent(defended, fresh, labels)], labels)
+    reached[kind] = psnr(found, fresh)
+  brightness = np.broadcast_to(fresh.mean(axis=(1, 2, 3), keepdims=True), fresh.shape)
+  guess = psnr(np.full_like(fresh, 0.5), fresh)
+  assert psnr(brightness, fresh) > guess + 2  # It is what the norm tells.
+  assert reached['ratio'] > psnr(brightness, fresh) - 0.5
+  assert reached['ratio'] > reached['scale'] + 1.5
 
 
 def test_learns_from_clipped_updates_and_not_as_if_clipping_were_noise():
