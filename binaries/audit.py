@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_federated as tff
 from absl import flags
 
@@ -34,6 +35,7 @@ from attacks.audit.summary import (
   with_problems,
 )
 from attacks.report import findings, page
+from attacks.scoring.identification import Identification
 from attacks.threads import share_cores
 from binaries import command, run_directory
 from binaries.audited_bounds import bounds_of
@@ -248,7 +250,9 @@ class _Audit:
   def one_round(self, seen: Seen) -> RoundEvidence:
     observation, truth, clients = seen
     place = round_directory_name(observation.round_num)
-    made, failed, problems = self._observed(f'{place}/observed', [observation], truth, clients)
+    observed = f'{place}/observed'
+    made, failed, problems = self._observed(observed, [observation], truth, clients)
+    recognized = self._recognized(observed, [observation], truth, clients, problems)
     defended = observation.defense['name'] != 'none'
     undefended = self._undefended(seen, f'{place}/undefended') if defended else []
     return RoundEvidence(
@@ -266,6 +270,7 @@ class _Audit:
         self._suite.watch,
       ),
       [undefended if defended else made],
+      recognized,
     )
 
   def _observed(
@@ -284,6 +289,21 @@ class _Audit:
       if not adaptive:
         problems.append(_NO_ADAPTIVE)
     return (*self._scored(attacked, truth), problems)
+
+  def _recognized(
+    self,
+    place: str,
+    observations: Sequence[Observation],
+    truth: Mapping[str, Truth],
+    clients: Sequence[str],
+    problems: list[str],
+  ) -> Identification | None:
+    """See `Suite.recognized`; why it could not be tried is added to `problems`."""
+    try:
+      return self._suite.recognized(place, observations, truth, clients)
+    except (UserError, tf.errors.OpError) as error:
+      problems.append(f'Whether known images can be recognised could not be tried: {error}.')
+      return None
 
   def _undefended(self, seen: Seen, place: str) -> list[Scored]:
     observation, truth, clients = seen
@@ -313,9 +333,13 @@ class _Audit:
       clean: Of those of the rounds that were attacked by themselves; see `RoundEvidence`.
     """
     observations = [own.observation for own in seen]
-    made, failed, problems = self._observed('jointly', observations, seen[0].truth, clients)
+    truth = seen[0].truth
+    made, failed, problems = self._observed('jointly', observations, truth, clients)
+    recognized = self._recognized('jointly', observations, truth, clients, problems)
     numbers = tuple(own.round_num for own in observations)
-    return RoundEvidence(numbers, made, failed, (), control, problems, clean=clean)
+    return RoundEvidence(
+      numbers, made, failed, (), control, problems, clean=clean, recognized=recognized
+    )
 
   def control(self, seen: Seen, clean: list[Scored]) -> Scored:
     """The positive control, which is a part of `clean`, the undefended round, if that is one."""

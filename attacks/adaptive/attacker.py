@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from attacks.adaptive.learned_inversion import (
 )
 from attacks.adaptive.played_noise import has_public_covariance, played_covariance
 from attacks.adaptive.players import AttackersShadow, Equipment, example_clip_norm
+from attacks.adaptive.recognition import log_likelihoods
 from attacks.adaptive.simulated_defense import simulate_round
 from attacks.adaptive.simulated_updates import MAX_BASIS_ENTRIES, SimulatedClients
 from attacks.config import AttackConfig
@@ -33,12 +35,13 @@ from attacks.local_steps import local_steps
 from attacks.noise_covariance import NoiseCovariance
 from attacks.priors import GaussianImages
 from attacks.results import TargetResult
+from attacks.scoring.identification import likelihood_ranks, original_places
 from attacks.shared_solvers import SharedSolvers
 from attacks.targets import Targets
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.learning.decoys import decoy_pool
-from tff_shadow.observations import ClientObservation, Observation, WeightArrays
+from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
 from tff_shadow.privacy import fit_gaussian_prior
 from tff_shadow.shadow.augmentation import augment
 
@@ -46,7 +49,8 @@ from tff_shadow.shadow.augmentation import augment
 _PRIOR_DRAWS = 2000
 # Of the noise, for its covariance.
 _NOISE_DRAWS = 400
-_CLIPPING = 'It clips the gradient of each image that it tries at {}, as clients do.'
+# Of the noise, where images are to be told apart by how likely they make an update.
+_LIKELIHOOD_DRAWS = 200
 # Settings are chosen for so many kinds of clients; each takes as long as the first.
 _MAX_KINDS = 3
 
@@ -204,6 +208,7 @@ class AdaptiveAttacker:
       watch: Shows progress.
       directory: Where trained networks are kept; None to keep none.
     """
+    self._public = public
     order = np.random.default_rng(config.seed).permutation(len(public))
     self._played, self._learned = public.take(order[::2]), public.take(order[1::2])
     self._config = config
@@ -332,6 +337,70 @@ class AdaptiveAttacker:
         update(told + 1, str(trial.candidate))
     return made
 
+  def recognize(
+    self,
+    observations: Sequence[Observation],
+    clients: Sequence[str],
+    truth: Mapping[str, Truth],
+    *,
+    name: str = 'known images',
+  ) -> tuple[np.ndarray, int]:
+    """Picks the image of each client out of all of these and the public ones, by its update.
+
+    Args:
+      observations: The rounds, taken together; the clients trained on the same image in each.
+      clients: Ids of some that have one image each.
+      truth: Of these clients: images that the attacker has, and does not know whose they are.
+      name: What progress is shown under.
+
+    Returns:
+      `likelihood_ranks` [N, N] of the clients, and how many images there are to pick from.
+
+    Raises:
+      UserError: If the defence cannot be played.
+    """
+    known = [*(truth[client] for client in clients), *_single(self._public)]
+    images = [one.images[0] for one in known]
+    kept, own = original_places(images[: len(clients)], images[len(clients) :])
+    likelihoods = self._log_likelihoods(observations, clients, [known[k] for k in kept], name)
+    return likelihood_ranks(likelihoods, own), len(kept)
+
+  def _log_likelihoods(
+    self,
+    observations: Sequence[Observation],
+    clients: Sequence[str],
+    known: Sequence[Truth],
+    name: str,
+  ) -> np.ndarray:
+    """[N, M], of what clients sent in all rounds, up to a constant of each client."""
+    found = np.zeros((len(clients), len(known)))
+    kinds: dict[Hashable, list[int]] = {}
+    for place, client in enumerate(clients):
+      steps = local_steps(observations[0].client(client), observations[0].client_training)
+      kinds.setdefault(steps, []).append(place)
+    total = len(kinds) * len(observations) * len(known)
+    tried = itertools.count(step=len(known))
+    for places in kinds.values():
+      like = observations[0].client(clients[places[0]])
+      covariances = self._covariances(observations, like, name)
+      played = SimulatedClients(
+        self._learned, like, _LIKELIHOOD_DRAWS, self._effort.augmentations, self._config.seed
+      )
+      for view, seen in enumerate(observations):
+        with self._watch(name, total) as update:
+          before = next(tried)
+          found[places] += log_likelihoods(
+            seen,
+            [seen.client(clients[place]) for place in places],
+            known,
+            played,
+            self._equipment,
+            covariances[view] if covariances else None,
+            is_first=not view,
+            progress=lambda done, before=before, update=update: update(before + done, ''),
+          )
+    return found
+
   @functools.cached_property
   def _prior(self) -> GaussianImages | None:
     return _fitted_prior(
@@ -404,6 +473,12 @@ class AdaptiveAttacker:
         equipment=self._equipment,
         progress=update,
       )
+
+
+def _single(examples: Examples) -> list[Truth]:
+  """Each of them alone."""
+  arrays = (examples.float_images(), examples.labels, examples.float_regions())
+  return [Truth(*(own[None] for own in one)) for one in zip(*arrays, strict=True)]
 
 
 def _fitted_prior(

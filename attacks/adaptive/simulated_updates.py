@@ -203,20 +203,20 @@ class SimulatedUpdates:
       sent = _at_least(min(num_basis, num_defended), next(defended), defended)
     paired = min(len(basis), len(sent))
     differences = sent[:paired] - basis[:paired]
-    noise_norms = _log_norms(differences)
-    self._scale = _inverse_deviations(differences, noise_norms)
+    noise_norms = log_norms(differences)
+    self._scale = inverse_deviations(differences, noise_norms)
     is_noised = bool(differences.any())
     del differences
     self._center = basis.mean(axis=0)
     scaled = (basis - self._center) * self._scale
     self._projection, _ = principal_directions(scaled, num_features)
     del scaled
-    parts = [(self._features(own), _log_norms(own)) for own in (basis, *clean)]
+    parts = [(self._features(own), log_norms(own)) for own in (basis, *clean)]
     self.clean, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
     self.noise = np.zeros((num_defended, self.clean.shape[1]), np.float32)
     sent_norms = norms[:0]
     if draws_noise:
-      parts = [(self._features(own), _log_norms(own)) for own in (sent, *defended)]
+      parts = [(self._features(own), log_norms(own)) for own in (sent, *defended)]
       sent, sent_norms = (np.concatenate(column) for column in zip(*parts, strict=True))
       self.noise = sent - self.clean[: len(sent)]
     # Noise of a ratio grows with the update, and noise of a scale does not; where clipping makes
@@ -225,8 +225,8 @@ class SimulatedUpdates:
     slope = np.polyfit(norms[:paired], noise_norms, 1)[0] if varies else 0.0
     self.loudness = np.exp(slope * (norms - norms.mean()))
     self.norms = self.norm_errors = np.zeros((len(clients), 0))
-    if varies:
-      self.norms, self.norm_errors = _explained(norms, sent_norms)
+    if is_noised:
+      self.norms, self.norm_errors = explained(norms, sent_norms)
 
   def features_of(self, update: WeightArrays) -> np.ndarray:
     """[k], what is seen of a client's update."""
@@ -234,7 +234,7 @@ class SimulatedUpdates:
 
   def norms_of(self, update: WeightArrays) -> np.ndarray:
     """[c], the logarithm of a client's norm."""
-    return _log_norms(flat(update))[: self.norms.shape[1]]
+    return log_norms(flat(update))[: self.norms.shape[1]]
 
   def _features(self, updates: np.ndarray) -> np.ndarray:
     """[N, k] of updates [N, d]."""
@@ -255,13 +255,15 @@ def flat(update: WeightArrays) -> np.ndarray:
   return np.concatenate([np.ravel(array) for array in arrays]).astype(np.float32)[None]
 
 
-def _inverse_deviations(noises: np.ndarray, log_norms: np.ndarray) -> np.ndarray:
+def inverse_deviations(noises: np.ndarray, norms: np.ndarray) -> np.ndarray:
   """Of each entry [d] of noises [N, d], each client's in units of its norm; 1 without any noise.
+
+  Their geometric mean is 1.
 
   How far the variances seem to differ by chance alone is taken out (James and Stein 1961).
   """
   variance = np.zeros(noises.shape[1])
-  for noise, norm in zip(noises, log_norms, strict=True):
+  for noise, norm in zip(noises, norms, strict=True):
     variance += np.square(noise * np.exp(-norm), dtype=np.float64) / len(noises)
   if not variance.any():
     return np.ones(noises.shape[1], np.float32)
@@ -272,20 +274,26 @@ def _inverse_deviations(noises: np.ndarray, log_norms: np.ndarray) -> np.ndarray
   return np.exp(-kept * logs / 2).astype(np.float32)
 
 
-def _explained(norms: np.ndarray, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """`SimulatedUpdates.norms` and `norm_errors`.
+def explained(norms: np.ndarray, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """What norms tell of others, as far as that is much.
 
   Args:
-    norms: [N], logarithms of norms without noise.
-    sent: [n], with noise, of the first n.
+    norms: [N], logarithms of the norms of updates without noise.
+    sent: [n], of what the first n clients sent, or of the noise in it.
+
+  Returns:
+    [N, c], what is expected by a line through both; and [n, c], by how much `sent` differs. c is 0
+    where that line explains little, and else 1.
   """
+  if norms[: len(sent)].std() <= _LEAST_DEVIATION:
+    return np.zeros((len(norms), 0)), np.zeros((len(sent), 0))
   expected = np.polyval(np.polyfit(norms[: len(sent)], sent, 1), norms)[:, None]
   errors = sent[:, None] - expected[: len(sent)]
   count = int(errors.var() < (1 - _LEAST_EXPLAINED) * sent.var())
   return expected[:, :count], errors[:, :count]
 
 
-def _log_norms(rows: np.ndarray) -> np.ndarray:
+def log_norms(rows: np.ndarray) -> np.ndarray:
   """[N], of rows [N, d]."""
   return np.log(np.linalg.norm(rows, axis=1) + 1e-30)
 

@@ -43,6 +43,7 @@ COLUMNS = (
   'f1_undefended',
   'epsilon',
   'verdict',
+  'recognized',
   'images',
   'seeds',
 )
@@ -120,6 +121,8 @@ def compare(
   over_reference: How many dB less of the region the reference gives away, paired by image, with its
     interval; of 'strongest' alone, over the seeds on which both were audited to the same budget.
   bound_region_psnr: Of attackers who know what images look like; mean over the seeds that have it.
+  recognized: Share of clients of one image whose update picks it out of known ones; of 'strongest'
+    alone, where all audits tried it.
   f1, f1_undefended: Of `utility` if that is given; else on test after the runs.
 
   Args:
@@ -255,12 +258,20 @@ def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
     )
     if name == STRONGEST:
       row['knows_noise'], row['verdict'] = '', worst
+      row['recognized'] = _recognized(found)
       clean = _pooled(found, UNDEFENDED, 'region_psnr')
       change = paired_differences(pooled['region_psnr'], clean)
       row |= _interval(change, owners, 'change_ci95_low', 'change_ci95_high', 'region_psnr_change')
       less = _over_reference(own, against)
       row |= _interval(*less, 'reference_ci95_low', 'reference_ci95_high', 'over_reference')
     yield row
+
+
+def _recognized(entries) -> float | str:
+  known = [entry.get('recognized') for entry in entries]
+  if not known or None in known:
+    return ''
+  return sum(own['correct'] for own in known) / sum(own['of'] for own in known)
 
 
 def _attacks(entry: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from attacks.adaptive.attacker import AdaptiveAttacker, Effort, Watch, named
@@ -14,7 +15,10 @@ from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.presets import PRESETS
+from attacks.report.page import write_whole
 from attacks.results import TargetResult, read_results, write_results
+from attacks.scoring.identification import Identification, identify_by_likelihood
+from attacks.scoring.results import read_json
 from attacks.shared_solvers import SharedSolvers
 from attacks.threat_model import threat_model
 from tff_shadow.data import Examples
@@ -24,6 +28,7 @@ from tff_shadow.observations import Observation, Truth
 _CHECKPOINT = 'checkpoint.safetensors'
 _KNOWS = 'knows.json'
 _UNCALIBRATED = 'uncalibrated.json'
+_RECOGNIZED = 'recognized.json'
 ADAPTIVE, ADAPTIVE_REGION = 'adaptive', 'adaptive_region'
 
 
@@ -180,6 +185,40 @@ class Suite:
       (directory / _KNOWS).write_text(json.dumps(attacked.knows))
       write_results(directory, attacked.results)
     return [*made, *self._uncalibrated(place)]
+
+  def recognized(
+    self,
+    place: str,
+    observations: Sequence[Observation],
+    truth: Mapping[str, Truth],
+    clients: Sequence[str],
+  ) -> Identification | None:
+    """Clients of one image each whose image the updates pick out of all of these and public ones.
+
+    Args:
+      place: Names the directory of the results.
+      observations: The rounds, taken together.
+      truth: The images that the server is assumed to have, among others.
+      clients: Ids.
+
+    Returns:
+      None where there are no such clients, or the budget has no attacker who knows the defence.
+
+    Raises:
+      UserError: If the defence cannot be played.
+    """
+    single = [name for name in clients if observations[0].client(name).num_images == 1]
+    if not (single and self._budget.calibration_clients):
+      return None
+    path = self._directory / place / _RECOGNIZED
+    if not path.exists():
+      ranks, choices = self._attacker.recognize(
+        observations, single, truth, name=f'{place}/known images'
+      )
+      made = {'ranks': ranks.tolist(), 'choices': choices}
+      write_whole(path.parent, {path.name: json.dumps(made)})
+    saved = read_json(path)
+    return identify_by_likelihood(np.array(saved['ranks']), saved['choices'])
 
   def _uncalibrated(self, place: str) -> list[Attacked]:
     """An attack that was not made: that with settings chosen for clients like some of these."""

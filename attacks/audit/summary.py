@@ -23,6 +23,7 @@ from attacks.report.findings import (
   leaked_images,
 )
 from attacks.scoring import gate, results
+from attacks.scoring.identification import Identification
 from attacks.scoring.label_accuracy import multiset_labels
 from attacks.scoring.metrics import psnr_from_mse
 from attacks.scoring.scores import ImageScore, values
@@ -48,6 +49,8 @@ class RoundEvidence(NamedTuple):
     clean: For each of these rounds that was audited by itself, the attacks on it as it is without
       a defence: `undefended`, or its own where it has none. Unless they see the images nothing is
       cleared.
+    recognized: Clients whose image their update picks out of known ones; None where that was not
+      tried.
   """
 
   rounds: tuple[int, ...]
@@ -58,6 +61,7 @@ class RoundEvidence(NamedTuple):
   problems: Sequence[str] = ()
   bounds: Sequence[Mapping[str, Any]] = ()
   clean: Sequence[Sequence[Scored]] = ()
+  recognized: Identification | None = None
 
 
 def with_problems(
@@ -84,7 +88,7 @@ def summarise_round(
   dB where PSNRs are compared.
 
   rounds: Numbers of the rounds that this rests on.
-  verdict, reasons: Of `verdict.judge_round`.
+  verdict, reasons, pictures: Of `verdict.judge_round`.
   images, clients: How many.
   strongest: metric -> interval, each image by the attack that came closest.
   guess: metric -> interval of the better control, by the mean of that metric.
@@ -100,6 +104,8 @@ def summarise_round(
     seconds.
   not_made: name and problem of those that could not be made.
   identified: Of the attack that tells most, its p-value corrected for their number.
+  recognized: Of clients whose image a server that has it already picks out of known ones by the
+    update; null where that was not tried.
   control: metrics, margin, passed, images of the positive control; of no images if it could not be
     made.
   groups: Rows of `_groups`.
@@ -126,12 +132,14 @@ def summarise_round(
     _clean_scores(evidence, {row.target for row in scores}),
     problems,
     tolerated,
+    evidence.recognized,
   )
   clean = strongest(evidence.undefended) if evidence.undefended else []
   return {
     'rounds': list(evidence.rounds),
     'verdict': verdict.name,
     'reasons': list(verdict.reasons),
+    'pictures': verdict.pictures,
     'images': len(scores),
     'clients': len({row.target for row in scores}),
     'strongest': _means(scores, results.ATTACK),
@@ -146,6 +154,7 @@ def summarise_round(
     'attacks': _attacks(evidence.attacks),
     'not_made': [{'name': own.name, 'problem': own.problem} for own in evidence.failed],
     'identified': identification_json(identification),
+    'recognized': identification_json(evidence.recognized),
     'control': _control(evidence.control),
     'groups': _groups(scores),
     'per_client': _clients(scores),
@@ -391,6 +400,8 @@ _LIMITS = (
   'PSNR and SSIM measure likeness of pixels, not whether a person or a disease can be recognised.',
   'Which attack came closest was decided by the originals, image by image, which no attacker can'
   ' do; so what one attacker would have at best is overestimated.',
+  'Whether a server that has an image already can tell that a client trained on it was tried of'
+  ' clients of one image alone, and among the images named there.',
   'Of several images of a client the originals decide which reconstruction stands for which.'
   ' Whether originals are picked out is tested against the reconstructions of other clients with as'
   ' many images; gains in dB are against guesses that are matched likewise, and an image that was'
@@ -406,6 +417,8 @@ def _headline(rounds: Sequence[Mapping[str, Any]], worst: Mapping[str, Any]) -> 
   if worst['verdict'] == 'leaked':
     leaked = f'{worst["leaked_images"]} of {worst["images"]} training images'
     return f'From {where} the server could have rebuilt {leaked} clearly.'
+  if worst['verdict'] == 'partly_leaked' != worst['pictures']:
+    return f'From {where} a server that has an image already could have told who trained on it.'
   if worst['verdict'] == 'partly_leaked':
     return f'From {where} the server could have seen something of training images.'
   if worst['verdict'] == 'inconclusive':

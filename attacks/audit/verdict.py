@@ -3,11 +3,17 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from attacks.report.findings import NEGLIGIBLE, judge
+from attacks.report.findings import NEGLIGIBLE, is_identifying, judge
 from attacks.scoring import gate
 from attacks.scoring.identification import Identification
 from attacks.scoring.scores import ImageScore
 from attacks.scoring.statistics import Interval
+
+# What reconstructions show where it is not the reason.
+_OTHERWISE = {
+  'not_beyond_guess': ('No reconstruction shows more of the images than a guess.',),
+  'inconclusive': ('Whether reconstructions show more than a guess is not settled.',),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +23,12 @@ class Verdict:
   Attributes:
     name: One of `findings.VERDICTS`.
     reasons: Why it is not better, in sentences.
+    pictures: Likewise, whatever can be told of images that the server has already.
   """
 
   name: str
   reasons: tuple[str, ...]
+  pictures: str
 
 
 def judge_round(
@@ -30,8 +38,11 @@ def judge_round(
   clean: Sequence[Sequence[ImageScore]],
   problems: Sequence[str],
   tolerated: Mapping[str, float] = NEGLIGIBLE,
+  recognized: Identification | None = None,
 ) -> Verdict:
-  """The verdict on what the strongest attack recovered.
+  """The verdict on what the strongest attack recovered, and on what can be told of known images.
+
+  Known images that updates pick out more often than by chance (p < 0.05) are a part of a leak.
 
   A leak that was found is one, whatever else went wrong. That there is none may be said only if
   the same attack recovers undefended single images (the positive control passes the gate), the
@@ -46,13 +57,28 @@ def judge_round(
       itself where it has none, so that this is never said of it.
     problems: What could not be done, in sentences.
     tolerated: Gains over a guess that are none; see `findings.NEGLIGIBLE`.
+    recognized: Of images that updates pick out of known ones; None where that was not tried.
   """
+  name, reasons = _judged(scores, identification, control, clean, problems, tolerated)
+  if recognized is None or not is_identifying(recognized) or name == 'leaked':
+    return Verdict(name, reasons, name)
+  told = (
+    f'A server that has the images already can tell who trained on which: {recognized.correct} of'
+    f' {recognized.of} updates pick their image out of {recognized.choices}.'
+  )
+  return Verdict('partly_leaked', (told, *_OTHERWISE.get(name, ()), *reasons), name)
+
+
+def _judged(
+  scores, identification, control, clean, problems, tolerated
+) -> tuple[str, tuple[str, ...]]:
+  """The verdict on reconstructions, and its reasons; see `judge_round`."""
   if not scores:
-    return Verdict('inconclusive', ('No attack could be made.', *problems))
+    return 'inconclusive', ('No attack could be made.', *problems)
   name, reason = judge(list(scores), identification, tolerated)
   reasons = (f'{reason[0].upper()}{reason[1:]}.',) if reason else ()
   if name in ('leaked', 'partly_leaked'):
-    return Verdict(name, reasons)
+    return name, reasons
   doubts = [*reasons, *problems]
   margin = gate.margin_interval(control)
   if not control:
@@ -74,7 +100,7 @@ def judge_round(
         f'Without a defence, from the same images, steps and batches, the attacks recover'
         f' {_gain(margin)}: that they see nothing does not show that there is nothing.'
       )
-  return Verdict('inconclusive' if doubts else name, tuple(doubts))
+  return 'inconclusive' if doubts else name, tuple(doubts)
 
 
 def _gain(margin: Interval) -> str:

@@ -192,6 +192,94 @@ def original_ranks(
   return ranks
 
 
+def original_places(
+  originals: Sequence[np.ndarray], distractors: Sequence[np.ndarray]
+) -> tuple[list[int], list[int]]:
+  """Images to pick from, each of which is there once, and where the originals are among these.
+
+  Args:
+    originals: Images [H, W, C].
+    distractors: Others, behind them.
+
+  Returns:
+    Their places in originals and distractors together; and of each original the place among them.
+  """
+  first: dict[bytes, int] = {}
+  keys = [_key(image) for image in [*originals, *distractors]]
+  for place, key in enumerate(keys):
+    first.setdefault(key, place)
+  order = {key: column for column, key in enumerate(first)}
+  return list(first.values()), [order[key] for key in keys[: len(originals)]]
+
+
+def identify_by_likelihood(ranks: np.ndarray, choices: int) -> Identification:
+  """How many originals the updates themselves pick out; see `likelihood_ranks`.
+
+  The control stands each client's update for the image of the next one. The p-value is that of the
+  permutation test over clients.
+
+  Args:
+    ranks: int [N, N].
+    choices: Images to pick from.
+  """
+  count = len(ranks)
+  own = np.diagonal(ranks)
+  others = ranks[(np.arange(count) - 1) % count, np.arange(count)] if count > 1 else ranks[:0, 0]
+  precisions = tuple(Precision(k, int(np.sum(own <= k)), int(np.sum(others <= k))) for k in KS)
+  correct = precisions[0].correct
+  p_value, least = _permuted([np.asarray(ranks == 1, np.int64)])
+  chance = stats.binomtest(correct, count, 1 / choices, alternative='greater').pvalue
+  return Identification(
+    correct=correct,
+    of=count,
+    choices=choices,
+    control_correct=precisions[0].control_correct,
+    p_value=max(p_value, float(chance)),
+    control_of=len(others),
+    precisions=precisions,
+    chance_p_value=float(chance),
+    least_p_value=least,
+  )
+
+
+def likelihood_ranks(likelihoods: np.ndarray, own: Sequence[int]) -> np.ndarray:
+  """Place, from 1, of each client's image among those to pick from, by each client's update.
+
+  Args:
+    likelihoods: [N, M], of the update of each client for each image.
+    own: N columns.
+
+  Returns:
+    int [N, N]: by the first's update, of the second's image. As likely ones go before it, and with
+    an update for which there are no likelihoods it is behind all.
+  """
+  ranks = np.stack(
+    [np.sum(likelihoods >= likelihoods[:, [column]], axis=1) for column in own], axis=1
+  )
+  ranks[np.isnan(likelihoods).any(axis=1)] = max(likelihoods.shape[1], *KS) + 1
+  return ranks
+
+
+def _permuted(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+  """p-value of the permutation test, and the least that it may be.
+
+  Args:
+    groups: Of clients that change places, each [N, N]: how many originals of the second what is
+      known of the first picks out.
+  """
+  generator = np.random.default_rng(0)
+  correct, permuted = 0, np.zeros(_PERMUTATIONS, np.int64)
+  least = 1.0
+  for hits in groups:
+    places = np.arange(len(hits))
+    correct += int(hits[places, places].sum())
+    orders = generator.permuted(np.tile(places, (_PERMUTATIONS, 1)), axis=1)
+    permuted += hits[orders, places].sum(axis=1)
+    least /= math.factorial(len(hits))
+  p_value = (1 + int((permuted >= correct).sum())) / (1 + _PERMUTATIONS)
+  return p_value, max(least, 1 / (1 + _PERMUTATIONS))
+
+
 def _exchanged(
   attack: results.AttackResult, distractors: Sequence[np.ndarray], distance: Distance
 ) -> tuple[float, float]:
@@ -205,20 +293,11 @@ def _exchanged(
     made = target.reconstructions.get(results.ATTACK)
     if made is not None:
       alike.setdefault((target.images.shape, made.shape), []).append(target)
-  generator = np.random.default_rng(0)
-  correct, permuted = 0, np.zeros(_PERMUTATIONS, np.int64)
-  least = 1.0
-  for targets in alike.values():
-    hits = _hits(targets, gallery, distance)
-    places = np.arange(len(targets))
-    correct += int(hits[places, places].sum())
-    orders = generator.permuted(np.tile(places, (_PERMUTATIONS, 1)), axis=1)
-    permuted += hits[orders, places].sum(axis=1)
-    least /= math.factorial(len(targets))
+  groups = [_hits(targets, gallery, distance) for targets in alike.values()]
+  p_value, least = _permuted(groups)
   if any(len(own) == 1 and len(own[0].images) > 1 for own in alike.values()):
     least = 1.0
-  p_value = (1 + int((permuted >= correct).sum())) / (1 + _PERMUTATIONS)
-  return p_value, max(least, 1 / (1 + _PERMUTATIONS))
+  return p_value, least
 
 
 def _hits(

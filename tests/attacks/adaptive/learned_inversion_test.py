@@ -11,7 +11,7 @@ from attacks.adaptive.learned_inversion import (
   _Kinds,
 )
 from attacks.adaptive.players import build_player
-from attacks.adaptive.simulated_updates import _inverse_deviations, flat
+from attacks.adaptive.simulated_updates import flat, inverse_deviations
 from attacks.local_steps import local_steps
 from attacks.scoring.assignment import in_order
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
@@ -308,14 +308,14 @@ def test_deviations_are_those_of_the_noise_and_not_of_chance():
   rng = np.random.default_rng(0)
   white = 3.0 * rng.standard_normal((100, 2000))
   norms = np.log(np.linalg.norm(white, axis=1))
-  flat = _inverse_deviations(white, norms)
+  flat = inverse_deviations(white, norms)
   assert flat.std() / flat.mean() < 0.02  # 0.05 without taking chance out.
   deviations = np.repeat([0.5, 2.0], 1000)
   # Clients of much noise count as much as the others.
   noise = rng.uniform(0.1, 10, (100, 1)) * deviations * rng.standard_normal((100, 2000))
-  found = _inverse_deviations(noise, np.log(np.linalg.norm(noise, axis=1)))
+  found = inverse_deviations(noise, np.log(np.linalg.norm(noise, axis=1)))
   assert found[:1000].mean() / found[1000:].mean() == pytest.approx(4, rel=0.1)
-  np.testing.assert_array_equal(_inverse_deviations(np.zeros((3, 5)), np.zeros(3)), np.ones(5))
+  np.testing.assert_array_equal(inverse_deviations(np.zeros((3, 5)), np.zeros(3)), np.ones(5))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,19 @@ def test_seeds_are_pooled_and_attacks_told_apart(rows):
   assert top_k['control_region_psnr'] < top_k['class_region_psnr']
 
 
+def test_recognised_images_are_counted_where_all_audits_tried(audits):
+  tried = [json.loads(json.dumps(audit.summary)) for audit in audits]
+  for correct, summary in zip((4, 6, 1, 2, 0), tried, strict=True):
+    summary['rounds'][0]['recognized'] = {'correct': correct, 'of': 20}
+  del tried[3]['rounds'][0]['recognized']  # As earlier audits.
+  made = [audit._replace(summary=own) for audit, own in zip(audits, tried, strict=True)]
+  rows = {(row['defense'], row['attack']): row['recognized'] for row in comparison.compare(made)}
+  assert rows['none', 'strongest'] == 0.25
+  assert rows['none', 'best'] == ''
+  assert rows['correlated', 'strongest'] == ''
+  assert rows['top_k', 'strongest'] == 0
+
+
 def test_a_run_of_other_training_says_nothing_of_the_cost(audits, tmp_path):
   other = comparison.read_audit(_write(tmp_path, _TOP_K, 0, 0.7, rounds=6))
   row = comparison.compare([audits[0], other])[-1]

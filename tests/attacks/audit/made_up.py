@@ -53,7 +53,9 @@ def close(deviation=0.02, seed=0):
   return noisy(IMAGES, np.full(COUNT, deviation), seed)
 
 
-def audited(attacks, undefended=(), failed=(), control=None, bounds=(), **document):
+def audited(
+  attacks, undefended=(), failed=(), control=None, bounds=(), recognized=None, **document
+):
   evidence = RoundEvidence(
     (1,),
     attacks,
@@ -62,6 +64,7 @@ def audited(attacks, undefended=(), failed=(), control=None, bounds=(), **docume
     control or attacks[0],
     bounds=bounds,
     clean=[undefended or attacks],
+    recognized=recognized,
   )
   entry = summarise_round(evidence)
   return entry, summarise(

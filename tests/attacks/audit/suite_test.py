@@ -99,6 +99,29 @@ def test_a_map_that_the_model_has_not_is_a_problem_and_no_crash(tmp_path):
   assert 'no convolutional layer' in attacked.problem
 
 
+def test_known_images_are_tried_once(tmp_path, observation):
+  images = _public().float_images()
+  shape = (1, *observation.image_shape[:2], 1)
+  truth = {
+    client.client_id: Truth(images[k : k + 1], np.array([k], np.int32), np.ones(shape, np.float32))
+    for k, client in enumerate(observation.clients)
+  }
+  found = _suite(tmp_path).recognized('here', [observation], truth, list(truth))
+  assert (found.of, found.choices) == (len(truth), len(images))
+  path = tmp_path / 'here' / 'recognized.json'
+  written = path.stat().st_mtime_ns
+  assert _suite(tmp_path).recognized('here', [observation], {}, list(truth)) == found
+  assert path.stat().st_mtime_ns == written
+
+
+def test_known_images_are_tried_of_clients_of_one_image_alone(tmp_path, observation):
+  clients = tuple(dataclasses.replace(own, num_images=2) for own in observation.clients)
+  several = dataclasses.replace(observation, clients=clients)
+  assert _suite(tmp_path).recognized('here', [several], {}, ['client_00']) is None
+  budget = dataclasses.replace(_BUDGET, calibration_clients=0)
+  assert _suite(tmp_path, budget).recognized('here', [observation], {}, ['client_00']) is None
+
+
 def test_presets_that_cannot_attack_are_problems(tmp_path, observation):
   training = dataclasses.replace(observation.client_training, optimizer='adam')
   other = dataclasses.replace(observation, client_training=training)

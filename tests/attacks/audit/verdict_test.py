@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from attacks.audit.summary import (
   with_problems,
 )
 from attacks.audit.verdict import judge_round
+from attacks.scoring.identification import Precision
 from attacks.scoring.metrics import measure
 from tests.attacks.audit.made_up import (
   CLASS_MEANS,
@@ -66,6 +69,44 @@ def test_nothing_beyond_a_guess_needs_attacks_that_work_without_the_defence(blin
   assert len(reasons([[]])) == 1
   assert 'were not attacked without a defence' in reasons([])[0]
   assert len(reasons([seeing.scores, blind.scores])) == 1  # Of two rounds, attacked jointly.
+
+
+def test_known_images_that_are_recognised_are_a_part_of_a_leak(blind, seeing):
+  some = dataclasses.replace(NOBODY, correct=5, choices=216, p_value=0.0005)
+
+  def verdict(scores, recognized, control=seeing):
+    return judge_round(scores, NOBODY, control.scores, [seeing.scores], (), recognized=recognized)
+
+  found = verdict(blind.scores, some)
+  assert (found.name, found.pictures) == ('partly_leaked', 'not_beyond_guess')
+  assert found.reasons[0].endswith(f'5 of {COUNT} updates pick their image out of 216.')
+  assert found.reasons[1] == 'No reconstruction shows more of the images than a guess.'
+  found = verdict(blind.scores, some, control=blind)
+  assert (found.name, found.pictures) == ('partly_leaked', 'inconclusive')
+  assert 'positive control failed' in found.reasons[2]
+  found = verdict(seeing.scores, some)
+  assert (found.name, found.pictures) == ('leaked', 'leaked')
+  by_chance = dataclasses.replace(some, correct=1, p_value=0.2)
+  assert verdict(blind.scores, by_chance).name == 'not_beyond_guess'
+
+
+def test_the_page_tells_which_known_images_were_recognised(blind, seeing):
+  precisions = (Precision(1, 5, 1), Precision(3, 7, 1), Precision(5, 9, 2))
+  some = dataclasses.replace(NOBODY, correct=5, choices=216, p_value=0.0005, precisions=precisions)
+  entry, summary = audited([blind], undefended=[seeing], control=seeing, recognized=some)
+  assert entry['recognized']['correct'] == 5
+  assert entry['pictures'] == 'not_beyond_guess'
+  assert summary['headline'] == (
+    'From round 1 a server that has an image already could have told who trained on it.'
+  )
+  text = ' '.join(render(summary).split())
+  assert (
+    f'Of {COUNT} clients of one image, the image is the likeliest of 216 known ones for 5' in text
+  )
+  assert 'among the 5 likeliest for 9' in text
+  entry, summary = audited([blind], undefended=[seeing], control=seeing)
+  assert entry['recognized'] is None
+  assert 'Not tried' in render(summary)
 
 
 def test_a_round_without_a_defence_is_never_cleared(blind, seeing):

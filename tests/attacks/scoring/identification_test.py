@@ -3,7 +3,14 @@ import pytest
 from scipy import stats
 
 from attacks.scoring import results, scores
-from attacks.scoring.identification import correlation_distance, identify, original_ranks
+from attacks.scoring.identification import (
+  correlation_distance,
+  identify,
+  identify_by_likelihood,
+  likelihood_ranks,
+  original_places,
+  original_ranks,
+)
 from tests.attacks import synthetic_run
 
 
@@ -234,3 +241,40 @@ def test_clients_without_others_of_their_size_cannot_be_tested():
   found = _identify_batches(sizes, sizes)
   assert (found.correct, found.p_value, found.least_p_value) == (9, 1.0, 1.0)
   assert found.chance_p_value < 1e-6
+
+
+def test_images_to_pick_from_are_there_once():
+  images = np.random.default_rng(0).random((4, 3, 3, 1)).astype(np.float32)
+  # An original that is public, and two clients with the same image.
+  kept, own = original_places([images[0], images[1], images[0]], [images[2], images[1], images[3]])
+  assert kept == [0, 1, 3, 5]
+  assert own == [0, 1, 0]
+
+
+def test_ties_and_nothing_go_before_an_original():
+  likelihoods = np.array([[3.0, 1.0, 2.0, 3.0], [0.0, 5.0, 4.0, 1.0], [np.nan] * 4])
+  ranks = likelihood_ranks(likelihoods, [0, 1, 2])
+  np.testing.assert_array_equal(ranks, [[2, 4, 3], [4, 1, 2], [6, 6, 6]])
+
+
+def test_updates_that_pick_their_image_are_no_chance():
+  rng = np.random.default_rng(0)
+  clients, choices = 16, 200
+  ranks = rng.integers(2, choices, (clients, clients))
+  np.fill_diagonal(ranks, np.where(np.arange(clients) < 10, 1, 4))
+  found = identify_by_likelihood(ranks, choices)
+  assert (found.correct, found.of, found.choices, found.control_correct) == (10, 16, 200, 0)
+  assert [precision.correct for precision in found.precisions] == [10, 10, 16]
+  assert found.p_value == pytest.approx(1 / 2000)
+  # Images that every update takes for the likeliest say nothing of who has them.
+  ranks[:, :10] = 1
+  found = identify_by_likelihood(ranks, choices)
+  assert (found.correct, found.control_correct) == (10, 10)
+  assert found.p_value == 1.0
+  assert found.chance_p_value < 1e-9
+
+
+def test_updates_of_one_client_cannot_be_told_from_others():
+  found = identify_by_likelihood(np.array([[1]]), 200)
+  assert (found.correct, found.control_of) == (1, 0)
+  assert found.p_value == found.least_p_value == 1.0

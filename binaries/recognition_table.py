@@ -1,0 +1,121 @@
+"""Whose image updates pick out of known ones, with and without a defence: results/recognition.csv.
+
+One round as in the frontier: 16 clients that send one step on one image; fresh noise or frozen, one
+round tells the same. The server has these images and those of the validation split, and takes the
+likeliest under each update, see attacks/adaptive/recognition.py; no image is reconstructed. Half of
+the validation split, varied, is what it knows the noise from. `correct` is how often the client's
+own image is that, `among_5` how often it is one of the five likeliest, `by_another` how often the
+update of another client takes it for the likeliest, which is chance; the interval of `share` is
+that of Wilson over all clients.
+
+Rows are kept in --cache_dir as they come, so that an interrupted run continues.
+"""
+
+import itertools
+import pathlib
+
+import tensorflow_federated as tff
+from absl import flags
+from scipy import stats
+
+from attacks.adaptive.attacker import AdaptiveAttacker, Effort
+from attacks.config import AttackConfig
+from attacks.scoring.identification import identify_by_likelihood
+from binaries import command
+from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_defense
+from binaries.progress import Progress
+from binaries.tables import RowCache, write_table
+from tff_shadow.data import EMBEDDED
+from tff_shadow.execution import local_worker_context
+
+_OUTPUT = flags.DEFINE_string('output', 'results/recognition.csv', 'Table to write.')
+_CACHE_DIR = flags.DEFINE_string('cache_dir', 'runs/recognition', 'Finished rows, to go on from.')
+_DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
+_DEFENSES = flags.DEFINE_list(
+  'defenses',
+  [
+    *('decoy/scale:3.0', 'decoy/scale:3.0+floor:0.999', 'decoy/scale:10.0'),
+    *('isotropic/image_ratio:100.0', 'isotropic/image_ratio:300.0', 'correlated/images:0.1'),
+    *('dp_sgd/clip_norm:3+noise_multiplier:0.1', 'dp_sgd/clip_norm:3+noise_multiplier:0.3'),
+    *('dp_sgd/clip_norm:3+noise_multiplier:1.0', 'top_k/fraction:0.1', 'quantization/bits:4'),
+  ],
+  'SHAPE/STRENGTH, strengths as of the frontier, or NAME/PARAMETER:VALUE of a baseline, its other'
+  ' parameters at their defaults; the undefended round is always tried too.',
+)
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
+
+_KEY = ('dataset', 'seed', 'shape', 'strength')
+_COUNTS = ('clients', 'choices', 'correct', 'among_5', 'by_another')
+_GROUP = ('dataset', 'shape', 'strength')
+_COLUMNS = (*_GROUP, *_COUNTS, 'share', 'ci95_low', 'ci95_high', 'seeds')
+_OF_PATCHES = ('mirror', 'turns', 'shifts', 'brightness')
+# A chest film is not turned over.
+_AUGMENTATIONS = {'chest_phantom': ('shifts', 'brightness')}
+
+
+def main() -> None:
+  """Computes what is missing and writes the table."""
+  command.check_choices('datasets', _DATASETS.value, EMBEDDED)
+  defenses = [UNDEFENDED, *(parse_defense(text, baselines=True) for text in _DEFENSES.value)]
+  cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'recognition.csv', (*_KEY, *_COUNTS))
+  cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
+  done = cache.done(_KEY)
+  rounds: AttackedRounds | None = None
+  with local_worker_context(), Progress('recognition', len(cells), 'cells') as progress:
+    for count, (dataset, seed, defense) in enumerate(cells):
+      if (dataset, str(seed), *defense) not in done:
+        if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
+          rounds = AttackedRounds(dataset, seed)
+        key = dict(zip(_KEY, (dataset, seed, *defense), strict=True))
+        cache.add([key | _counts(rounds, defense)])
+      progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
+  rows = _join(cache.rows)
+  write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows, key=_GROUP)
+  print(f'{len(rows)} rows written to {_OUTPUT.value}')
+
+
+def _counts(rounds: AttackedRounds, defense: tuple[str, str]) -> dict[str, int]:
+  augmentations = _AUGMENTATIONS.get(rounds.dataset, _OF_PATCHES)
+  # No image is reconstructed.
+  effort = Effort(clients=0, denoiser_steps=0, inversion_clients=0, augmentations=augmentations)
+  attacker = AdaptiveAttacker(rounds.data.validation, AttackConfig(seed=rounds.seed), effort)
+  observation = rounds.observation(*defense)
+  clients = [client.client_id for client in observation.clients]
+  found = identify_by_likelihood(*attacker.recognize([observation], clients, rounds.truth))
+  among = {precision.k: precision.correct for precision in found.precisions}
+  counts = (found.of, found.choices, found.correct, among[5], found.control_correct)
+  return dict(zip(_COUNTS, counts, strict=True))
+
+
+def _join(rows: list[dict]) -> list[dict]:
+  """A row of the table for each group of `_GROUP`, of all seeds."""
+  groups: dict[tuple, list[dict]] = {}
+  for row in rows:
+    groups.setdefault(tuple(row[name] for name in _GROUP), []).append(row)
+  table = []
+  for key, own in groups.items():
+    sums = {name: sum(int(row[name]) for row in own) for name in _COUNTS}
+    correct, clients = sums['correct'], sums['clients']
+    interval = stats.binomtest(correct, clients).proportion_ci(0.95, 'wilson')
+    table.append(
+      dict(zip(_GROUP, key, strict=True))
+      | sums
+      | {
+        'choices': max(int(row['choices']) for row in own),
+        'share': f'{correct / clients:.3f}',
+        'ci95_low': f'{interval.low:.3f}',
+        'ci95_high': f'{interval.high:.3f}',
+        'seeds': len(own),
+      }
+    )
+  return table
+
+
+def run() -> None:
+  """Console script."""
+  tff.test.set_no_default_context()
+  command.run(main)
+
+
+if __name__ == '__main__':
+  run()
