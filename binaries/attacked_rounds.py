@@ -190,13 +190,14 @@ class AttackedRounds:
   Attributes:
     dataset: Its name.
     seed: Decides everything.
+    images: Of a client, in its one step.
     data: The clients, and the public images.
     truth: What the clients trained on.
   """
 
-  def __init__(self, dataset: str, seed: int):
+  def __init__(self, dataset: str, seed: int, images: int = 1):
     """Runs the undefended round."""
-    self.dataset, self.seed = dataset, seed
+    self.dataset, self.seed, self.images = dataset, seed, images
     self.data = attacked_data(dataset, seed)
     self._observed: dict[tuple[str, str], Observation] = {}
     self._observed[UNDEFENDED], self.truth = self._run(None)
@@ -224,7 +225,7 @@ class AttackedRounds:
       run_dir = pathlib.Path(name)
       settings = TrainingSettings(
         1,
-        ATTACKED_TRAINING,
+        dataclasses.replace(ATTACKED_TRAINING, batch_size=self.images),
         observed_rounds=(1,),
         seed=self.seed,
       )

@@ -1,12 +1,12 @@
 """Whose image updates pick out of known ones, with and without a defence: results/recognition.csv.
 
-One round as in the frontier: 16 clients that send one step on one image; fresh noise or frozen, one
-round tells the same. The server has these images and those of the validation split, and takes the
-likeliest under each update, see attacks/adaptive/recognition.py; no image is reconstructed. Half of
-the validation split, varied, is what it knows the noise from. `correct` is how often the client's
-own image is that, `among_5` how often it is one of the five likeliest, `by_another` how often the
-update of another client takes it for the likeliest, which is chance; the interval of `share` is
-that of Wilson over all clients.
+One round as in the frontier: 16 clients that send one step on one image, or on --images of them;
+whether noise is fresh or frozen, one round does not tell. The server has these images and those of
+the validation split, and takes the likeliest under each update, see attacks/adaptive/recognition.py;
+no image is reconstructed. Half of the validation split, varied, is what it knows the noise from.
+`correct` is how many of the clients' images are the likeliest one, apart from others of the same
+client, `among_5` how many one of the five likeliest, and `by_another` how many the likeliest by the
+update of another client, which is chance. The interval of `share` is that of Wilson over images.
 
 Rows are kept in --cache_dir as they come, so that an interrupted run continues.
 """
@@ -42,11 +42,12 @@ _DEFENSES = flags.DEFINE_list(
   'SHAPE/STRENGTH, strengths as of the frontier, or NAME/PARAMETER:VALUE of a baseline, its other'
   ' parameters at their defaults; the undefended round is always tried too.',
 )
+_IMAGES = flags.DEFINE_integer('images', 1, 'Of a client, in its one step.', lower_bound=1)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
-_KEY = ('dataset', 'seed', 'shape', 'strength')
-_COUNTS = ('clients', 'choices', 'correct', 'among_5', 'by_another')
-_GROUP = ('dataset', 'shape', 'strength')
+_GROUP = ('dataset', 'images', 'shape', 'strength')
+_KEY = (*_GROUP, 'seed')
+_COUNTS = ('sought', 'choices', 'correct', 'among_5', 'by_another')
 _COLUMNS = (*_GROUP, *_COUNTS, 'share', 'ci95_low', 'ci95_high', 'seeds')
 _OF_PATCHES = ('mirror', 'turns', 'shifts', 'brightness')
 # A chest film is not turned over.
@@ -58,15 +59,16 @@ def main() -> None:
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
   defenses = [UNDEFENDED, *(parse_defense(text, baselines=True) for text in _DEFENSES.value)]
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'recognition.csv', (*_KEY, *_COUNTS))
+  images = _IMAGES.value
   cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
   done = cache.done(_KEY)
   rounds: AttackedRounds | None = None
   with local_worker_context(), Progress('recognition', len(cells), 'cells') as progress:
     for count, (dataset, seed, defense) in enumerate(cells):
-      if (dataset, str(seed), *defense) not in done:
+      if (dataset, str(images), *defense, str(seed)) not in done:
         if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
-          rounds = AttackedRounds(dataset, seed)
-        key = dict(zip(_KEY, (dataset, seed, *defense), strict=True))
+          rounds = AttackedRounds(dataset, seed, images)
+        key = dict(zip(_KEY, (dataset, images, *defense, seed), strict=True))
         cache.add([key | _counts(rounds, defense)])
       progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
   rows = _join(cache.rows)
@@ -95,14 +97,14 @@ def _join(rows: list[dict]) -> list[dict]:
   table = []
   for key, own in groups.items():
     sums = {name: sum(int(row[name]) for row in own) for name in _COUNTS}
-    correct, clients = sums['correct'], sums['clients']
-    interval = stats.binomtest(correct, clients).proportion_ci(0.95, 'wilson')
+    correct, sought = sums['correct'], sums['sought']
+    interval = stats.binomtest(correct, sought).proportion_ci(0.95, 'wilson')
     table.append(
       dict(zip(_GROUP, key, strict=True))
       | sums
       | {
         'choices': max(int(row['choices']) for row in own),
-        'share': f'{correct / clients:.3f}',
+        'share': f'{correct / sought:.3f}',
         'ci95_low': f'{interval.low:.3f}',
         'ci95_high': f'{interval.high:.3f}',
         'seeds': len(own),

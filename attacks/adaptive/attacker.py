@@ -49,8 +49,9 @@ from tff_shadow.shadow.augmentation import augment
 _PRIOR_DRAWS = 2000
 # Of the noise, for its covariance.
 _NOISE_DRAWS = 400
-# Of the noise, where images are to be told apart by how likely they make an update.
-_LIKELIHOOD_DRAWS = 200
+# Images of the clients that are played for the noise behind which known images are sought.
+_MOST_PLAYED_IMAGES = 2**15
+_LEAST_DRAWS = 16
 # Settings are chosen for so many kinds of clients; each takes as long as the first.
 _MAX_KINDS = 3
 
@@ -131,6 +132,20 @@ class Calibration(NamedTuple):
       denoised,
       learned,
     ]
+
+
+class Recognition(NamedTuple):
+  """How well updates pick images out of known ones; see `identification.identify_by_likelihood`.
+
+  Attributes:
+    ranks: int [N, K], place of each client's image by each client's update.
+    owners: K clients.
+    choices: Images to pick from.
+  """
+
+  ranks: np.ndarray
+  owners: list[int]
+  choices: int
 
 
 class AdaptiveAttack(NamedTuple):
@@ -344,26 +359,27 @@ class AdaptiveAttacker:
     truth: Mapping[str, Truth],
     *,
     name: str = 'known images',
-  ) -> tuple[np.ndarray, int]:
-    """Picks the image of each client out of all of these and the public ones, by its update.
+  ) -> Recognition:
+    """Picks the images of each client out of all of these and the public ones, by its update.
 
     Args:
-      observations: The rounds, taken together; the clients trained on the same image in each.
-      clients: Ids of some that have one image each.
+      observations: The rounds, taken together; the clients trained on the same images in each.
+      clients: Ids.
       truth: Of these clients: images that the attacker has, and does not know whose they are.
       name: What progress is shown under.
-
-    Returns:
-      `likelihood_ranks` [N, N] of the clients, and how many images there are to pick from.
 
     Raises:
       UserError: If the defence cannot be played.
     """
-    known = [*(truth[client] for client in clients), *_single(self._public)]
+    originals = [_single(truth[client]) for client in clients]
+    owners = [place for place, own in enumerate(originals) for _ in own]
+    flat_originals = list(itertools.chain.from_iterable(originals))
+    public = Truth(self._public.float_images(), self._public.labels, self._public.float_regions())
+    known = [*flat_originals, *_single(public)]
     images = [one.images[0] for one in known]
-    kept, own = original_places(images[: len(clients)], images[len(clients) :])
+    kept, own = original_places(images[: len(owners)], images[len(owners) :])
     likelihoods = self._log_likelihoods(observations, clients, [known[k] for k in kept], name)
-    return likelihood_ranks(likelihoods, own), len(kept)
+    return Recognition(likelihood_ranks(likelihoods, own, owners), owners, len(kept))
 
   def _log_likelihoods(
     self,
@@ -373,22 +389,21 @@ class AdaptiveAttacker:
     name: str,
   ) -> np.ndarray:
     """[N, M], of what clients sent in all rounds, up to a constant of each client."""
-    found = np.zeros((len(clients), len(known)))
     kinds: dict[Hashable, list[int]] = {}
     for place, client in enumerate(clients):
-      steps = local_steps(observations[0].client(client), observations[0].client_training)
-      kinds.setdefault(steps, []).append(place)
-    total = len(kinds) * len(observations) * len(known)
-    tried = itertools.count(step=len(known))
-    for places in kinds.values():
-      like = observations[0].client(clients[places[0]])
-      covariances = self._covariances(observations, like, name)
-      played = SimulatedClients(
-        self._learned, like, _LIKELIHOOD_DRAWS, self._effort.augmentations, self._config.seed
-      )
-      for view, seen in enumerate(observations):
-        with self._watch(name, total) as update:
-          before = next(tried)
+      own = observations[0].client(client)
+      steps = local_steps(own, observations[0].client_training)
+      kinds.setdefault((own.num_images, steps), []).append(place)
+    found = np.zeros((len(clients), len(known)))
+    with self._watch(name, len(kinds) * len(observations)) as update:
+      for count, ((num_images, _), places) in enumerate(kinds.items()):
+        like = observations[0].client(clients[places[0]])
+        covariances = self._covariances(observations, like, name)
+        draws = max(_LEAST_DRAWS, min(_NOISE_DRAWS, _MOST_PLAYED_IMAGES // num_images))
+        played = SimulatedClients(
+          self._learned, like, draws, self._effort.augmentations, self._config.seed
+        )
+        for view, seen in enumerate(observations):
           found[places] += log_likelihoods(
             seen,
             [seen.client(clients[place]) for place in places],
@@ -397,8 +412,8 @@ class AdaptiveAttacker:
             self._equipment,
             covariances[view] if covariances else None,
             is_first=not view,
-            progress=lambda done, before=before, update=update: update(before + done, ''),
           )
+          update(count * len(observations) + view + 1, '')
     return found
 
   @functools.cached_property
@@ -475,9 +490,9 @@ class AdaptiveAttacker:
       )
 
 
-def _single(examples: Examples) -> list[Truth]:
-  """Each of them alone."""
-  arrays = (examples.float_images(), examples.labels, examples.float_regions())
+def _single(several: Truth) -> list[Truth]:
+  """Each of its images alone."""
+  arrays = (several.images, several.labels, several.regions)
   return [Truth(*(own[None] for own in one)) for one in zip(*arrays, strict=True)]
 
 

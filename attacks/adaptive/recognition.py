@@ -7,11 +7,13 @@ more often (Neyman and Pearson 1933). It needs far less of an update than a pict
 nats, where a reconstruction still looks like the mean image.
 
 How much noise there is follows from the update itself. Where noise is as loud as an update is long,
-how loud it is tells the candidates apart too.
+how loud it is tells the candidates apart too. Of a client of several images the others are noise
+with a covariance of its own, and what one image adds is taken to be its part of what it would send
+alone: exactly so in one step, to first order over many.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -32,6 +34,8 @@ from tff_shadow.observations import ClientObservation, Observation, Truth
 _CHUNK = 64
 # Of the squared distance of an update that fits exactly, in units of its squared norm.
 _ROUNDING = 1e-14
+# Of what other images add, in the directions in which they are not told from noise.
+_LEAST_VARIANCE = 1e-3
 
 
 def log_likelihoods(
@@ -43,20 +47,18 @@ def log_likelihoods(
   covariance: NoiseCovariance | None = None,
   *,
   is_first: bool = True,
-  progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-  """Of what clients sent in a round, for each known image as their only one.
+  """Of what clients sent in a round, for each known image as one of theirs.
 
   Args:
     observation: The round.
-    clients: Of one image each, which took the same local steps on it.
+    clients: Which took the same local steps on as many images.
     known: M images with their labels and regions, one each.
     played: Clients like these, of public images, from which the noise is known; fewer are played
       for large models.
     equipment: With which the defence is played.
     covariance: Of the noise on the weights, where that is the same for all clients.
     is_first: See `simulated_defense.simulate_round`.
-    progress: Called with how many of `known` are done.
 
   Returns:
     float64 [clients, M], up to a constant of each client; NaN for one whose update is not finite.
@@ -64,51 +66,115 @@ def log_likelihoods(
   Raises:
     UserError: If the defence cannot be played.
   """
-  like = clients[0]
-  noiseless = dataclasses.replace(observation, defense=without_noise(observation.defense))
-  player = build_player(noiseless, bool(like.update.non_trainable))
   sent = np.concatenate([flat(own.update) for own in clients])
   entries = sent.shape[1]
-  noises, norms = np.zeros((0, entries), np.float32), np.zeros(0)
-  if noiseless.defense != observation.defense:
-    noises, norms = _played_noise(observation, like, player, played, equipment, is_first)
+  alone = _Alone(observation, clients[0], is_first)
+  noises, others, norms = alone.played(played, equipment)
+  mean = np.zeros(entries, np.float32)
+  if covariance is not None:
+    # Statistics come after the weights.
+    missing = entries - len(covariance.directions)
+    directions = np.pad(covariance.directions, ((0, missing), (0, 0)))
+    covariance = covariance._replace(directions=directions)
+  if clients[0].num_images > 1:
+    mean = others.mean(axis=0)
+    covariance = _among_others(others - mean, noises, covariance)
   whiten = _whitening(noises, covariance)
-  sent = whiten(sent).astype(np.float64)
+  sent = whiten(sent - mean).astype(np.float64)
   squares = np.sum(np.square(sent), axis=1)[:, None]
   distances, known_norms = [], []
-  chunk = min(_CHUNK, max(1, MAX_BASIS_ENTRIES // 8 // entries))
-  steps = simulated_steps(observation, like, 0, 0, is_first)
-  for first in range(0, len(known), chunk):
-    some = {str(first + k): own for k, own in enumerate(known[first : first + chunk])}
-    keys = {name: noise_key(observation, 0, int(name)) for name in some}
-    updates = player.updates(some, dict.fromkeys(some, steps), keys)
-    rows = np.concatenate([flat(update) for update in updates.values()])
+  for rows in alone.added(known):
     known_norms.append(log_norms(rows))
     rows = whiten(rows).astype(np.float64)
     distances.append(squares - 2 * sent @ rows.T + np.sum(np.square(rows), axis=1))
-    progress(min(first + chunk, len(known)))
   found = np.log(np.maximum(np.concatenate(distances, axis=1), _ROUNDING * squares))
   # By the deviation of the noise that explains the rest best the density is a power of that.
   likelihoods = -entries / 2 * found
-  if noises.any():
+  if noises.any() and clients[0].num_images == 1:
     deviations = (found - np.log(entries)) / 2
     likelihoods -= _unlikely(deviations, noises, norms, np.concatenate(known_norms), whiten)
   return likelihoods
 
 
-def _played_noise(observation, like, player, played, equipment, is_first):
-  """Of clients that are played: the noise on each [N, d], and the logarithms [N] of the norms."""
-  defended = build_player(observation, bool(like.update.non_trainable), equipment)
-  entries = flat(like.update).shape[1]
-  count = min(len(played), max(3, MAX_BASIS_ENTRIES // entries))
-  noises, norms = [], []
-  for some in played.in_round(observation, like, count, is_first):
-    clean, noised = player.updates(*some), defended.updates(*some)
-    for name, update in noised.items():
-      own = flat(clean[name])
-      noises.append(flat(update) - own)
-      norms.append(log_norms(own))
-  return np.concatenate(noises), np.concatenate(norms)
+class _Alone:
+  """What single images add to what clients of a kind send."""
+
+  def __init__(self, observation: Observation, like: ClientObservation, is_first: bool):
+    self._observation, self._like, self._is_first = observation, like, is_first
+    noiseless = dataclasses.replace(observation, defense=without_noise(observation.defense))
+    self._has_noise = noiseless.defense != observation.defense
+    self._player = build_player(noiseless, bool(like.update.non_trainable))
+    self._entries = flat(like.update).shape[1]
+    size = min(like.images_per_step(observation.client_training), like.num_images)
+    uses = max(1, round(like.num_steps * size / like.num_images))
+    self._share = 1 / size
+    one = like
+    if like.num_images > 1:
+      one = dataclasses.replace(like, num_images=1, num_steps=uses, batch_size=1, weight=1.0)
+    self._steps = simulated_steps(observation, one, 0, 0, is_first)
+
+  def added(self, known: Sequence[Truth]) -> Iterator[np.ndarray]:
+    """Rows [n, d] for one known image after another."""
+    chunk = min(_CHUNK, max(1, MAX_BASIS_ENTRIES // 8 // self._entries))
+    for first in range(0, len(known), chunk):
+      some = {str(first + k): own for k, own in enumerate(known[first : first + chunk])}
+      keys = {name: noise_key(self._observation, 0, int(name)) for name in some}
+      updates = self._player.updates(some, dict.fromkeys(some, self._steps), keys)
+      yield self._share * np.concatenate([flat(update) for update in updates.values()])
+
+  def played(
+    self, clients: SimulatedClients, equipment: Equipment
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of played clients the noise, what all images but the first add, and norms without noise.
+
+    Returns:
+      [N, d], [N, d] and the logarithms [N]; of no clients where nothing is drawn, and no rows of
+      others where there are none.
+    """
+    noises = np.zeros((0, self._entries), np.float32)
+    has_others = self._like.num_images > 1
+    if not (self._has_noise or has_others):
+      return noises, noises, np.zeros(0)
+    defended = None
+    if self._has_noise:
+      shares = bool(self._like.update.non_trainable)
+      defended = build_player(self._observation, shares, equipment)
+    count = min(len(clients), max(3, MAX_BASIS_ENTRIES // self._entries))
+    noises, others, norms = [noises], [noises], []
+    for some in clients.in_round(self._observation, self._like, count, self._is_first):
+      clean = {name: flat(update) for name, update in self._player.updates(*some).items()}
+      norms += [log_norms(own) for own in clean.values()]
+      if defended is not None:
+        noised = defended.updates(*some)
+        noises += [flat(noised[name]) - own for name, own in clean.items()]
+      if has_others:
+        truths, *_ = some
+        first = [Truth(own.images[:1], own.labels[:1], own.regions[:1]) for own in truths.values()]
+        added = np.concatenate(list(self.added(first)))
+        others.append(np.concatenate(list(clean.values())) - added)
+    return np.concatenate(noises), np.concatenate(others), np.concatenate(norms)
+
+
+def _among_others(
+  others: np.ndarray, noises: np.ndarray, covariance: NoiseCovariance | None
+) -> NoiseCovariance:
+  """Of noise and what other images of a client add together.
+
+  Args:
+    others: [N, d], of mean zero.
+    noises: [n, d]; n may be 0.
+    covariance: Of the noise, where that is known.
+  """
+  variance = _LEAST_VARIANCE * float(np.mean(np.square(others)))
+  shaped = others[:0]
+  if noises.any():
+    variance += float(np.mean(np.square(_whitening(noises, covariance)(noises))))
+  if noises.any() and covariance is not None:
+    shaped = (covariance.directions * np.sqrt(variance * (covariance.ratios - 1))).T
+  # The mean of their squares is what counts.
+  total = len(others) + len(shaped)
+  draws = [others * np.float32(np.sqrt(total / len(others))), shaped * np.float32(np.sqrt(total))]
+  return NoiseCovariance.fitted(np.concatenate(draws), variance)
 
 
 def _whitening(
@@ -117,15 +183,7 @@ def _whitening(
   """From rows [N, d] to these in units in which the noise is as strong in all directions."""
   if covariance is not None:
     directions, shares = covariance.directions, 1 - covariance.ratios**-0.5
-    weights = len(directions)
-
-    def whiten(rows: np.ndarray) -> np.ndarray:
-      # Statistics come after the weights.
-      own = rows[:, :weights]
-      own = own - (own @ directions * shares) @ directions.T
-      return np.concatenate([own, rows[:, weights:]], axis=1)
-
-    return whiten
+    return lambda rows: rows - (rows @ directions * shares) @ directions.T
   scale = np.ones(noises.shape[1], np.float32)
   if noises.any():
     scale = inverse_deviations(noises, log_norms(noises))

@@ -121,8 +121,8 @@ def compare(
   over_reference: How many dB less of the region the reference gives away, paired by image, with its
     interval; of 'strongest' alone, over the seeds on which both were audited to the same budget.
   bound_region_psnr: Of attackers who know what images look like; mean over the seeds that have it.
-  recognized: Share of clients of one image whose update picks it out of known ones; of 'strongest'
-    alone, where all audits tried it.
+  recognized: Share of images that updates pick out of known ones; of 'strongest' alone, where all
+    audits tried it.
   f1, f1_undefended: Of `utility` if that is given; else on test after the runs.
 
   Args:

@@ -193,7 +193,7 @@ class Suite:
     truth: Mapping[str, Truth],
     clients: Sequence[str],
   ) -> Identification | None:
-    """Clients of one image each whose image the updates pick out of all of these and public ones.
+    """Images of clients that the updates pick out of all of these and public ones.
 
     Args:
       place: Names the directory of the results.
@@ -202,23 +202,20 @@ class Suite:
       clients: Ids.
 
     Returns:
-      None where there are no such clients, or the budget has no attacker who knows the defence.
+      None where the budget has no attacker who knows the defence.
 
     Raises:
       UserError: If the defence cannot be played.
     """
-    single = [name for name in clients if observations[0].client(name).num_images == 1]
-    if not (single and self._budget.calibration_clients):
+    if not self._budget.calibration_clients:
       return None
     path = self._directory / place / _RECOGNIZED
     if not path.exists():
-      ranks, choices = self._attacker.recognize(
-        observations, single, truth, name=f'{place}/known images'
-      )
-      made = {'ranks': ranks.tolist(), 'choices': choices}
+      found = self._attacker.recognize(observations, clients, truth, name=f'{place}/known images')
+      made = {**found._asdict(), 'ranks': found.ranks.tolist()}
       write_whole(path.parent, {path.name: json.dumps(made)})
     saved = read_json(path)
-    return identify_by_likelihood(np.array(saved['ranks']), saved['choices'])
+    return identify_by_likelihood(np.array(saved['ranks']), saved['owners'], saved['choices'])
 
   def _uncalibrated(self, place: str) -> list[Attacked]:
     """An attack that was not made: that with settings chosen for clients like some of these."""

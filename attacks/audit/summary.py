@@ -49,8 +49,7 @@ class RoundEvidence(NamedTuple):
     clean: For each of these rounds that was audited by itself, the attacks on it as it is without
       a defence: `undefended`, or its own where it has none. Unless they see the images nothing is
       cleared.
-    recognized: Clients whose image their update picks out of known ones; None where that was not
-      tried.
+    recognized: Images that updates pick out of known ones; None where that was not tried.
   """
 
   rounds: tuple[int, ...]
@@ -104,8 +103,8 @@ def summarise_round(
     seconds.
   not_made: name and problem of those that could not be made.
   identified: Of the attack that tells most, its p-value corrected for their number.
-  recognized: Of clients whose image a server that has it already picks out of known ones by the
-    update; null where that was not tried.
+  recognized: Of images that a server which has them already picks out of known ones by the updates;
+    null where that was not tried.
   control: metrics, margin, passed, images of the positive control; of no images if it could not be
     made.
   groups: Rows of `_groups`.
@@ -400,8 +399,8 @@ _LIMITS = (
   'PSNR and SSIM measure likeness of pixels, not whether a person or a disease can be recognised.',
   'Which attack came closest was decided by the originals, image by image, which no attacker can'
   ' do; so what one attacker would have at best is overestimated.',
-  'Whether a server that has an image already can tell that a client trained on it was tried of'
-  ' clients of one image alone, and among the images named there.',
+  'Images that the server has already are sought among those named there, by a test that no other'
+  ' beats for one image in one step, and that another may beat for several.',
   'Of several images of a client the originals decide which reconstruction stands for which.'
   ' Whether originals are picked out is tested against the reconstructions of other clients with as'
   ' many images; gains in dB are against guesses that are matched likewise, and an image that was'

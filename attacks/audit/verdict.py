@@ -63,8 +63,8 @@ def judge_round(
   if recognized is None or not is_identifying(recognized) or name == 'leaked':
     return Verdict(name, reasons, name)
   told = (
-    f'A server that has the images already can tell who trained on which: {recognized.correct} of'
-    f' {recognized.of} updates pick their image out of {recognized.choices}.'
+    f'A server that has the images already can tell who trained on which: updates pick'
+    f' {recognized.correct} of {recognized.of} images out of {recognized.choices}.'
   )
   return Verdict('partly_leaked', (told, *_OTHERWISE.get(name, ()), *reasons), name)
 

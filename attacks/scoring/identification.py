@@ -212,26 +212,34 @@ def original_places(
   return list(first.values()), [order[key] for key in keys[: len(originals)]]
 
 
-def identify_by_likelihood(ranks: np.ndarray, choices: int) -> Identification:
+def identify_by_likelihood(
+  ranks: np.ndarray, owners: Sequence[int], choices: int
+) -> Identification:
   """How many originals the updates themselves pick out; see `likelihood_ranks`.
 
-  The control stands each client's update for the image of the next one. The p-value is that of the
-  permutation test over clients.
+  The control stands each client's update for the images of the next one. The p-value is that of the
+  permutation test over clients with as many images each.
 
   Args:
-    ranks: int [N, N].
+    ranks: int [N, K].
+    owners: K clients.
     choices: Images to pick from.
   """
-  count = len(ranks)
-  own = np.diagonal(ranks)
-  others = ranks[(np.arange(count) - 1) % count, np.arange(count)] if count > 1 else ranks[:0, 0]
+  owners = np.asarray(owners)
+  clients, places = np.arange(len(ranks)), np.arange(len(owners))
+  own = ranks[owners, places]
+  others = ranks[(owners + 1) % len(ranks), places] if len(ranks) > 1 else own[:0]
   precisions = tuple(Precision(k, int(np.sum(own <= k)), int(np.sum(others <= k))) for k in KS)
   correct = precisions[0].correct
-  p_value, least = _permuted([np.asarray(ranks == 1, np.int64)])
-  chance = stats.binomtest(correct, count, 1 / choices, alternative='greater').pvalue
+  # Of each client by each update.
+  hits = np.stack([np.sum(ranks[:, owners == client] == 1, axis=1) for client in clients], axis=1)
+  counts = np.bincount(owners, minlength=len(ranks))
+  alike = [np.flatnonzero(counts == count) for count in np.unique(counts)]
+  p_value, least = _permuted([hits[np.ix_(group, group)] for group in alike])
+  chance = stats.binomtest(correct, len(owners), 1 / choices, alternative='greater').pvalue
   return Identification(
     correct=correct,
-    of=count,
+    of=len(owners),
     choices=choices,
     control_correct=precisions[0].control_correct,
     p_value=max(p_value, float(chance)),
@@ -242,20 +250,30 @@ def identify_by_likelihood(ranks: np.ndarray, choices: int) -> Identification:
   )
 
 
-def likelihood_ranks(likelihoods: np.ndarray, own: Sequence[int]) -> np.ndarray:
-  """Place, from 1, of each client's image among those to pick from, by each client's update.
+def likelihood_ranks(
+  likelihoods: np.ndarray, own: Sequence[int], owners: Sequence[int]
+) -> np.ndarray:
+  """Place, from 1, of each original among those to pick from, by each client's update.
+
+  Other images of the client that has it do not count, as they are no mistakes.
 
   Args:
     likelihoods: [N, M], of the update of each client for each image.
-    own: N columns.
+    own: K columns.
+    owners: Of each of these, which client has it.
 
   Returns:
-    int [N, N]: by the first's update, of the second's image. As likely ones go before it, and with
-    an update for which there are no likelihoods it is behind all.
+    int [N, K]. As likely images go before it, and with an update for which there are no likelihoods
+    it is behind all.
   """
-  ranks = np.stack(
-    [np.sum(likelihoods >= likelihoods[:, [column]], axis=1) for column in own], axis=1
-  )
+  own, owners = np.asarray(own), np.asarray(owners)
+  ranks = []
+  for column, owner in zip(own, owners, strict=True):
+    counted = np.ones(likelihoods.shape[1], bool)
+    counted[own[owners == owner]] = False
+    above = likelihoods[:, counted] >= likelihoods[:, [column]]
+    ranks.append(1 + np.sum(above, axis=1))
+  ranks = np.stack(ranks, axis=1)
   ranks[np.isnan(likelihoods).any(axis=1)] = max(likelihoods.shape[1], *KS) + 1
   return ranks
 

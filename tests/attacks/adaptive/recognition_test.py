@@ -13,7 +13,7 @@ from attacks.config import AttackConfig
 from attacks.local_steps import local_steps
 from attacks.noise_covariance import NoiseCovariance
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
-from tests.attacks.observed_rounds import play_round
+from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.observations import Truth, WeightArrays
@@ -152,8 +152,8 @@ def test_an_update_that_is_not_finite_tells_nothing():
   assert np.isnan(found[1]).all()
 
 
-def _attacker():
-  return AdaptiveAttacker(_public(), AttackConfig(seed=0), Effort(0, 0, 0))
+def _attacker(public=12):
+  return AdaptiveAttacker(_public(public), AttackConfig(seed=0), Effort(0, 0, 0))
 
 
 def _truth(observation, images):
@@ -164,13 +164,13 @@ def _truth(observation, images):
   }
 
 
-def test_rounds_are_taken_together():
+def test_likelihoods_of_rounds_add_up():
   images = _public().float_images()[:2]
   truth = _truth(_observed(), images)
   defended = _defended(_observed(), 'isotropic', value=6.0)
   fresh = {**defended.defense, 'frozen': False}
   rounds = []
-  for number in range(1, 9):
+  for number in (1, 2):
     seen = dataclasses.replace(defended, round_num=number, defense=fresh)
     player = build_player(seen, False)
     clients = tuple(
@@ -184,12 +184,14 @@ def test_rounds_are_taken_together():
     )
     rounds.append(dataclasses.replace(seen, clients=clients))
   names = list(truth)
-  ranks, choices = _attacker().recognize(rounds, names, truth)
+  found = _attacker().recognize(rounds, names, truth)
   # The images are public ones, which are not to pick from twice.
-  assert choices == len(_public())
-  assert ranks.shape == (2, 2)
-  one = np.mean([np.diag(_attacker().recognize([seen], names, truth)[0]) for seen in rounds])
-  assert np.diag(ranks).mean() < one
+  assert (found.owners, found.choices) == ([0, 1], len(_public()))
+  known = list(truth.values())
+  apart = [_attacker()._log_likelihoods([seen], names, known, '') for seen in rounds]
+  together = _attacker()._log_likelihoods(rounds, names, known, '')
+  np.testing.assert_allclose(together, apart[0] + apart[1], rtol=1e-9)
+  assert np.abs(apart[0] - apart[1]).min() > 0.01
 
 
 def test_a_defence_that_cannot_be_played_is_told():
@@ -197,3 +199,29 @@ def test_a_defence_that_cannot_be_played_is_told():
   truth = _truth(observation, _public().float_images()[:2])
   with pytest.raises(UserError, match='prayer'):
     _attacker().recognize([observation], list(truth), truth)
+
+
+@pytest.mark.parametrize('steps', [1, 2])
+def test_images_of_a_batch_are_found_among_others(steps):
+  images = smooth_images(12, seed=3)
+  owned = [(images[:3], [0, 1, 0]), (images[3:6], [1, 1, 0])]
+  clean = play_round(small_model(), owned, steps=steps)
+  observation = dataclasses.replace(_defended(clean, 'isotropic', value=0.1))
+  player = build_player(observation, False)
+  region = np.ones((3, 8, 8, 1), np.float32)
+  clients, truth = [], {}
+  for place, (client, (own, labels)) in enumerate(zip(clean.clients, owned, strict=True)):
+    truth[client.client_id] = Truth(own, np.array(labels, np.int32), region)
+    update = player.update(
+      truth[client.client_id], local_steps(client, clean.client_training), (1, place)
+    )
+    clients.append(dataclasses.replace(client, update=update))
+  observation = dataclasses.replace(observation, clients=tuple(clients))
+  found = _attacker(80).recognize([observation], list(truth), truth)
+  assert found.owners == [0, 0, 0, 1, 1, 1]
+  assert found.choices == 86
+  own = found.ranks[found.owners, np.arange(6)]
+  other = found.ranks[1 - np.array(found.owners), np.arange(6)]
+  assert np.median(own) <= 2
+  assert own.max() <= 8
+  assert np.median(other) > 15

@@ -114,10 +114,7 @@ def test_known_images_are_tried_once(tmp_path, observation):
   assert path.stat().st_mtime_ns == written
 
 
-def test_known_images_are_tried_of_clients_of_one_image_alone(tmp_path, observation):
-  clients = tuple(dataclasses.replace(own, num_images=2) for own in observation.clients)
-  several = dataclasses.replace(observation, clients=clients)
-  assert _suite(tmp_path).recognized('here', [several], {}, ['client_00']) is None
+def test_no_budget_for_it_means_no_test_of_known_images(tmp_path, observation):
   budget = dataclasses.replace(_BUDGET, calibration_clients=0)
   assert _suite(tmp_path, budget).recognized('here', [observation], {}, ['client_00']) is None
 

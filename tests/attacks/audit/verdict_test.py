@@ -79,7 +79,7 @@ def test_known_images_that_are_recognised_are_a_part_of_a_leak(blind, seeing):
 
   found = verdict(blind.scores, some)
   assert (found.name, found.pictures) == ('partly_leaked', 'not_beyond_guess')
-  assert found.reasons[0].endswith(f'5 of {COUNT} updates pick their image out of 216.')
+  assert found.reasons[0].endswith(f'updates pick 5 of {COUNT} images out of 216.')
   assert found.reasons[1] == 'No reconstruction shows more of the images than a guess.'
   found = verdict(blind.scores, some, control=blind)
   assert (found.name, found.pictures) == ('partly_leaked', 'inconclusive')
@@ -100,10 +100,8 @@ def test_the_page_tells_which_known_images_were_recognised(blind, seeing):
     'From round 1 a server that has an image already could have told who trained on it.'
   )
   text = ' '.join(render(summary).split())
-  assert (
-    f'Of {COUNT} clients of one image, the image is the likeliest of 216 known ones for 5' in text
-  )
-  assert 'among the 5 likeliest for 9' in text
+  assert f'Of {COUNT} images, 5 are the likeliest of 216 known ones, 7 among the 3' in text
+  assert '9 among the 5 likeliest (by the update of another client: 0;' in text
   entry, summary = audited([blind], undefended=[seeing], control=seeing)
   assert entry['recognized'] is None
   assert 'Not tried' in render(summary)

@@ -253,7 +253,7 @@ def test_images_to_pick_from_are_there_once():
 
 def test_ties_and_nothing_go_before_an_original():
   likelihoods = np.array([[3.0, 1.0, 2.0, 3.0], [0.0, 5.0, 4.0, 1.0], [np.nan] * 4])
-  ranks = likelihood_ranks(likelihoods, [0, 1, 2])
+  ranks = likelihood_ranks(likelihoods, [0, 1, 2], [0, 1, 2])
   np.testing.assert_array_equal(ranks, [[2, 4, 3], [4, 1, 2], [6, 6, 6]])
 
 
@@ -262,19 +262,30 @@ def test_updates_that_pick_their_image_are_no_chance():
   clients, choices = 16, 200
   ranks = rng.integers(2, choices, (clients, clients))
   np.fill_diagonal(ranks, np.where(np.arange(clients) < 10, 1, 4))
-  found = identify_by_likelihood(ranks, choices)
+  found = identify_by_likelihood(ranks, range(clients), choices)
   assert (found.correct, found.of, found.choices, found.control_correct) == (10, 16, 200, 0)
   assert [precision.correct for precision in found.precisions] == [10, 10, 16]
   assert found.p_value == pytest.approx(1 / 2000)
   # Images that every update takes for the likeliest say nothing of who has them.
   ranks[:, :10] = 1
-  found = identify_by_likelihood(ranks, choices)
+  found = identify_by_likelihood(ranks, range(clients), choices)
   assert (found.correct, found.control_correct) == (10, 10)
   assert found.p_value == 1.0
   assert found.chance_p_value < 1e-9
 
 
 def test_updates_of_one_client_cannot_be_told_from_others():
-  found = identify_by_likelihood(np.array([[1]]), 200)
+  found = identify_by_likelihood(np.array([[1]]), [0], 200)
   assert (found.correct, found.control_of) == (1, 0)
+  assert found.p_value == found.least_p_value == 1.0
+
+
+def test_other_images_of_a_client_are_no_mistakes():
+  likelihoods = np.array([[3.0, 4.0, 2.0, 1.0], [9.0, 8.0, 1.0, 7.0]])
+  # The first client has the first two images, the second the third.
+  ranks = likelihood_ranks(likelihoods, [0, 1, 2], [0, 0, 1])
+  np.testing.assert_array_equal(ranks, [[1, 1, 3], [1, 1, 4]])
+  found = identify_by_likelihood(ranks, [0, 0, 1], 4)
+  assert (found.correct, found.of, found.control_correct) == (2, 3, 2)
+  # No other client has as many images.
   assert found.p_value == found.least_p_value == 1.0
