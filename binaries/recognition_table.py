@@ -2,7 +2,7 @@
 
 One round as in the frontier: 16 clients that send one step on one image, or on --images of them;
 whether noise is fresh or frozen, one round does not tell. The server has these images and those of
-the validation split, and takes the likeliest under each update, see attacks/adaptive/recognition.py;
+the validation split, and takes the likeliest under each update (attacks/adaptive/recognition.py);
 no image is reconstructed. Half of the validation split, varied, is what it knows the noise from.
 `correct` is how many of the clients' images are the likeliest one, apart from others of the same
 client, `among_5` how many one of the five likeliest, and `by_another` how many the likeliest by the
