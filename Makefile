@@ -11,7 +11,7 @@ empty :=
 space := $(empty) $(empty)
 commas = $(subst $(space),$(comma),$(1))
 
-.PHONY: setup lock lint test demo audit audit-table audit-batch-table audit-steps-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive bounds clean
+.PHONY: setup lock lint test demo audit audit-table audit-batch-table audit-steps-table rounds-table gate training frontier attack-bench attack-bench-speed bench generator published adaptive recognition bounds clean
 
 setup: $(STAMP)
 
@@ -261,6 +261,16 @@ published: $(STAMP) $(patsubst %,generator-%,$(filter-out %_64,$(GENERATORS)))
 # Attacks that know shadow noise; continues results/adaptive.csv where it stopped.
 adaptive: $(STAMP)
 	$(BIN)/python -m binaries.adaptive_table
+
+# Whose image updates pick out of known ones; continues results/recognition.csv where it stopped.
+OF_BATCHES := decoy/scale:3.0 decoy/scale:3.0+floor:0.999 dp_sgd/clip_norm:3+noise_multiplier:0.1
+RECOGNITION = $(BIN)/python -m binaries.recognition_table
+
+recognition: $(STAMP)
+	$(RECOGNITION)
+	$(RECOGNITION) --images=4 --seeds=1 --defenses=$(call commas,$(OF_BATCHES))
+	$(RECOGNITION) --images=16 --seeds=1 --datasets=histology_patches \
+	  --defenses=$(call commas,$(OF_BATCHES))
 
 # Bounds of the region error under the same noise; continues results/bounds.csv where it stopped.
 bounds: $(STAMP)

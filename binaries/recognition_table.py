@@ -34,10 +34,8 @@ _DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
 _DEFENSES = flags.DEFINE_list(
   'defenses',
   [
-    *('decoy/scale:3.0', 'decoy/scale:3.0+floor:0.999', 'decoy/scale:10.0'),
-    *('isotropic/image_ratio:100.0', 'isotropic/image_ratio:300.0', 'correlated/images:0.1'),
+    *('decoy/scale:3.0', 'decoy/scale:3.0+floor:0.999', 'isotropic/image_ratio:100.0'),
     *('dp_sgd/clip_norm:3+noise_multiplier:0.1', 'dp_sgd/clip_norm:3+noise_multiplier:0.3'),
-    *('dp_sgd/clip_norm:3+noise_multiplier:1.0', 'top_k/fraction:0.1', 'quantization/bits:4'),
   ],
   'SHAPE/STRENGTH, strengths as of the frontier, or NAME/PARAMETER:VALUE of a baseline, its other'
   ' parameters at their defaults; the undefended round is always tried too.',
