@@ -30,6 +30,7 @@ from attacks.threads import share_cores
 from binaries import command
 from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_defense
 from binaries.progress import Progress
+from binaries.small_federation import variations
 from binaries.tables import RowCache, write_table
 from tff_shadow.data import EMBEDDED, Examples
 from tff_shadow.execution import local_worker_context
@@ -64,9 +65,6 @@ _INVERSION_CLIENTS = flags.DEFINE_integer(
 )
 
 _BEST, _CALIBRATED = 'best', 'calibrated'
-_OF_PATCHES = ('mirror', 'turns', 'shifts', 'brightness')
-# A chest film is not turned over.
-_AUGMENTATIONS = {'chest_phantom': ('shifts', 'brightness')}
 _METRICS = ('psnr', 'ssim', 'region_psnr', 'region_ssim')
 _KEY = ('dataset', 'seed', 'shape', 'strength')
 _CELL = (*_KEY, 'attack', 'knows_region')
@@ -118,7 +116,7 @@ def _attacker(dataset: str, seed: int, public: Examples) -> AdaptiveAttacker:
     _CALIBRATION_CLIENTS.value,
     _DENOISER_STEPS.value,
     _INVERSION_CLIENTS.value,
-    _AUGMENTATIONS.get(dataset, _OF_PATCHES),
+    variations(dataset),
   )
   return AdaptiveAttacker(public, AttackConfig(seed=seed, iterations=_ITERATIONS.value), effort)
 

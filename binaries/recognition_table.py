@@ -24,6 +24,7 @@ from attacks.scoring.identification import identify_by_likelihood
 from binaries import command
 from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_defense
 from binaries.progress import Progress
+from binaries.small_federation import variations
 from binaries.tables import RowCache, write_table
 from tff_shadow.data import EMBEDDED
 from tff_shadow.execution import local_worker_context
@@ -47,9 +48,6 @@ _GROUP = ('dataset', 'images', 'shape', 'strength')
 _KEY = (*_GROUP, 'seed')
 _COUNTS = ('sought', 'choices', 'correct', 'among_5', 'by_another')
 _COLUMNS = (*_GROUP, *_COUNTS, 'share', 'ci95_low', 'ci95_high', 'seeds')
-_OF_PATCHES = ('mirror', 'turns', 'shifts', 'brightness')
-# A chest film is not turned over.
-_AUGMENTATIONS = {'chest_phantom': ('shifts', 'brightness')}
 
 
 def main() -> None:
@@ -75,7 +73,7 @@ def main() -> None:
 
 
 def _counts(rounds: AttackedRounds, defense: tuple[str, str]) -> dict[str, int]:
-  augmentations = _AUGMENTATIONS.get(rounds.dataset, _OF_PATCHES)
+  augmentations = variations(rounds.dataset)
   # No image is reconstructed.
   effort = Effort(clients=0, denoiser_steps=0, inversion_clients=0, augmentations=augmentations)
   attacker = AdaptiveAttacker(rounds.data.validation, AttackConfig(seed=rounds.seed), effort)

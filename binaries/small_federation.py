@@ -26,6 +26,10 @@ _CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 64, 'histology_patches'
 ATTACKED_TRAINING = ClientTraining('sgd', 0.05, 0.0, 1, 1, 1)
 _ATTACKED_IMAGES = 16
 
+# What leaves an image of the modality one; a chest film is not turned over.
+_OF_FILMS = ('shifts', 'brightness')
+_OF_PATCHES = ('mirror', 'turns', *_OF_FILMS)
+
 
 def utility_data(dataset: str, seed: int) -> FederatedData:
   """The clients of a utility run."""
@@ -36,6 +40,11 @@ def utility_data(dataset: str, seed: int) -> FederatedData:
 def attacked_data(dataset: str, seed: int) -> FederatedData:
   """The clients of an attacked round; each uses one image of its own."""
   return _load(dataset, f'iid:{_ATTACKED_IMAGES}', seed)
+
+
+def variations(dataset: str) -> tuple[str, ...]:
+  """How an attacker may vary public images of it, of `AUGMENTATIONS`."""
+  return _OF_FILMS if dataset == 'chest_phantom' else _OF_PATCHES
 
 
 def small_model(data: FederatedData, seed: int, norm: Norm) -> tf.keras.Model:
