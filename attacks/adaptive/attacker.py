@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import pathlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -233,6 +232,9 @@ class AdaptiveAttacker:
     self._watch = watch
     self._directory = directory
     self._denoiser: RegionDenoiser | None = None
+    # Of the rounds that were attacked last, by the kind of their clients.
+    self._noise_of: Sequence[Observation] = ()
+    self._noise: dict[Hashable, list[NoiseCovariance]] = {}
 
   def attack(
     self,
@@ -371,11 +373,10 @@ class AdaptiveAttacker:
     Raises:
       UserError: If the defence cannot be played.
     """
-    originals = [_single(truth[client]) for client in clients]
-    owners = [place for place, own in enumerate(originals) for _ in own]
-    flat_originals = list(itertools.chain.from_iterable(originals))
+    owners = [place for place, client in enumerate(clients) for _ in truth[client].labels]
     public = Truth(self._public.float_images(), self._public.labels, self._public.float_regions())
-    known = [*flat_originals, *_single(public)]
+    everything = [*(truth[client] for client in clients), public]
+    known = [own.alone(image) for own in everything for image in range(len(own.labels))]
     images = [one.images[0] for one in known]
     kept, own = original_places(images[: len(owners)], images[len(owners) :])
     likelihoods = self._log_likelihoods(observations, clients, [known[k] for k in kept], name)
@@ -441,6 +442,17 @@ class AdaptiveAttacker:
     """Of the noise in each round; none where it is not the same for all clients."""
     if not has_public_covariance(observations[0]):
       return []
+    if [*map(id, observations)] != [*map(id, self._noise_of)]:
+      self._noise_of, self._noise = list(observations), {}
+    kind = (like.num_images, local_steps(like, observations[0].client_training))
+    if kind not in self._noise:
+      self._noise[kind] = self._played_covariances(observations, like, name)
+    return self._noise[kind]
+
+  def _played_covariances(
+    self, observations: Sequence[Observation], like: ClientObservation, name: str
+  ) -> list[NoiseCovariance]:
+    """See `_covariances`."""
     entries = sum(array.size for array in like.update.trainable) * len(observations)
     count = max(3, min(_NOISE_DRAWS, MAX_BASIS_ENTRIES // entries))
     clients = SimulatedClients(
@@ -488,12 +500,6 @@ class AdaptiveAttacker:
         equipment=self._equipment,
         progress=update,
       )
-
-
-def _single(several: Truth) -> list[Truth]:
-  """Each of its images alone."""
-  arrays = (several.images, several.labels, several.regions)
-  return [Truth(*(own[None] for own in one)) for one in zip(*arrays, strict=True)]
 
 
 def _fitted_prior(

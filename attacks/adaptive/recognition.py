@@ -149,7 +149,7 @@ class _Alone:
         noises += [flat(noised[name]) - own for name, own in clean.items()]
       if has_others:
         truths, *_ = some
-        first = [Truth(own.images[:1], own.labels[:1], own.regions[:1]) for own in truths.values()]
+        first = [own.alone(0) for own in truths.values()]
         added = np.concatenate(list(self.added(first)))
         others.append(np.concatenate(list(clean.values())) - added)
     return np.concatenate(noises), np.concatenate(others), np.concatenate(norms)
@@ -169,7 +169,7 @@ def _among_others(
   shaped = others[:0]
   if noises.any():
     variance += float(np.mean(np.square(_whitening(noises, covariance)(noises))))
-  if noises.any() and covariance is not None:
+  if covariance is not None:
     shaped = (covariance.directions * np.sqrt(variance * (covariance.ratios - 1))).T
   # The mean of their squares is what counts.
   total = len(others) + len(shaped)

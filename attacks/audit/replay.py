@@ -41,8 +41,7 @@ def single_images(
   player = _player(observation)
   replayed, shown = [], {}
   for name in clients:
-    own = truth[name]
-    shown[name] = Truth(own.images[:1], own.labels[:1], own.regions[:1])
+    shown[name] = truth[name].alone(0)
     like = dataclasses.replace(
       observation.client(name), num_images=1, num_steps=1, batch_size=1, weight=1.0
     )

@@ -274,7 +274,7 @@ def likelihood_ranks(
     above = likelihoods[:, counted] >= likelihoods[:, [column]]
     ranks.append(1 + np.sum(above, axis=1))
   ranks = np.stack(ranks, axis=1)
-  ranks[np.isnan(likelihoods).any(axis=1)] = max(likelihoods.shape[1], *KS) + 1
+  ranks[np.isnan(likelihoods).any(axis=1)] = _behind_all(likelihoods.shape[1])
   return ranks
 
 
@@ -347,11 +347,15 @@ def _hits(
 
 def _rank(distances: np.ndarray, own: int) -> int:
   if np.isnan(distances).any():
-    # One more than there are places, so that not even the only image of a gallery is identified.
-    return max(len(distances), *KS) + 1
+    return _behind_all(len(distances))
   margin = _TIE * max(1.0, abs(distances[own]))
   others = np.delete(distances, own)
   return 1 + int((others <= distances[own] + margin).sum())
+
+
+def _behind_all(choices: int) -> int:
+  """One more than there are places, so that not even the only image of a gallery is identified."""
+  return max(choices, *KS) + 1
 
 
 def _originals(attack: results.AttackResult) -> list[np.ndarray]:

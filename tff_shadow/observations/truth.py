@@ -26,6 +26,11 @@ class Truth:
   labels: np.ndarray
   regions: np.ndarray
 
+  def alone(self, image: int) -> 'Truth':
+    """Of a client that has one of them."""
+    one = slice(image, image + 1)
+    return Truth(self.images[one], self.labels[one], self.regions[one])
+
 
 def write_truth(path: pathlib.Path, round_num: int, clients: dict[str, Truth]) -> None:
   """Writes the truth of one round."""
