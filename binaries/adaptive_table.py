@@ -11,7 +11,6 @@ under the same attack, paired by image, with its 95 % interval.
 Rows are kept in --cache_dir as they come, so that an interrupted run continues.
 """
 
-import itertools
 import pathlib
 
 import numpy as np
@@ -28,12 +27,10 @@ from attacks.scoring.statistics import mean_interval
 from attacks.shared_solvers import SharedSolvers
 from attacks.threads import share_cores
 from binaries import command
-from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_defense
-from binaries.progress import Progress
+from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, missing_cells, parse_defense
 from binaries.small_federation import variations
 from binaries.tables import RowCache, write_table
 from tff_shadow.data import EMBEDDED, Examples
-from tff_shadow.execution import local_worker_context
 
 _OUTPUT = flags.DEFINE_string('output', 'results/adaptive.csv', 'Table to write.')
 _CACHE_DIR = flags.DEFINE_string('cache_dir', 'runs/adaptive', 'Finished rows, to go on from.')
@@ -93,19 +90,19 @@ def main() -> None:
   # Rows of other settings are other rows.
   name = f'adaptive-{"-".join(map(str, settings))}.csv'
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / name, _CACHE_COLUMNS)
-  cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
   done = cache.done(_KEY)
-  rounds: AttackedRounds | None = None
-  with local_worker_context(), Progress('adaptive', len(cells), 'cells') as progress:
-    for count, (dataset, seed, defense) in enumerate(cells):
-      if (dataset, str(seed), *defense) not in done:
-        if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
-          rounds = AttackedRounds(dataset, seed)
-          attacker = _attacker(dataset, seed, rounds.data.validation)
-        base = dict(zip(_KEY, (dataset, seed, *defense), strict=True))
-        rows = _attack(rounds, defense, attacker)
-        cache.add([base | row for row in rows])
-      progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
+  attacked: AttackedRounds | None = None
+  for rounds, defense in missing_cells(
+    'adaptive',
+    _DATASETS.value,
+    _SEEDS.value,
+    defenses,
+    lambda dataset, seed, defense: (dataset, str(seed), *defense) in done,
+  ):
+    if rounds is not attacked:
+      attacked, attacker = rounds, _attacker(rounds.dataset, rounds.seed, rounds.data.validation)
+    base = dict(zip(_KEY, (rounds.dataset, rounds.seed, *defense), strict=True))
+    cache.add([base | row for row in _attack(rounds, defense, attacker)])
   rows = _join(cache.rows)
   write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows, key=_GROUP)
   print(f'{len(rows)} rows written to {_OUTPUT.value}')

@@ -1,18 +1,21 @@
 """Rounds of the small federation as the server sees them, with and without a defence."""
 
 import dataclasses
+import itertools
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from binaries import command, frontier_plot
+from binaries.progress import Progress
 from binaries.small_federation import ATTACKED_TRAINING, attacked_data, small_model
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
+from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
   BASELINES,
   BaselineDefense,
@@ -232,6 +235,37 @@ class AttackedRounds:
       train(self.data, small_model(self.data, self.seed, 'none'), settings, defense, run_dir)
       observation = read_observation(run_dir / 'observations' / round_directory_name(1))
       return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
+
+
+def missing_cells(
+  name: str,
+  datasets: Sequence[str],
+  seeds: int,
+  defenses: Sequence[tuple[str, str]],
+  is_done: Callable[[str, int, tuple[str, str]], bool],
+  images: int = 1,
+) -> Iterator[tuple[AttackedRounds, tuple[str, str]]]:
+  """The rounds and defences of a table of which there are no rows yet.
+
+  Shows progress; what is made of a cell is to be kept before the next one is asked for.
+
+  Args:
+    name: Of the table, for progress.
+    datasets: Of the cells.
+    seeds: How many.
+    defenses: Each with each data set and seed; see `parse_defense`.
+    is_done: Whether there are rows of a data set, seed and defence.
+    images: See `AttackedRounds`.
+  """
+  cells = list(itertools.product(datasets, range(seeds), defenses))
+  rounds: AttackedRounds | None = None
+  with local_worker_context(), Progress(name, len(cells), 'cells') as progress:
+    for count, (dataset, seed, defense) in enumerate(cells):
+      if not is_done(dataset, seed, defense):
+        if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
+          rounds = AttackedRounds(dataset, seed, images)
+        yield rounds, defense
+      progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
 
 
 def with_noise_scaled(clean: Observation, noised: Observation, factor: float) -> Observation:

@@ -11,7 +11,6 @@ update of another client, which is chance. The interval of `share` is that of Wi
 Rows are kept in --cache_dir as they come, so that an interrupted run continues.
 """
 
-import itertools
 import pathlib
 
 import tensorflow_federated as tff
@@ -22,12 +21,10 @@ from attacks.adaptive.attacker import AdaptiveAttacker, Effort
 from attacks.config import AttackConfig
 from attacks.scoring.identification import identify_by_likelihood
 from binaries import command
-from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, parse_defense
-from binaries.progress import Progress
+from binaries.attacked_rounds import UNDEFENDED, AttackedRounds, missing_cells, parse_defense
 from binaries.small_federation import variations
 from binaries.tables import RowCache, write_table
 from tff_shadow.data import EMBEDDED
-from tff_shadow.execution import local_worker_context
 
 _OUTPUT = flags.DEFINE_string('output', 'results/recognition.csv', 'Table to write.')
 _CACHE_DIR = flags.DEFINE_string('cache_dir', 'runs/recognition', 'Finished rows, to go on from.')
@@ -56,17 +53,17 @@ def main() -> None:
   defenses = [UNDEFENDED, *(parse_defense(text, baselines=True) for text in _DEFENSES.value)]
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'recognition.csv', (*_KEY, *_COUNTS))
   images = _IMAGES.value
-  cells = list(itertools.product(_DATASETS.value, range(_SEEDS.value), defenses))
   done = cache.done(_KEY)
-  rounds: AttackedRounds | None = None
-  with local_worker_context(), Progress('recognition', len(cells), 'cells') as progress:
-    for count, (dataset, seed, defense) in enumerate(cells):
-      if (dataset, str(images), *defense, str(seed)) not in done:
-        if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
-          rounds = AttackedRounds(dataset, seed, images)
-        key = dict(zip(_KEY, (dataset, images, *defense, seed), strict=True))
-        cache.add([key | _counts(rounds, defense)])
-      progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
+  for rounds, defense in missing_cells(
+    'recognition',
+    _DATASETS.value,
+    _SEEDS.value,
+    defenses,
+    lambda dataset, seed, defense: (dataset, str(images), *defense, str(seed)) in done,
+    images,
+  ):
+    key = dict(zip(_KEY, (rounds.dataset, images, *defense, rounds.seed), strict=True))
+    cache.add([key | _counts(rounds, defense)])
   rows = _join(cache.rows)
   write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows, key=_GROUP)
   print(f'{len(rows)} rows written to {_OUTPUT.value}')
