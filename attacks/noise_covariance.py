@@ -28,19 +28,22 @@ class NoiseCovariance(NamedTuple):
   ratios: np.ndarray
 
   @classmethod
-  def fitted(cls, draws: np.ndarray, variance: float) -> 'NoiseCovariance':
+  def fitted(
+    cls, draws: np.ndarray, variance: float, most: int = _MOST_DIRECTIONS
+  ) -> 'NoiseCovariance':
     """Of the sum of noise like `draws` and white noise.
 
     Args:
       draws: [N, d], of mean zero.
       variance: Of each entry of the white noise; above 0.
+      most: Directions at most.
 
     Raises:
       ValueError: If the variance is not above 0.
     """
     if not variance > 0:
       raise ValueError(f'variance must be above 0, found {variance}')
-    directions, energies = principal_directions(draws, _MOST_DIRECTIONS)
+    directions, energies = principal_directions(draws, most)
     excess = energies / len(draws) / variance
     kept = excess > _LEAST_EXCESS
     return cls(directions[:, kept], (1 + excess[kept]).astype(np.float32))

@@ -7,13 +7,17 @@ more often (Neyman and Pearson 1933). It needs far less of an update than a pict
 nats, where a reconstruction still looks like the mean image.
 
 How much noise there is follows from the update itself. Where noise is as loud as an update is long,
-how loud it is tells the candidates apart too. Of a client of several images the others are noise
-with a covariance of its own, and what one image adds is taken to be its part of what it would send
-alone: exactly so in one step, to first order over many.
+how loud it is tells the candidates apart too.
+
+Of a client of several images the others are noise with a covariance of its own: that of what public
+images add, and of what the known ones add, for the others may be among those. (So an image is not
+taken for another that adds alike: without noise, in one step, this is the least-squares solution.)
+What one image adds is taken to be its part of what it would send alone. That holds in one step
+without BatchNorm; over many the rest, as played clients show it, is noise too.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -32,6 +36,8 @@ from tff_shadow.observations import ClientObservation, Observation, Truth
 
 # Known images whose updates are computed at a time; fewer for large models.
 _CHUNK = 64
+# Other images of public clients beside which an image is tried in a step.
+_COMPANIES = 4
 # Of the squared distance of an update that fits exactly, in units of its squared norm.
 _ROUNDING = 1e-14
 # Of what other images add, in the directions in which they are not told from noise.
@@ -68,8 +74,9 @@ def log_likelihoods(
   """
   sent = np.concatenate([flat(own.update) for own in clients])
   entries = sent.shape[1]
-  alone = _Alone(observation, clients[0], is_first)
-  noises, others, norms = alone.played(played, equipment)
+  single = _Single(observation, clients[0], played, is_first)
+  noises, others, norms = single.played(equipment)
+  added: Iterable[np.ndarray] = single.added(known)
   mean = np.zeros(entries, np.float32)
   if covariance is not None:
     # Statistics come after the weights.
@@ -78,12 +85,18 @@ def log_likelihoods(
     covariance = covariance._replace(directions=directions)
   if clients[0].num_images > 1:
     mean = others.mean(axis=0)
-    covariance = _among_others(others - mean, noises, covariance)
+    among = others[:0]
+    if len(known) * entries <= MAX_BASIS_ENTRIES:
+      added = [np.concatenate([*added])]
+      # A client has each of them as often.
+      share = (clients[0].num_images - 1) / len(known)
+      among = np.sqrt(np.float32(share)) * (added[0] - added[0].mean(axis=0))
+    covariance = _among_others(others - mean, among, noises, covariance)
   whiten = _whitening(noises, covariance)
   sent = whiten(sent - mean).astype(np.float64)
   squares = np.sum(np.square(sent), axis=1)[:, None]
   distances, known_norms = [], []
-  for rows in alone.added(known):
+  for rows in added:
     known_norms.append(log_norms(rows))
     rows = whiten(rows).astype(np.float64)
     distances.append(squares - 2 * sent @ rows.T + np.sum(np.square(rows), axis=1))
@@ -96,35 +109,51 @@ def log_likelihoods(
   return likelihoods
 
 
-class _Alone:
-  """What single images add to what clients of a kind send."""
+class _Single:
+  """What single images add to what clients of a kind send, beside others in a step."""
 
-  def __init__(self, observation: Observation, like: ClientObservation, is_first: bool):
-    self._observation, self._like, self._is_first = observation, like, is_first
+  def __init__(
+    self,
+    observation: Observation,
+    like: ClientObservation,
+    played: SimulatedClients,
+    is_first: bool,
+  ):
+    self._observation, self._like, self._played = observation, like, played
+    self._is_first = is_first
     noiseless = dataclasses.replace(observation, defense=without_noise(observation.defense))
     self._has_noise = noiseless.defense != observation.defense
     self._player = build_player(noiseless, bool(like.update.non_trainable))
     self._entries = flat(like.update).shape[1]
     size = min(like.images_per_step(observation.client_training), like.num_images)
-    uses = max(1, round(like.num_steps * size / like.num_images))
-    self._share = 1 / size
-    one = like
+    batch = like
     if like.num_images > 1:
-      one = dataclasses.replace(like, num_images=1, num_steps=uses, batch_size=1, weight=1.0)
-    self._steps = simulated_steps(observation, one, 0, 0, is_first)
+      # As often as an image is used.
+      steps = max(1, round(like.num_steps * size / like.num_images))
+      batch = dataclasses.replace(
+        like, num_images=size, num_steps=steps, batch_size=size, weight=float(size)
+      )
+    self._steps = simulated_steps(observation, batch, 0, 0, is_first)
+    companies = [truth for some in played.chunks(_COMPANIES) for truth in some.values()]
+    self._companies = [
+      own.some(slice(1, size)) for own in companies[: _COMPANIES if size > 1 else 1]
+    ]
 
   def added(self, known: Sequence[Truth]) -> Iterator[np.ndarray]:
-    """Rows [n, d] for one known image after another."""
+    """Rows [n, d] for one known image after another, up to a constant."""
     chunk = min(_CHUNK, max(1, MAX_BASIS_ENTRIES // 8 // self._entries))
     for first in range(0, len(known), chunk):
-      some = {str(first + k): own for k, own in enumerate(known[first : first + chunk])}
-      keys = {name: noise_key(self._observation, 0, int(name)) for name in some}
-      updates = self._player.updates(some, dict.fromkeys(some, self._steps), keys)
-      yield self._share * np.concatenate([flat(update) for update in updates.values()])
+      images = known[first : first + chunk]
+      yield np.mean([self._batches(images, company) for company in self._companies], axis=0)
 
-  def played(
-    self, clients: SimulatedClients, equipment: Equipment
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def _batches(self, images: Sequence[Truth], company: Truth) -> np.ndarray:
+    """What clients send that have an image each and the same others: rows [n, d]."""
+    clients = {str(k): own.beside(company) for k, own in enumerate(images)}
+    keys = {name: noise_key(self._observation, 0, int(name)) for name in clients}
+    updates = self._player.updates(clients, dict.fromkeys(clients, self._steps), keys)
+    return np.concatenate([flat(update) for update in updates.values()])
+
+  def played(self, equipment: Equipment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of played clients the noise, what all images but the first add, and norms without noise.
 
     Returns:
@@ -139,9 +168,9 @@ class _Alone:
     if self._has_noise:
       shares = bool(self._like.update.non_trainable)
       defended = build_player(self._observation, shares, equipment)
-    count = min(len(clients), max(3, MAX_BASIS_ENTRIES // self._entries))
+    count = min(len(self._played), max(3, MAX_BASIS_ENTRIES // self._entries))
     noises, others, norms = [noises], [noises], []
-    for some in clients.in_round(self._observation, self._like, count, self._is_first):
+    for some in self._played.in_round(self._observation, self._like, count, self._is_first):
       clean = {name: flat(update) for name, update in self._player.updates(*some).items()}
       norms += [log_norms(own) for own in clean.values()]
       if defended is not None:
@@ -156,12 +185,14 @@ class _Alone:
 
 
 def _among_others(
-  others: np.ndarray, noises: np.ndarray, covariance: NoiseCovariance | None
+  others: np.ndarray, among: np.ndarray, noises: np.ndarray, covariance: NoiseCovariance | None
 ) -> NoiseCovariance:
   """Of noise and what other images of a client add together.
 
   Args:
-    others: [N, d], of mean zero.
+    others: [N, d], of played clients, of mean zero.
+    among: [M, d], what one known image adds, by the square root of how often a client has it; M may
+      be 0.
     noises: [n, d]; n may be 0.
     covariance: Of the noise, where that is known.
   """
@@ -171,10 +202,11 @@ def _among_others(
     variance += float(np.mean(np.square(_whitening(noises, covariance)(noises))))
   if covariance is not None:
     shaped = (covariance.directions * np.sqrt(variance * (covariance.ratios - 1))).T
+  parts = [others / np.float32(np.sqrt(len(others))), among, shaped]
+  draws = np.concatenate(parts)
   # The mean of their squares is what counts.
-  total = len(others) + len(shaped)
-  draws = [others * np.float32(np.sqrt(total / len(others))), shaped * np.float32(np.sqrt(total))]
-  return NoiseCovariance.fitted(np.concatenate(draws), variance)
+  draws *= np.float32(np.sqrt(len(draws)))
+  return NoiseCovariance.fitted(draws, variance, most=len(draws))
 
 
 def _whitening(

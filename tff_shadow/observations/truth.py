@@ -28,8 +28,19 @@ class Truth:
 
   def alone(self, image: int) -> 'Truth':
     """Of a client that has one of them."""
-    one = slice(image, image + 1)
-    return Truth(self.images[one], self.labels[one], self.regions[one])
+    return self.some(slice(image, image + 1))
+
+  def some(self, images: slice) -> 'Truth':
+    """Of a client that has several of them."""
+    return Truth(self.images[images], self.labels[images], self.regions[images])
+
+  def beside(self, others: 'Truth') -> 'Truth':
+    """Of a client that has these and after them others."""
+    return Truth(
+      np.concatenate([self.images, others.images]),
+      np.concatenate([self.labels, others.labels]),
+      np.concatenate([self.regions, others.regions]),
+    )
 
 
 def write_truth(path: pathlib.Path, round_num: int, clients: dict[str, Truth]) -> None:
