@@ -90,12 +90,11 @@ defense-diag_image30 := $(call image_ratio,diagonal,30)
 defense-iso_image100 := $(call image_ratio,isotropic,100)
 defense-iso_image300 := $(call image_ratio,isotropic,300)
 defense-correlated := $(call ratio,correlated,1)
-# Three times what one public image adds; with the floor, thirty times as much of plain noise. Ten times
-# would cost 4 to 7 points of F1.
+# Three times what one public image adds; with the floor, 95 times as much of plain noise. With a floor
+# of 99 %, thirty times as much; ten times the strength would cost 4 to 7 points of F1 then.
 defense-decoy = $(NOISE)=scale --noise_shape=decoy --noise_strength=3 $(FRESH) \
   $(subst --augment,--decoy_augment,$(variations-$(1)))
-# The same with 95 times as much of plain noise, for several images of a class in a batch.
-defense-decoy_floor999 = $(defense-decoy) --noise_floor=0.999
+defense-decoy_floor99 = $(defense-decoy) --noise_floor=0.99
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
 defense-top_k := --defense=top_k
@@ -124,28 +123,28 @@ part = $(word $(1),$(subst +, ,$(2)))
 bounds-of = $(if $(filter-out 0,$(1)),--bound_clients=0)
 
 FOUND := results/audits/
-# Of these cells results/NAME.csv.
+# Of these cells results/NAME.csv, against decoy noise of that floor.
 define compare-found
 	$(BIN)/tff-shadow-compare $(1:%=--summary=$(FOUND)%.json) --output_dir=runs/audited/compared_$(2) \
-	  --reference="decoy scale 3, fresh" --utility_table=results/frontier.csv --overwrite
+	  --reference="decoy scale 3, floor $(3), fresh" --utility_table=results/frontier.csv --overwrite
 	cp runs/audited/compared_$(2)/comparison.csv results/$(2).csv
 endef
 
 audit-table: $(STAMP) $(AUDITED:%=$(FOUND)%.json)
-	$(call compare-found,$(AUDITED),audit)
+	$(call compare-found,$(AUDITED),audit,0.999)
 
 # The same with clients of 4 images in one step: results/audit_batch4.csv.
-BATCH_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor999 dp_sgd dp_sgd_noise,\
+BATCH_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor99 dp_sgd dp_sgd_noise,\
   histology_patches+$(defense)+0+4)
 
 audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=$(FOUND)%.json)
-	$(call compare-found,$(BATCH_AUDITED),audit_batch4)
+	$(call compare-found,$(BATCH_AUDITED),audit_batch4,0.999)
 
 # The same with clients that take five steps on one image: results/audit_steps5.csv.
-STEPS_AUDITED := $(foreach defense,none iso_image100 decoy dp_sgd,histology_patches+$(defense)+0+1x5)
+STEPS_AUDITED := $(foreach defense,none iso_image100 decoy_floor99 dp_sgd,histology_patches+$(defense)+0+1x5)
 
 audit-steps-table: $(STAMP) $(STEPS_AUDITED:%=$(FOUND)%.json)
-	$(call compare-found,$(STEPS_AUDITED),audit_steps5)
+	$(call compare-found,$(STEPS_AUDITED),audit_steps5,0.99)
 
 # SET+DEFENSE+SEED, SET+DEFENSE+SEED+IMAGES of a client or SET+DEFENSE+SEED+1xSTEPS on its image.
 images-of = $(firstword $(subst x, ,$(call part,4,$(1))))
@@ -170,7 +169,7 @@ $(FOUND)%.json: | $(STAMP)
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
-KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh decoy+fresh
+KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh decoy_floor99+fresh
 KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_dir=runs/kept/cache
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
@@ -221,13 +220,13 @@ frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier $(STRONG) --baselines= \
 	  --strengths=10.0,30.0,image_ratio:30.0,image_ratio:100.0,image_ratio:300.0
 	$(BIN)/python -m binaries.frontier --freshness=fresh --shapes=decoy --baselines= \
-	  --strengths=scale:3.0,scale:3.0+floor:0.999
+	  --strengths=scale:3.0+floor:0.99,scale:3.0+floor:0.999
 	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
 	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(call commas,$(BY_GROUP))
 	$(BIN)/python -m binaries.frontier --norm=group --shapes= --strengths= \
 	  --baselines=$(call commas,$(CLIPPED))
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --shapes=decoy --baselines= \
-	  --strengths=scale:3.0,scale:3.0+floor:0.999
+	  --strengths=scale:3.0+floor:0.99,scale:3.0+floor:0.999
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --norm=group --shapes= --strengths= \
 	  --baselines=$(firstword $(CLIPPED))
 
@@ -263,7 +262,7 @@ adaptive: $(STAMP)
 	$(BIN)/python -m binaries.adaptive_table
 
 # Whose image updates pick out of known ones; continues results/recognition.csv where it stopped.
-OF_BATCHES := decoy/scale:3.0 decoy/scale:3.0+floor:0.999 dp_sgd/clip_norm:3+noise_multiplier:0.1
+OF_BATCHES := decoy/scale:3.0+floor:0.99 decoy/scale:3.0+floor:0.999 dp_sgd/clip_norm:3+noise_multiplier:0.1
 RECOGNITION = $(BIN)/python -m binaries.recognition_table
 
 recognition: $(STAMP)

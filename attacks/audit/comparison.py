@@ -12,7 +12,7 @@ from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_r
 from attacks.report.findings import VERDICTS
 from attacks.scoring.results import CLASS_MEAN, read_json
 from attacks.scoring.statistics import clustered_interval, paired_differences
-from tff_shadow.aggregators.shadow_noise import floor_of
+from tff_shadow.aggregators.shadow_noise import DEFAULT_FLOOR
 from tff_shadow.errors import UserError
 from tff_shadow.published import PublishedSettings
 
@@ -160,9 +160,9 @@ def defense_names(defense: Mapping[str, Any]) -> tuple[str, str]:
     parts = [f'{strength["kind"]} {strength["value"]:g}']
     if defense['propagation'] == 'images':
       parts.append('in images')
-    floor = floor_of(defense['shape'])
-    if defense['shape'] != 'isotropic' and defense.get('floor', floor) != floor:
-      parts.append(f'floor {defense["floor"]:g}')
+    floor = defense.get('floor', DEFAULT_FLOOR)
+    if defense['shape'] != 'isotropic' and floor != DEFAULT_FLOOR:
+      parts.append(f'floor {floor:g}')
     if not defense['frozen']:
       parts.append('fresh')
     if defense['saliency']['kind'] != 'given':

@@ -26,7 +26,7 @@ _RATIO = NoiseStrength('image_ratio', 100.0)
     (ShadowNoise('isotropic', _RATIO), 'shape isotropic, strength image_ratio 100.0, probes 8'),
     (
       ShadowNoise('decoy', NoiseStrength('scale', 3.0)),
-      'shape decoy, strength scale 3.0, floor 0.99, local epochs 1, decoys 32, decoy augmentations'
+      'shape decoy, strength scale 3.0, floor 0.999, local epochs 1, decoys 32, decoy augmentations'
       ' shifts and brightness',
     ),
     (

@@ -15,7 +15,7 @@ from tff_shadow.aggregators.noise_strength import NOISE_SHAPES, NoiseShape, Nois
 # whoever knows them can take their noise away. More still hides images of one class that add up in
 # a batch, for some accuracy.
 DEFAULT_FLOOR = 0.01
-DECOY_FLOOR = 0.99
+DECOY_FLOOR = 0.999
 
 
 def floor_of(shape: NoiseShape, floor: float | None = None) -> float:

@@ -46,7 +46,7 @@ class ShadowNoise:
       again if there are fewer, so that their cost does not grow with the client's data. Also how
       many images 'image_ratio' is measured on.
     epsilon: Of the central difference, in image units.
-    floor: Share of the noise's energy that is isotropic, by default 1 %, of decoy noise 99 %; none
+    floor: Share of the noise's energy that is isotropic, by default 1 %, of decoy noise 99.9; none
       with 'images', where the update has nothing else in it that noise would have to cover.
     local_epochs: How often a client's data repeats each image; only 'region_psnr', 'image_ratio'
       and decoy noise need it.
