@@ -36,8 +36,9 @@ from tff_shadow.observations import ClientObservation, Observation, Truth
 
 # Known images whose updates are computed at a time; fewer for large models.
 _CHUNK = 64
-# Other images of public clients beside which an image is tried in a step.
+# Other images of public clients beside which an image is tried in a step; fewer in large batches.
 _COMPANIES = 4
+_MOST_TRIED_IMAGES = 2**16
 # Of the squared distance of an update that fits exactly, in units of its squared norm.
 _ROUNDING = 1e-14
 # Of what other images add, in the directions in which they are not told from noise.
@@ -74,7 +75,7 @@ def log_likelihoods(
   """
   sent = np.concatenate([flat(own.update) for own in clients])
   entries = sent.shape[1]
-  single = _Single(observation, clients[0], played, is_first)
+  single = _Single(observation, clients[0], played, is_first, len(known))
   noises, others, norms = single.played(equipment)
   added: Iterable[np.ndarray] = single.added(known)
   mean = np.zeros(entries, np.float32)
@@ -118,7 +119,9 @@ class _Single:
     like: ClientObservation,
     played: SimulatedClients,
     is_first: bool,
+    count: int,
   ):
+    """Of clients like one of the round; `count` images are to be tried."""
     self._observation, self._like, self._played = observation, like, played
     self._is_first = is_first
     noiseless = dataclasses.replace(observation, defense=without_noise(observation.defense))
@@ -134,9 +137,9 @@ class _Single:
         like, num_images=size, num_steps=steps, batch_size=size, weight=float(size)
       )
     self._steps = simulated_steps(observation, batch, 0, 0, is_first)
-    companies = [truth for some in played.chunks(_COMPANIES) for truth in some.values()]
+    companies = max(1, min(_COMPANIES, _MOST_TRIED_IMAGES // (size * count))) if size > 1 else 1
     self._companies = [
-      own.some(slice(1, size)) for own in companies[: _COMPANIES if size > 1 else 1]
+      own.some(slice(1, size)) for some in played.chunks(companies) for own in some.values()
     ]
 
   def added(self, known: Sequence[Truth]) -> Iterator[np.ndarray]:
