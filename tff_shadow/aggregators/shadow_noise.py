@@ -12,8 +12,8 @@ from tff_shadow.aggregators.noise_strength import NOISE_SHAPES, NoiseShape, Nois
 
 # Share of the noise's energy that is isotropic: a direction without noise leaks whatever it holds.
 # Of decoy noise it is most: a part of each image lies outside of all that the public ones span, and
-# whoever knows them can take their noise away. More still hides images of one class that add up in
-# a batch, for some accuracy.
+# whoever knows them can take their noise away. With 99 % that part tells which of known images an
+# update was made of.
 DEFAULT_FLOOR = 0.01
 DECOY_FLOOR = 0.999
 
