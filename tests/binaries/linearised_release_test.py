@@ -123,7 +123,7 @@ def linear():
   return model, _client(4), _public(4), decoys, keys, draws, 1 / tf.reduce_mean(1 / energies)
 
 
-@pytest.mark.parametrize('floor', [0.05, 0.99, 0.999])
+@pytest.mark.parametrize('floor', [0.05, 0.999])
 def test_decoy_noise_has_the_covariance_that_clients_add(linear, floor):
   model, client, public, decoys, keys, draws, energy = linear
   release = LinearisedRelease(
