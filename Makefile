@@ -208,6 +208,7 @@ training: $(STAMP)
 
 # Protection against utility of the defences; continues results/frontier.csv where it stopped. dp_sgd
 # cannot train BatchNorm, so it and what it is compared with train group normalisation besides.
+BOTH_FLOORS := scale:3.0+floor:0.99,scale:3.0+floor:0.999
 STRONG := --freshness=fresh --shapes=isotropic,diagonal
 BY_GROUP := dp_sgd/noise_multiplier:0.01 dp_sgd/noise_multiplier:0.03 dp_sgd/noise_multiplier:0.1
 CLIPPED := dp_sgd/clip_norm:3+noise_multiplier:0.1 dp_sgd/clip_norm:10+noise_multiplier:0.03 \
@@ -220,13 +221,13 @@ frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier $(STRONG) --baselines= \
 	  --strengths=10.0,30.0,image_ratio:30.0,image_ratio:100.0,image_ratio:300.0
 	$(BIN)/python -m binaries.frontier --freshness=fresh --shapes=decoy --baselines= \
-	  --strengths=scale:3.0+floor:0.99,scale:3.0+floor:0.999
+	  --strengths=$(BOTH_FLOORS)
 	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
 	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(call commas,$(BY_GROUP))
 	$(BIN)/python -m binaries.frontier --norm=group --shapes= --strengths= \
 	  --baselines=$(call commas,$(CLIPPED))
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --shapes=decoy --baselines= \
-	  --strengths=scale:3.0+floor:0.99,scale:3.0+floor:0.999
+	  --strengths=$(BOTH_FLOORS)
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --norm=group --shapes= --strengths= \
 	  --baselines=$(firstword $(CLIPPED))
 

@@ -12,8 +12,9 @@ how loud it is tells the candidates apart too.
 Of a client of several images the others are noise with a covariance of its own: that of what public
 images add, and of what the known ones add, for the others may be among those. (So an image is not
 taken for another that adds alike: without noise, in one step, this is the least-squares solution.)
-What one image adds is taken to be its part of what it would send alone. That holds in one step
-without BatchNorm; over many the rest, as played clients show it, is noise too.
+What one image adds is taken to be what it adds to the first step, beside public images, as often as
+it is used. That is exact for one step without BatchNorm; the rest, as played clients show it, is
+noise too.
 """
 
 import dataclasses
