@@ -1,9 +1,13 @@
 """Fixtures that all tests share."""
 
+import gc
 import os
 import signal
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# There is a test process for each core, and threads of operations wait busily: a tenth of the time.
+os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
 import pytest
@@ -19,6 +23,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The stock context would start a worker of its own where a test forgets `tff_worker`.
 tff.test.set_no_default_context()
+
+
+def pytest_collection_finish():
+  """Full collections walked through all that was imported, for a tenth of the time and more."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope='session')

@@ -1,10 +1,7 @@
 """Tests for binaries.attack_bench."""
 
-import subprocess
-import sys
-
 from binaries.tables import read_rows
-from tests.binaries.programs import ROOT, assert_one_error_line, run_all
+from tests.binaries.programs import assert_one_error_line, run, run_all
 
 _FEW = (
   '--datasets=histology_patches',
@@ -23,14 +20,12 @@ def test_goes_on_with_a_table(tmp_path):
   table = tmp_path / 'attacks.csv'
   known = 'histology_patches,conv_small/none,,best,2,1,32,2,99.00,,,,,,,2,1'
   table.write_text(f'# command: an earlier one\n{_HEAD}\n{known}\n')
-  command = [sys.executable, '-m', 'binaries.attack_bench', f'--output={table}', '--iterations=2']
-  ended = subprocess.run(
-    [*command, '--presets=best,inverting_gradients', *_FEW],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
+  ended = run(
+    'attack_bench',
+    f'--output={table}',
+    '--iterations=2',
+    '--presets=best,inverting_gradients',
+    *_FEW,
   )
   assert ended.returncode == 0, ended.stderr
   first, made = read_rows(table)
@@ -49,5 +44,5 @@ def test_bad_flags_are_one_line():
     ('--local_steps=3',),
     ('--datasets=cifar',),
   ]
-  for ended, run in zip(run_all('attack_bench', runs), runs, strict=True):
-    assert_one_error_line(ended, run[0].partition('=')[0])
+  for ended, arguments in zip(run_all('attack_bench', runs), runs, strict=True):
+    assert_one_error_line(ended, arguments[0].partition('=')[0])

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 
 from attacks.scoring.scores import score_attack
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
-from tests.binaries.programs import ROOT, assert_one_error_line, run_all
+from tests.binaries.programs import Running, assert_one_error_line, run, run_all
 from tff_shadow.observations import (
   Truth,
   load_tensors,
@@ -35,14 +33,12 @@ def run_dir(tmp_path_factory):
   return directory
 
 
-def _command(run_dir, *arguments):
-  return [sys.executable, '-m', 'binaries.attack', f'--run_dir={run_dir}', '--xla=off', *arguments]
+def _flags(run_dir, *arguments):
+  return [f'--run_dir={run_dir}', '--xla=off', *arguments]
 
 
 def _run(run_dir, *arguments):
-  return subprocess.run(
-    _command(run_dir, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=120
-  )
+  return run('attack', *_flags(run_dir, *arguments))
 
 
 def test_attack_writes_the_run_and_refuses_to_write_over_it(run_dir):
@@ -64,7 +60,7 @@ def test_attack_writes_the_run_and_refuses_to_write_over_it(run_dir):
     1,
   )
 
-  arguments = _command(run_dir, '--name=first', '--labels=truth')[3:]
+  arguments = _flags(run_dir, '--name=first', '--labels=truth')
   again, other = run_all(
     'attack', [[*arguments, '--iterations=30'], [*arguments, '--iterations=31', '--resume']]
   )
@@ -77,12 +73,8 @@ def test_interrupted_attack_resumes_to_the_same_bits(run_dir):
   whole = _run(run_dir, '--name=whole', *arguments)
   assert whole.returncode == 0, whole.stderr
 
-  process = subprocess.Popen(
-    _command(run_dir, '--name=broken', *arguments, '--checkpoint_every_secs=0'),
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
+  process = Running(
+    'attack', *_flags(run_dir, '--name=broken', *arguments, '--checkpoint_every_secs=0')
   )
   output = run_dir / 'attacks' / 'broken'
   deadline = time.monotonic() + 100
@@ -90,9 +82,9 @@ def test_interrupted_attack_resumes_to_the_same_bits(run_dir):
     assert time.monotonic() < deadline
     time.sleep(0.01)
   process.send_signal(signal.SIGINT)
-  _, errors = process.communicate(timeout=60)
-  assert process.returncode == 130, errors
-  assert 'Traceback' not in errors
+  ended = process.wait(60)
+  assert ended.returncode == 130, ended.stderr
+  assert 'Traceback' not in ended.stderr
   assert not (output / 'result.json').exists()
 
   resumed = _run(run_dir, '--name=broken', *arguments, '--resume')
@@ -142,7 +134,7 @@ _WRONG = [
 
 
 def test_error_lines(run_dir):
-  runs = [_command(run_dir, '--name=wrong', *arguments)[3:] for arguments, _ in _WRONG]
+  runs = [_flags(run_dir, '--name=wrong', *arguments) for arguments, _ in _WRONG]
   for ended, (_, message) in zip(run_all('attack', runs), _WRONG, strict=True):
     assert_one_error_line(ended, message)
   assert not (run_dir / 'attacks' / 'wrong').exists()

@@ -3,14 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from attacks.audit.comparison import compare, read_audit
-from tests.binaries.programs import ROOT, assert_one_error_line, run_all
+from tests.binaries.programs import Running, assert_one_error_line, run, run_all
 
 _TRAIN = [
   '--dataset=chest_phantom',
@@ -31,20 +29,10 @@ _TRAIN = [
 _AUDIT = ['--budget=quick', '--iterations=8', '--annex', '--separate_rounds=2']
 
 
-def _command(program, *arguments):
-  return [sys.executable, '-m', f'binaries.{program}', *map(str, arguments)]
-
-
-def _run(program, *arguments):
-  return subprocess.run(
-    _command(program, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300
-  )
-
-
 @pytest.fixture(scope='module')
 def run_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp('run') / 'run'
-  done = _run('train', f'--run_dir={directory}', *_TRAIN)
+  done = run('train', f'--run_dir={directory}', *_TRAIN)
   assert done.returncode == 0, done.stderr
   return directory
 
@@ -52,9 +40,8 @@ def run_dir(tmp_path_factory):
 @pytest.fixture(scope='module')
 def summary(run_dir):
   """Of an audit that was killed on the way."""
-  command = _command('audit', f'--run_dir={run_dir}', *_AUDIT)
   audit = run_dir / 'audits' / 'audit'
-  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+  process = Running('audit', f'--run_dir={run_dir}', *_AUDIT)
   half = audit / 'round_00002' / 'observed' / 'best' / 'result.json'
   for _ in range(1200):
     if half.exists() or process.poll() is not None:
@@ -66,7 +53,7 @@ def summary(run_dir):
   assert not (audit / 'report.html').exists()
   before = half.stat().st_mtime_ns
   cache = run_dir.parent / 'cache'
-  done = _run('audit', f'--run_dir={run_dir}', *_AUDIT, '--resume', f'--cache_dir={cache}')
+  done = run('audit', f'--run_dir={run_dir}', *_AUDIT, '--resume', f'--cache_dir={cache}')
   assert done.returncode == 0, done.stderr
   assert half.stat().st_mtime_ns == before  # Not attacked again.
   # For an audit of another run from the same start.
@@ -100,7 +87,7 @@ def test_a_run_that_cannot_be_attacked_has_a_report_that_says_so(run_dir, tmp_pa
     document = json.loads(path.read_text())
     document['client_training']['optimizer'] = 'adam'
     path.write_text(json.dumps(document))
-  done = _run('audit', f'--run_dir={other}', '--budget=quick', '--rounds=1', '--bound_clients=0')
+  done = run('audit', f'--run_dir={other}', '--budget=quick', '--rounds=1', '--bound_clients=0')
   assert done.returncode == 0, done.stderr
   path = other / 'audits' / 'audit' / 'summary.json'
   found = json.loads(path.read_text())
@@ -120,7 +107,7 @@ def test_who_knows_the_defence_may_attack_alone(run_dir):
     '--xla=off',
   ]
   command = [f'--run_dir={run_dir}', '--name=knowing', '--knows=regions', *settings]
-  done = _run('attack', *command)
+  done = run('attack', *command)
   assert done.returncode == 0, done.stderr
   assert '3 of 3 targets attacked' in done.stdout
   directory = run_dir / 'attacks' / 'knowing'

@@ -1,42 +1,22 @@
-"""Runs a program several times for the price of one start."""
+"""Programs as processes of their own that share one start: imports take longer than most tests."""
 
-import json
+import importlib
+import multiprocessing
+import os
 import pathlib
-import subprocess
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Each run in a process of its own: two programs may define the same flag, and flags are global.
-_SCRIPT = """
-import importlib, json, os, sys, tempfile
-program = importlib.import_module('binaries.' + sys.argv[1])
-results = []
-for arguments in json.loads(sys.argv[2]):
-  with tempfile.TemporaryFile('w+') as printed, tempfile.TemporaryFile('w+') as errors:
-    pid = os.fork()
-    if not pid:
-      os.dup2(printed.fileno(), 1)
-      os.dup2(errors.fileno(), 2)
-      sys.argv = [program.__file__, *arguments]
-      code = 0
-      try:
-        program.run()
-      except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-      finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = []
-    for file in (printed, errors):
-      file.seek(0)
-      texts.append(file.read())
-  results.append([code, *texts])
-print(json.dumps(results))
-"""
+# Each process is a fork of one that has done these imports and nothing else; a program itself is
+# imported in the fork, for two of them may define the same flag.
+_FORKS = multiprocessing.get_context('forkserver')
+_FORKS.set_forkserver_preload(
+  ['binaries', 'attacks.adaptive.players', 'attacks.audit.page', 'tensorflow_datasets']
+)
 
 
 class Ended(NamedTuple):
@@ -47,22 +27,51 @@ class Ended(NamedTuple):
   stderr: str
 
 
-def run_all(program: str, runs: Sequence[Sequence[str]]) -> list[Ended]:
-  """Runs `binaries.PROGRAM` with each list of arguments, one after another.
+class Running:
+  """A run of `binaries.PROGRAM` with these arguments; named as in `subprocess.Popen`."""
 
-  For runs that end early, on what is wrong with them: all are forks of one process that has done
-  the imports.
-  """
-  done = subprocess.run(
-    [sys.executable, '-c', _SCRIPT, program, json.dumps([list(map(str, run)) for run in runs])],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return [Ended(*result) for result in json.loads(done.stdout.splitlines()[-1])]
+  def __init__(self, program: str, *arguments: Any):
+    self._directory = tempfile.TemporaryDirectory()
+    self._files = [pathlib.Path(self._directory.name) / name for name in ('printed', 'errors')]
+    self._process = _FORKS.Process(
+      target=_run_here, args=(program, list(map(str, arguments)), *map(str, self._files))
+    )
+    self._process.start()
+
+  @property
+  def pid(self) -> int:
+    """Of the process."""
+    return self._process.pid
+
+  def poll(self) -> int | None:
+    """The exit code, of a process that has ended."""
+    return self._process.exitcode
+
+  def send_signal(self, number: int) -> None:
+    """Sends it to the process and to none of its children."""
+    os.kill(self.pid, number)
+
+  def wait(self, timeout: float = 300.0) -> Ended:
+    """How the run ended; kills it after `timeout` seconds."""
+    self._process.join(timeout)
+    in_time = self.poll() is not None
+    if not in_time:
+      self._process.kill()
+      self._process.join()
+    ended = Ended(self.poll(), *(path.read_text() for path in self._files))
+    self._directory.cleanup()
+    assert in_time, f'not ended after {timeout} s: {ended}'
+    return ended
+
+
+def run(program: str, *arguments: Any) -> Ended:
+  """Runs `binaries.PROGRAM` to its end."""
+  return Running(program, *arguments).wait()
+
+
+def run_all(program: str, runs: Iterable[Sequence[Any]]) -> list[Ended]:
+  """Runs `binaries.PROGRAM` with each list of arguments, one after another."""
+  return [run(program, *arguments) for arguments in runs]
 
 
 def assert_one_error_line(ended: Ended, *parts: str) -> None:
@@ -72,3 +81,15 @@ def assert_one_error_line(ended: Ended, *parts: str) -> None:
   assert len(lines) == 1, ended.stderr
   for part in ('error: ', *parts):
     assert part in lines[0]
+
+
+def _run_here(program, arguments, printed, errors):
+  for path, descriptor in ((printed, 1), (errors, 2)):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, descriptor)
+    os.close(file)
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  os.chdir(ROOT)
+  module = importlib.import_module(f'binaries.{program}')
+  sys.argv = [module.__file__, *arguments]
+  module.run()

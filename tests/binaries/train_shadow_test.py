@@ -2,15 +2,13 @@ import csv
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.binaries.programs import ROOT, assert_one_error_line, run_all
+from tests.binaries.programs import Running, assert_one_error_line, run, run_all
 from tff_shadow.data import Partition, load
 from tff_shadow.models import load_generator
 from tff_shadow.shadow.generator_training import GeneratorSettings, GeneratorTraining
@@ -31,13 +29,7 @@ _FLAGS = (
 
 
 def _start(run_dir, *more):
-  return subprocess.Popen(
-    [sys.executable, '-m', 'binaries.train_shadow', f'--run_dir={run_dir}', *_FLAGS, *more],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    cwd=ROOT,
-  )
+  return Running('train_shadow', f'--run_dir={run_dir}', *_FLAGS, *more)
 
 
 def _saved(run_dir):
@@ -48,7 +40,7 @@ def _saved(run_dir):
 def _wait_for(condition, process, seconds=120.0):
   deadline = time.monotonic() + seconds
   while not condition():
-    assert process.poll() is None, process.communicate()
+    assert process.poll() is None, process.wait()
     assert time.monotonic() < deadline, 'timed out'
     time.sleep(0.02)
 
@@ -57,23 +49,22 @@ def test_killed_and_interrupted_and_resumed_as_if_never_ended(tmp_path):
   run_dir = tmp_path / 'run'
   process = _start(run_dir, '--save_every_secs=0')
   _wait_for(lambda: _saved(run_dir) >= 2, process)
-  process.kill()
-  process.communicate(timeout=60)
+  process.send_signal(signal.SIGKILL)
+  process.wait(60)
   killed_at = _saved(run_dir)
   assert 2 <= killed_at < _STEPS
   process = _start(run_dir, '--save_every_secs=0', '--resume')
   _wait_for(lambda: _saved(run_dir) > killed_at + 1, process)
   process.send_signal(signal.SIGINT)
-  _, errors = process.communicate(timeout=60)
-  assert process.returncode == 130, errors
-  assert '--resume' in errors
-  assert 'Traceback' not in errors
+  ended = process.wait(60)
+  assert ended.returncode == 130, ended.stderr
+  assert '--resume' in ended.stderr
+  assert 'Traceback' not in ended.stderr
   assert killed_at < _saved(run_dir) < _STEPS
-  process = _start(run_dir, '--resume')
-  output, errors = process.communicate(timeout=300)
-  assert process.returncode == 0, errors
-  assert f'step {_STEPS}/{_STEPS}' in output
-  assert ' dB' in output
+  ended = _start(run_dir, '--resume').wait()
+  assert ended.returncode == 0, ended.stderr
+  assert f'step {_STEPS}/{_STEPS}' in ended.stdout
+  assert ' dB' in ended.stdout
 
   data = load(
     'chest_phantom', image_size=32, partition=Partition('iid', 2), seed=0, max_examples=12
@@ -101,8 +92,7 @@ def test_killed_and_interrupted_and_resumed_as_if_never_ended(tmp_path):
   assert list((run_dir / 'tensorboard').iterdir())
 
   table = tmp_path / 'table.csv'
-  command = ['-m', 'binaries.generator_table', f'--run_dirs={run_dir}', f'--output={table}']
-  done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+  done = run('generator_table', f'--run_dirs={run_dir}', f'--output={table}')
   assert done.returncode == 0, done.stderr
   with table.open() as file:
     assert file.readline().startswith('# command: python -m binaries.generator_table')
