@@ -17,7 +17,7 @@ from absl import flags
 from attacks.audit import comparison, comparison_page
 from attacks.report.page import write_whole
 from binaries import attacked_rounds, command
-from binaries.small_federation import IMAGE_SIZE
+from binaries.small_federation import IMAGE_SIZE, UTILITY_TRAINING
 from binaries.tables import read_rows, write_table
 from tff_shadow.errors import UserError
 
@@ -38,8 +38,9 @@ _UTILITY_TABLE = flags.DEFINE_string(
   'utility_table',
   None,
   'Table of `python -m binaries.frontier`: its F1 stands for that of the runs, which may then stop'
-  ' after the attacked rounds; empty for defences that it does not have. Of the models with'
-  ' BatchNorm where there are such, else of those with group normalisation.',
+  ' after the attacked rounds; empty for defences that it does not have. Of the learning rate that'
+  ' all were trained with, and of the models with BatchNorm where there are such, else of those'
+  ' with group normalisation.',
 )
 _TITLE = flags.DEFINE_string('title', 'Defences compared', "The page's title.")
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a comparison that is already there.')
@@ -96,6 +97,8 @@ def _utility(
   found: dict = {}
   try:
     for row in read_rows(path):
+      if float(row['learning_rate']) != UTILITY_TRAINING.learning_rate:
+        continue
       frozen = row['freshness'] == 'frozen'
       defense = attacked_rounds.public_settings(row['shape'], row['strength'], frozen)
       key = row['dataset'], comparison.label_of(*comparison.defense_names(defense))

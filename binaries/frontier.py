@@ -1,15 +1,16 @@
 """Protection against utility of the defences: results/frontier.csv and docs/frontier.png.
 
-Every row is a data set, a noise shape, its freshness, a strength, a seed and a normalisation. A
-strength is the ratio of noise to update norm, or image_ratio:R, to the norm of what one image adds
-to the update, or for correlated noise also scale:S, the linear part of what noise of standard
-deviation S in the region of the images does, and images:S, that noise itself. Baselines stand with
-their names in place of a shape, and their parameters in place of a strength; what they draw is
-fresh in each round.
+Every row is a data set, a noise shape, its freshness, a strength, a seed, a normalisation and the
+learning rate of the clients. A strength is the ratio of noise to update norm, or image_ratio:R, to
+the norm of what one image adds to the update, or for correlated noise also scale:S, the linear part
+of what noise of standard deviation S in the region of the images does, and images:S, that noise
+itself. Baselines stand with their names in place of a shape, and their parameters in place of a
+strength; what they draw is fresh in each round.
 
 Utility: 9 clients, full local epochs of batches of 8, a model with the normalisation of --norm, of
 BatchNorm the statistics kept by each client; F1 on test and on validation as the mean over the last
-third of the rounds, and the rounds until the F1 of validation reaches 90 % of the undefended one.
+third of the rounds, and the rounds until the F1 of validation reaches 90 % of the undefended one of
+that learning rate.
 Protection: 16 clients that send one step on one image in round 1, attacked with the default
 inversion; a single round, so freshness does not enter, and a model without normalisation.
 
@@ -18,7 +19,9 @@ holds the rows of which utility is there; protection is empty where it has not b
 that it has already are not computed again.
 """
 
+import dataclasses
 import itertools
+import math
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -95,10 +98,13 @@ _NORM = flags.DEFINE_enum(
   ['batch', 'group'],
   'Normalisation of the model that tells utility; group takes twice the time of a step.',
 )
+_LEARNING_RATES = flags.DEFINE_list(
+  'learning_rates', [str(UTILITY_TRAINING.learning_rate)], 'Of the clients that tell utility.'
+)
 
 _BATCH_NORM_SHARING = 'local'
 _KEY = ('dataset', 'seed', 'shape', 'strength')
-_UTILITY_KEY = (*_KEY, 'freshness', 'norm')
+_UTILITY_KEY = (*_KEY, 'freshness', 'norm', 'learning_rate')
 _UTILITY_COLUMNS = (*_UTILITY_KEY, 'f1', 'validation_f1')
 _PROTECTION_COLUMNS = (*_KEY, 'image', 'psnr', 'region_psnr')
 _COLUMNS = (
@@ -108,6 +114,7 @@ _COLUMNS = (
   'strength',
   'seed',
   'norm',
+  'learning_rate',
   'f1',
   'f1_undefended',
   'validation_f1',
@@ -140,26 +147,29 @@ def main() -> None:
     print('no row has its utility yet')
     return
   write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
-  frontier_plot.write(pathlib.Path(_PLOT.value), rows)
+  frontier_plot.write(pathlib.Path(_PLOT.value), [row for row in rows if _is_usual(row)])
   print(f'{len(rows)} rows in {_OUTPUT.value}, plot in {_PLOT.value}')
 
 
 def _compute_utility(cache: RowCache, table: Sequence[dict]) -> None:
   cells = []
-  for seed, dataset in itertools.product(range(_SEEDS.value), _DATASETS.value):
-    cells.append((dataset, str(seed), *UNDEFENDED, 'frozen', _NORM.value))
+  for seed, dataset, rate in itertools.product(
+    range(_SEEDS.value), _DATASETS.value, _LEARNING_RATES.value
+  ):
+    training = (_NORM.value, rate)
+    cells.append((dataset, str(seed), *UNDEFENDED, 'frozen', *training))
     cells += [
-      (dataset, str(seed), shape, strength, freshness, _NORM.value)
+      (dataset, str(seed), shape, strength, freshness, *training)
       for (shape, strength), freshness in itertools.product(_noises(), _FRESHNESS.value)
     ]
-    cells += [(dataset, str(seed), *baseline, 'fresh', _NORM.value) for baseline in _baselines()]
+    cells += [(dataset, str(seed), *baseline, 'fresh', *training) for baseline in _baselines()]
   done = cache.done(_UTILITY_KEY) | {_named(row, _UTILITY_KEY) for row in table}
   with Progress('utility', len(cells), 'cells') as progress:
     for count, cell in enumerate(cells):
       if cell not in done:
-        dataset, seed, shape, strength, freshness, norm = cell
+        dataset, seed, shape, strength, freshness, norm, rate = cell
         f1, curve = _utility(
-          dataset, int(seed), norm, defense_of(shape, strength), freshness == 'frozen'
+          dataset, int(seed), norm, float(rate), defense_of(shape, strength), freshness == 'frozen'
         )
         row = dict(zip(_UTILITY_KEY, cell, strict=True))
         curve = ' '.join(f'{value:.4f}' for value in curve)
@@ -196,13 +206,14 @@ def _baselines() -> list[tuple[str, str]]:
   return parse_baselines('baselines', _BASELINES.value)
 
 
-def _utility(dataset, seed, norm, defense, frozen) -> tuple[float, list[float]]:
+def _utility(dataset, seed, norm, learning_rate, defense, frozen) -> tuple[float, list[float]]:
   """Test F1, mean over the last rounds, and validation F1 after each round."""
   data = utility_data(dataset, seed)
   model = small_model(data, seed, norm)
   rounds = UTILITY_ROUNDS[dataset]
+  training = dataclasses.replace(UTILITY_TRAINING, learning_rate=learning_rate)
   settings = TrainingSettings(
-    rounds, UTILITY_TRAINING, observed_rounds=(), seed=seed, batch_norm_sharing=_BATCH_NORM_SHARING
+    rounds, training, observed_rounds=(), seed=seed, batch_norm_sharing=_BATCH_NORM_SHARING
   )
   f1 = UtilityF1(data, model, settings)
   with tempfile.TemporaryDirectory() as name:
@@ -257,6 +268,11 @@ def _join(
   return list(_rows(trained, attacked))
 
 
+def _is_usual(row: dict[str, str]) -> bool:
+  """Whether a row of the table is of the learning rate that all defences are compared at."""
+  return float(row['learning_rate']) == UTILITY_TRAINING.learning_rate
+
+
 def _named(row: dict, columns: Sequence[str]) -> tuple[str, ...]:
   return tuple(row[name] for name in columns)
 
@@ -278,8 +294,8 @@ def _attacked(protection: Sequence[dict]) -> dict[tuple[str, ...], _Protection]:
 
 
 def _rows(trained: dict, attacked: dict) -> Iterator[dict[str, str]]:
-  for (dataset, seed, shape, strength, freshness, norm), own in trained.items():
-    clean = trained.get((dataset, seed, *UNDEFENDED, 'frozen', norm))
+  for (dataset, seed, shape, strength, freshness, *training), own in trained.items():
+    clean = trained.get((dataset, seed, *UNDEFENDED, 'frozen', *training))
     if clean is None:
       continue
     keys = [(dataset, seed, shape, strength), (dataset, seed, *UNDEFENDED)]
@@ -292,7 +308,7 @@ def _rows(trained: dict, attacked: dict) -> Iterator[dict[str, str]]:
       enough = 0.9 * float(clean.validation_f1)
       reached = [index + 1 for index, value in enumerate(own.curve) if value >= enough]
       rounds_to_90 = str(reached[0]) if reached else ''
-    values = (dataset, shape, freshness, strength, seed, norm, own.f1, clean.f1)
+    values = (dataset, shape, freshness, strength, seed, *training, own.f1, clean.f1)
     values += (own.validation_f1, clean.validation_f1, rounds_to_90)
     values += (*reconstructed[:2], *clean_reconstructed[:2], reconstructed.images)
     yield dict(zip(_COLUMNS, values, strict=True))
@@ -312,6 +328,13 @@ def _check_flags() -> None:
     ('parts', _PARTS.value, ('utility', 'protection')),
   ):
     command.check_choices(name, given, allowed)
+  for value in _LEARNING_RATES.value:
+    try:
+      is_rate = 0 < float(value) < math.inf
+    except ValueError:
+      is_rate = False
+    if not is_rate:
+      raise UserError(f'--learning_rates={value}: use positive numbers')
   for value in _STRENGTHS.value:
     try:
       parse_strength(value)

@@ -33,10 +33,11 @@ def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_pat
   shutil.copy(run_dir / 'audits' / 'audit' / 'summary.json', kept)
   table = tmp_path / 'table.csv'
   table.write_text(
-    '# command: frontier\ndataset,shape,freshness,strength,norm,f1,f1_undefended\n'
-    'discs,none,frozen,0,batch,0.7,0.7\ndiscs,none,frozen,0,batch,0.9,0.9\n'
-    'discs,none,frozen,0,group,0.1,0.1\ndiscs,correlated,fresh,images:0.1,batch,0.6,0.7\n'
-    'discs,top_k,fresh,fraction:0.1,group,0.5,0.7\n'
+    '# command: frontier\ndataset,shape,freshness,strength,norm,learning_rate,f1,f1_undefended\n'
+    'discs,none,frozen,0,batch,0.1,0.7,0.7\ndiscs,none,frozen,0,batch,0.1,0.9,0.9\n'
+    'discs,none,frozen,0,group,0.1,0.1,0.1\ndiscs,none,frozen,0,batch,0.02,0.2,0.2\n'
+    'discs,correlated,fresh,images:0.1,batch,0.1,0.6,0.7\n'
+    'discs,top_k,fresh,fraction:0.1,group,0.1,0.5,0.7\n'
   )
   elsewhere = tmp_path / 'elsewhere.csv'
   elsewhere.write_text(table.read_text().replace('discs', 'rings'))

@@ -44,6 +44,8 @@ def test_bad_flags():
     '--parts=all',
     '--baselines=top_k/fraction:2',
     '--baselines=dp_sgd/noise_multiplier:1',
+    '--learning_rates=nan',
+    '--learning_rates=fast',
   ]
   for ended, flag in zip(run_all('frontier', [[flag] for flag in wrong]), wrong, strict=True):
     assert_one_error_line(ended, flag)
@@ -52,13 +54,13 @@ def test_bad_flags():
 def test_rows_are_joined_and_drawn(tmp_path):
   cache = tmp_path / 'cache'
   cache.mkdir()
-  utility = ['dataset,seed,shape,strength,freshness,norm,f1,validation_f1']
+  utility = ['dataset,seed,shape,strength,freshness,norm,learning_rate,f1,validation_f1']
   protection = ['dataset,seed,shape,strength,image,psnr,region_psnr']
   for seed in (0, 1):
-    utility += [f'chest_phantom,{seed},none,0,frozen,batch,0.9{seed}00,0.5 0.82 0.9']
-    utility += [f'chest_phantom,{seed},correlated,0.3,frozen,batch,0.8900,0.5 0.7 0.7']
-    utility += [f'chest_phantom,{seed},correlated,scale:0.1,frozen,batch,0.9000,0.5 0.7 0.9']
-    utility += [f'chest_phantom,{seed},top_k,fraction:0.1,fresh,batch,0.8800,0.5 0.7 0.9']
+    utility += [f'chest_phantom,{seed},none,0,frozen,batch,0.1,0.9{seed}00,0.5 0.82 0.9']
+    utility += [f'chest_phantom,{seed},correlated,0.3,frozen,batch,0.1,0.8900,0.5 0.7 0.7']
+    utility += [f'chest_phantom,{seed},correlated,scale:0.1,frozen,batch,0.1,0.9000,0.5 0.7 0.9']
+    utility += [f'chest_phantom,{seed},top_k,fraction:0.1,fresh,batch,0.1,0.8800,0.5 0.7 0.9']
     for image in (0, 1):
       protection += [f'chest_phantom,{seed},none,0,{image},{30 + image},{28 + image}']
       for defense in ('correlated,0.3', 'correlated,scale:0.1', 'top_k,fraction:0.1'):
@@ -66,14 +68,14 @@ def test_rows_are_joined_and_drawn(tmp_path):
         protection.append(row)
   # Not attacked.
   utility += [
-    f'chest_phantom,2,{own},batch,0.9000,0.9' for own in ('none,0,frozen', 'decoy,3,fresh')
+    f'chest_phantom,2,{own},batch,0.1,0.9000,0.9' for own in ('none,0,frozen', 'decoy,3,fresh')
   ]
   (cache / 'utility.csv').write_text('\n'.join(utility) + '\n')
   (cache / 'protection.csv').write_text('\n'.join(protection) + '\n')
   # Caches that were lost leave the table as it is, and new rows stand on it.
   later = tmp_path / 'later'
   later.mkdir()
-  new = 'chest_phantom,1,correlated,0.3,fresh,batch,0.9000,0.5 0.7 0.9'
+  new = 'chest_phantom,1,correlated,0.3,fresh,batch,0.1,0.9000,0.5 0.7 0.9'
   (later / 'utility.csv').write_text(f'{utility[0]}\n{new}\n')
   table, plot = tmp_path / 't.csv', tmp_path / 't.png'
   copied = tmp_path / 'copied.csv'
@@ -87,19 +89,19 @@ def test_rows_are_joined_and_drawn(tmp_path):
   lines = table.read_text().splitlines()
   assert len(lines) == 2 + 10
   assert lines[1].startswith(
-    'dataset,shape,freshness,strength,seed,norm,f1,f1_undefended,'
+    'dataset,shape,freshness,strength,seed,norm,learning_rate,f1,f1_undefended,'
     'validation_f1,validation_f1_undefended,rounds_to_90,'
   )
   for defense, measured in {
     'none,frozen,0,1': '0.9100,0.9100,0.9000,0.9000,2,30.50,28.50',
     'correlated,frozen,0.3,0': '0.8900,0.9000,0.7000,0.9000,,20.50,12.50',
   }.items():
-    assert f'chest_phantom,{defense},batch,{measured},30.50,28.50,2' in lines
-  assert lines[-1] == 'chest_phantom,decoy,fresh,3,2,batch,0.9000,0.9000,0.9000,0.9000,1,,,,,'
+    assert f'chest_phantom,{defense},batch,0.1,{measured},30.50,28.50,2' in lines
+  assert lines[-1] == 'chest_phantom,decoy,fresh,3,2,batch,0.1,0.9000,0.9000,0.9000,0.9000,1,,,,,'
   assert plot.stat().st_size > 5000
   assert copied.read_text().splitlines()[1:] == [
     *lines[1:],
-    'chest_phantom,correlated,fresh,0.3,1,batch,0.9000,0.9100,0.9000,0.9000,3,20.50,12.50,30.50,28.50,2',
+    'chest_phantom,correlated,fresh,0.3,1,batch,0.1,0.9000,0.9100,0.9000,0.9000,3,20.50,12.50,30.50,28.50,2',
   ]
 
 
