@@ -228,6 +228,8 @@ frontier: $(STAMP)
 	  --baselines=$(call commas,$(CLIPPED))
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --shapes=decoy --baselines= \
 	  --strengths=$(BOTH_FLOORS)
+	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --shapes=decoy --baselines= \
+	  --strengths=scale:3.0+floor:0.999 --learning_rates=0.05,0.02
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --norm=group --shapes= --strengths= \
 	  --baselines=$(firstword $(CLIPPED))
 
@@ -270,6 +272,8 @@ recognition: $(STAMP)
 	$(RECOGNITION)
 	$(RECOGNITION) --images=4 --seeds=1 --defenses=$(call commas,$(OF_BATCHES))
 	$(RECOGNITION) --images=16 --seeds=1 --datasets=histology_patches \
+	  --defenses=$(call commas,$(OF_BATCHES))
+	$(RECOGNITION) --rounds=4 --seeds=1 --datasets=histology_patches \
 	  --defenses=$(call commas,$(OF_BATCHES))
 
 # Bounds of the region error under the same noise; continues results/bounds.csv where it stopped.

@@ -11,7 +11,13 @@ import numpy as np
 
 from binaries import command, frontier_plot
 from binaries.progress import Progress
-from binaries.small_federation import ATTACKED_TRAINING, attacked_data, small_model
+from binaries.small_federation import (
+  ATTACKED_TRAINING,
+  KEPT_TRAINING,
+  attacked_data,
+  kept_data,
+  small_model,
+)
 from tff_shadow.aggregators import NOISE_SHAPES, NoiseStrength
 from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
@@ -185,37 +191,43 @@ def train(
 
 
 class AttackedRounds:
-  """The first round of one data set and seed, under any shadow noise or baseline.
+  """The first rounds of one data set and seed, under any shadow noise or baseline.
 
-  Noise that is added is proportional to its strength, so that one run with strength 1 stands for
-  all strengths.
+  In one round noise that is added is proportional to its strength, so that one run with strength 1
+  stands for all strengths, and whether it is fresh does not tell. In several it is fresh.
 
   Attributes:
     dataset: Its name.
     seed: Decides everything.
-    images: Of a client, in its one step.
+    images: Of a client, in its one step; in several rounds it has no others.
+    rounds: How many.
     data: The clients, and the public images.
     truth: What the clients trained on.
   """
 
-  def __init__(self, dataset: str, seed: int, images: int = 1):
-    """Runs the undefended round."""
-    self.dataset, self.seed, self.images = dataset, seed, images
-    self.data = attacked_data(dataset, seed)
-    self._observed: dict[tuple[str, str], Observation] = {}
+  def __init__(self, dataset: str, seed: int, images: int = 1, rounds: int = 1):
+    """Runs the undefended rounds."""
+    self.dataset, self.seed, self.images, self.rounds = dataset, seed, images, rounds
+    self.data = attacked_data(dataset, seed) if rounds == 1 else kept_data(dataset, seed, images)
+    self._observed: dict[tuple[str, str], list[Observation]] = {}
     self._observed[UNDEFENDED], self.truth = self._run(None)
 
   def observation(self, shape: str, strength: str) -> Observation:
-    """What the server sees of the round under this noise or baseline; see `parse_defense`."""
-    if (shape, strength) == UNDEFENDED or shape in BASELINES:
-      return self._unit(shape, strength)
+    """What the server sees of the one round under this noise or baseline; see `parse_defense`."""
+    (observation,) = self.observations(shape, strength)
+    return observation
+
+  def observations(self, shape: str, strength: str) -> list[Observation]:
+    """What it sees of all rounds."""
+    if (shape, strength) == UNDEFENDED or shape in BASELINES or self.rounds > 1:
+      return self._seen(shape, strength)
     kind, value = parse_strength(strength)
     if kind == 'images' or _floor(strength):
-      return self._unit(shape, strength)
-    unit = self._unit(shape, '1.0' if kind == 'ratio' else f'{kind}:1.0')
-    return with_noise_scaled(self._unit(*UNDEFENDED), unit, value)
+      return self._seen(shape, strength)
+    (unit,) = self._seen(shape, '1.0' if kind == 'ratio' else f'{kind}:1.0')
+    return [with_noise_scaled(*self._seen(*UNDEFENDED), unit, value)]
 
-  def _unit(self, shape: str, strength: str) -> Observation:
+  def _seen(self, shape: str, strength: str) -> list[Observation]:
     key = (shape, strength)
     if key not in self._observed:
       self._observed[key], _ = self._run(defense_of(shape, strength))
@@ -223,18 +235,22 @@ class AttackedRounds:
 
   def _run(
     self, defense: ShadowNoise | BaselineDefense | None
-  ) -> tuple[Observation, dict[str, Truth]]:
+  ) -> tuple[list[Observation], dict[str, Truth]]:
+    training = ATTACKED_TRAINING if self.rounds == 1 else KEPT_TRAINING
+    numbers = tuple(range(1, self.rounds + 1))
+    settings = TrainingSettings(
+      self.rounds,
+      dataclasses.replace(training, batch_size=self.images),
+      observed_rounds=numbers,
+      seed=self.seed,
+    )
+    model = small_model(self.data, self.seed, 'none')
     with tempfile.TemporaryDirectory() as name:
       run_dir = pathlib.Path(name)
-      settings = TrainingSettings(
-        1,
-        dataclasses.replace(ATTACKED_TRAINING, batch_size=self.images),
-        observed_rounds=(1,),
-        seed=self.seed,
-      )
-      train(self.data, small_model(self.data, self.seed, 'none'), settings, defense, run_dir)
-      observation = read_observation(run_dir / 'observations' / round_directory_name(1))
-      return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
+      train(self.data, model, settings, defense, run_dir, frozen=self.rounds == 1)
+      names = [round_directory_name(number) for number in numbers]
+      observations = [read_observation(run_dir / 'observations' / own) for own in names]
+      return observations, read_truth(run_dir / 'truth' / f'{names[0]}.safetensors')
 
 
 def missing_cells(
@@ -244,6 +260,7 @@ def missing_cells(
   defenses: Sequence[tuple[str, str]],
   is_done: Callable[[str, int, tuple[str, str]], bool],
   images: int = 1,
+  num_rounds: int = 1,
 ) -> Iterator[tuple[AttackedRounds, tuple[str, str]]]:
   """The rounds and defences of a table of which there are no rows yet.
 
@@ -256,6 +273,7 @@ def missing_cells(
     defenses: Each with each data set and seed; see `parse_defense`.
     is_done: Whether there are rows of a data set, seed and defence.
     images: See `AttackedRounds`.
+    num_rounds: Likewise.
   """
   cells = list(itertools.product(datasets, range(seeds), defenses))
   rounds: AttackedRounds | None = None
@@ -263,7 +281,7 @@ def missing_cells(
     for count, (dataset, seed, defense) in enumerate(cells):
       if not is_done(dataset, seed, defense):
         if rounds is None or (rounds.dataset, rounds.seed) != (dataset, seed):
-          rounds = AttackedRounds(dataset, seed, images)
+          rounds = AttackedRounds(dataset, seed, images, num_rounds)
         yield rounds, defense
       progress.update(count + 1, f'{dataset} {seed} {"/".join(defense)}')
 

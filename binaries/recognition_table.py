@@ -1,9 +1,10 @@
 """Whose image updates pick out of known ones, with and without a defence: results/recognition.csv.
 
 One round as in the frontier: 16 clients that send one step on one image, or on --images of them;
-whether noise is fresh or frozen, one round does not tell. The server has these images and those of
-the validation split, and takes the likeliest under each update (attacks/adaptive/recognition.py);
-no image is reconstructed. Half of the validation split, varied, is what it knows the noise from.
+whether noise is fresh or frozen, one round does not tell. With --rounds it is fresh, the server
+keeps so many rounds, and clients have no other images. The server has these images and those of the
+validation split, and takes the likeliest under each update (attacks/adaptive/recognition.py); no
+image is reconstructed. Half of the validation split, varied, is what it knows the noise from.
 `correct` is how many of the clients' images are the likeliest one, apart from others of the same
 client, `among_5` how many one of the five likeliest, and `by_another` how many the likeliest by the
 update of another client, which is chance. The interval of `share` is that of Wilson over images.
@@ -39,9 +40,10 @@ _DEFENSES = flags.DEFINE_list(
   ' parameters at their defaults; the undefended round is always tried too.',
 )
 _IMAGES = flags.DEFINE_integer('images', 1, 'Of a client, in its one step.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 1, 'How many the server keeps.', lower_bound=1)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.', lower_bound=1)
 
-_GROUP = ('dataset', 'images', 'shape', 'strength')
+_GROUP = ('dataset', 'images', 'rounds', 'shape', 'strength')
 _KEY = (*_GROUP, 'seed')
 _COUNTS = ('sought', 'choices', 'correct', 'among_5', 'by_another')
 _COLUMNS = (*_GROUP, *_COUNTS, 'share', 'ci95_low', 'ci95_high', 'seeds')
@@ -52,17 +54,18 @@ def main() -> None:
   command.check_choices('datasets', _DATASETS.value, EMBEDDED)
   defenses = [UNDEFENDED, *(parse_defense(text, baselines=True) for text in _DEFENSES.value)]
   cache = RowCache(pathlib.Path(_CACHE_DIR.value) / 'recognition.csv', (*_KEY, *_COUNTS))
-  images = _IMAGES.value
+  setting = (str(_IMAGES.value), str(_ROUNDS.value))
   done = cache.done(_KEY)
   for rounds, defense in missing_cells(
     'recognition',
     _DATASETS.value,
     _SEEDS.value,
     defenses,
-    lambda dataset, seed, defense: (dataset, str(images), *defense, str(seed)) in done,
-    images,
+    lambda dataset, seed, defense: (dataset, *setting, *defense, str(seed)) in done,
+    _IMAGES.value,
+    _ROUNDS.value,
   ):
-    key = dict(zip(_KEY, (rounds.dataset, images, *defense, rounds.seed), strict=True))
+    key = dict(zip(_KEY, (rounds.dataset, *setting, *defense, rounds.seed), strict=True))
     cache.add([key | _counts(rounds, defense)])
   rows = _join(cache.rows)
   write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows, key=_GROUP)
@@ -74,9 +77,9 @@ def _counts(rounds: AttackedRounds, defense: tuple[str, str]) -> dict[str, int]:
   # No image is reconstructed.
   effort = Effort(clients=0, denoiser_steps=0, inversion_clients=0, augmentations=augmentations)
   attacker = AdaptiveAttacker(rounds.data.validation, AttackConfig(seed=rounds.seed), effort)
-  observation = rounds.observation(*defense)
-  clients = [client.client_id for client in observation.clients]
-  found = identify_by_likelihood(*attacker.recognize([observation], clients, rounds.truth))
+  kept = rounds.observations(*defense)
+  clients = [client.client_id for client in kept[0].clients]
+  found = identify_by_likelihood(*attacker.recognize(kept, clients, rounds.truth))
   among = {precision.k: precision.correct for precision in found.precisions}
   counts = (found.of, found.choices, found.correct, among[5], found.control_correct)
   return dict(zip(_COUNTS, counts, strict=True))

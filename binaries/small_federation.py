@@ -1,5 +1,7 @@
 """The federation of small images on which tables of defences measure utility and protection."""
 
+import dataclasses
+
 import numpy as np
 import tensorflow as tf
 
@@ -24,7 +26,9 @@ _CLIENT_IMAGES = {'chest_phantom': 64, 'fundus_patches': 64, 'histology_patches'
 
 # Protection: one step on one image.
 ATTACKED_TRAINING = ClientTraining('sgd', 0.05, 0.0, 1, 1, 1)
-_ATTACKED_IMAGES = 16
+_ATTACKED_CLIENTS = 16
+# The same in several rounds: learned slowly, for a few images are all that there is to learn.
+KEPT_TRAINING = dataclasses.replace(ATTACKED_TRAINING, learning_rate=0.005)
 
 # What leaves an image of the modality one; a chest film is not turned over.
 _OF_FILMS = ('shifts', 'brightness')
@@ -39,7 +43,12 @@ def utility_data(dataset: str, seed: int) -> FederatedData:
 
 def attacked_data(dataset: str, seed: int) -> FederatedData:
   """The clients of an attacked round; each uses one image of its own."""
-  return _load(dataset, f'iid:{_ATTACKED_IMAGES}', seed)
+  return _load(dataset, f'iid:{_ATTACKED_CLIENTS}', seed)
+
+
+def kept_data(dataset: str, seed: int, images: int) -> FederatedData:
+  """The clients of rounds that a server keeps; each has so many images and uses all of them."""
+  return _load(dataset, f'sizes:{"/".join([str(images)] * _ATTACKED_CLIENTS)}', seed)
 
 
 def variations(dataset: str) -> tuple[str, ...]:

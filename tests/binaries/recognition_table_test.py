@@ -4,13 +4,13 @@ import pytest
 
 from tests.binaries.programs import assert_one_error_line, run_all
 
-_COLUMNS = 'dataset,images,shape,strength,seed,sought,choices,correct,among_5,by_another'
+_COLUMNS = 'dataset,images,rounds,shape,strength,seed,sought,choices,correct,among_5,by_another'
 # What was computed before.
 _CACHE = f"""{_COLUMNS}
-chest_phantom,1,none,0,0,16,216,16,16,0
-chest_phantom,1,decoy,scale:3.0,0,16,216,8,12,0
-chest_phantom,1,none,0,1,16,216,16,16,0
-chest_phantom,1,decoy,scale:3.0,1,16,216,4,6,1
+chest_phantom,1,1,none,0,0,16,216,16,16,0
+chest_phantom,1,1,decoy,scale:3.0,0,16,216,8,12,0
+chest_phantom,1,1,none,0,1,16,216,16,16,0
+chest_phantom,1,1,decoy,scale:3.0,1,16,216,4,6,1
 """
 
 
@@ -44,6 +44,7 @@ def test_bad_flags():
     '--defenses=prayer/1.0': '--defenses=prayer: use some of isotropic, diagonal, correlated',
     '--defenses=dp_sgd/limit:3': '--defenses=dp_sgd/limit:3: use dp_sgd/clip_norm',
     '--images=0': '--images=0',
+    '--rounds=0': '--rounds=0',
   }
   for ended, why in zip(
     run_all('recognition_table', [[flag] for flag in wrong]), wrong.values(), strict=True
