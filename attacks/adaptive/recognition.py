@@ -33,11 +33,13 @@ from attacks.adaptive.simulated_updates import (
   log_norms,
 )
 from attacks.noise_covariance import NoiseCovariance
+from tff_shadow.models import model_from_config, training_batch_norm_layers
 from tff_shadow.observations import ClientObservation, Observation, Truth
 
 # Known images whose updates are computed at a time; fewer for large models.
 _CHUNK = 64
-# Other images of public clients beside which an image is tried in a step; fewer in large batches.
+# Other images of public clients beside which an image is tried in a step that normalises them
+# together; fewer in large batches.
 _COMPANIES = 4
 _MOST_TRIED_IMAGES = 2**16
 # Of the squared distance of an update that fits exactly, in units of its squared norm.
@@ -138,7 +140,10 @@ class _Single:
         like, num_images=size, num_steps=steps, batch_size=size, weight=float(size)
       )
     self._steps = simulated_steps(observation, batch, 0, 0, is_first)
-    companies = max(1, min(_COMPANIES, _MOST_TRIED_IMAGES // (size * count))) if size > 1 else 1
+    # Without BatchNorm an image adds the same beside any others.
+    is_shared = training_batch_norm_layers(model_from_config(observation.model_config))
+    most = _COMPANIES if size > 1 and is_shared else 1
+    companies = max(1, min(most, _MOST_TRIED_IMAGES // (size * count)))
     self._companies = [
       own.some(slice(1, size)) for some in played.chunks(companies) for own in some.values()
     ]
