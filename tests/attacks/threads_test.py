@@ -1,38 +1,32 @@
 """Threads of an operation, each case in a process of its own."""
 
-import subprocess
-import sys
+import os
 
 import pytest
-
-_PROGRAM = """
-import os, sys
 import tensorflow as tf
+
 from attacks.threads import share_cores
-os.sched_getaffinity = lambda pid: set(range(8))
-if sys.argv[3] == 'late':
-  tf.constant(1.0).numpy()
-print(share_cores(int(sys.argv[1]), int(sys.argv[2]) or None))
-print(tf.config.threading.get_intra_op_parallelism_threads())
-"""
+from tests.binaries.programs import FORKS
+
+
+def _threads(lanes, op_threads, is_late):
+  """What is shared out on eight cores, and the threads of an operation, once TensorFlow is used."""
+  os.sched_getaffinity = lambda pid: set(range(8))
+  if is_late:
+    tf.constant(1.0).numpy()
+  return share_cores(lanes, op_threads), tf.config.threading.get_intra_op_parallelism_threads()
 
 
 @pytest.mark.parametrize(
-  ('lanes', 'op_threads', 'when', 'expected'),
+  ('lanes', 'op_threads', 'is_late', 'expected'),
   [
-    (1, 0, 'early', ['8', '8']),
-    (3, 0, 'early', ['2', '2']),
-    (16, 0, 'early', ['1', '1']),
-    (1, 5, 'early', ['5', '5']),
-    (4, 0, 'late', ['None', '0']),
+    (1, None, False, (8, 8)),
+    (3, None, False, (2, 2)),
+    (16, None, False, (1, 1)),
+    (1, 5, False, (5, 5)),
+    (4, None, True, (None, 0)),
   ],
 )
-def test_lanes_and_threads_fill_the_cores_once(lanes, op_threads, when, expected):
-  done = subprocess.run(
-    [sys.executable, '-c', _PROGRAM, str(lanes), str(op_threads), when],
-    capture_output=True,
-    text=True,
-    check=True,
-    timeout=120,
-  )
-  assert done.stdout.split() == expected
+def test_lanes_and_threads_fill_the_cores_once(lanes, op_threads, is_late, expected):
+  with FORKS.Pool(1) as pool:
+    assert pool.apply(_threads, (lanes, op_threads, is_late)) == expected

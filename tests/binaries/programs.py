@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 # Each process is a fork of one that has done these imports and nothing else; a program itself is
 # imported in the fork, for two of them may define the same flag.
-_FORKS = multiprocessing.get_context('forkserver')
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(
   ['binaries', 'attacks.adaptive.players', 'attacks.audit.page', 'tensorflow_datasets']
 )
 
@@ -33,7 +33,7 @@ class Running:
   def __init__(self, program: str, *arguments: Any):
     self._directory = tempfile.TemporaryDirectory()
     self._files = [pathlib.Path(self._directory.name) / name for name in ('printed', 'errors')]
-    self._process = _FORKS.Process(
+    self._process = FORKS.Process(
       target=_run_here, args=(program, list(map(str, arguments)), *map(str, self._files))
     )
     self._process.start()

@@ -1,14 +1,13 @@
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 
 from attacks.local_steps import local_steps
 from binaries import reproduction, reproduction_table
 from binaries.published_protocol import Plan, load_data, training_settings
+from tests.binaries.programs import assert_one_error_line, run
 from tests.conftest import make_generator
 from tff_shadow.observations import (
   ClientObservation,
@@ -108,10 +107,6 @@ def test_published_defense_is_scaled_with_the_rounds(tmp_path):
 
 
 def test_the_program_says_what_is_wrong_in_one_line(tmp_path):
-  command = [sys.executable, '-m', 'binaries.reproduce', f'--output_dir={tmp_path / "x"}']
-  done = subprocess.run(
-    [*command, '--dataset=eyepacs'], capture_output=True, text=True, check=False
-  )
-  assert done.returncode == 1
-  assert done.stderr.strip().splitlines()[-1].startswith('error: --data_dir is required')
+  ended = run('reproduce', f'--output_dir={tmp_path / "x"}', '--dataset=eyepacs')
+  assert_one_error_line(ended, '--data_dir is required')
   assert not (tmp_path / 'x').exists()

@@ -13,6 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from binaries import train
+from tests.binaries.programs import ROOT, assert_one_error_line, run
 from tests.conftest import make_generator
 from tff_shadow.errors import UserError
 from tff_shadow.models import build_model
@@ -199,7 +200,7 @@ def _start(run_dir, rounds):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    cwd=pathlib.Path(__file__).parents[2],
+    cwd=ROOT,
   )
 
 
@@ -248,13 +249,6 @@ def test_ended_run_leaves_no_worker_and_resumes(tmp_path, end_with):
 
 
 def test_user_mistake_is_one_line_and_exit_code_1(tmp_path):
-  process = subprocess.run(
-    [sys.executable, '-m', 'binaries.train', f'--run_dir={tmp_path}/r', '--rounds=none'],
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
-  assert process.returncode == 1
-  assert process.stderr.startswith('error: ')
-  assert '--rounds=none' in process.stderr or 'flag --rounds' in process.stderr
-  assert len(process.stderr.strip().splitlines()) == 1
+  ended = run('train', f'--run_dir={tmp_path}/r', '--rounds=none')
+  assert_one_error_line(ended, '--rounds')
+  assert 'none' in ended.stderr
