@@ -10,7 +10,13 @@ from attacks.config import AttackConfig
 from attacks.local_steps import LocalSteps
 from attacks.simulator import ClientSimulator
 from attacks.solver import Evidence, Solver
-from tff_shadow.models import Norm, build_model, classification_loss, model_to_config
+from tff_shadow.models import (
+  Norm,
+  build_model,
+  classification_loss,
+  graph_function,
+  model_to_config,
+)
 from tff_shadow.observations import ClientTraining, Observation, WeightArrays
 
 _REPEATS = 5
@@ -73,7 +79,7 @@ class TimedAttack:
 
   def evaluate(self) -> tuple[np.ndarray, np.ndarray]:
     """Matching losses [R] and the objectives' pixel gradients [R, 1, H, W, C] at the start."""
-    evaluate = tf.function(self._solver.loss_and_gradient)
+    evaluate = graph_function(self._solver.loss_and_gradient, self.model)
     seen = evaluate(self._start.parameters, self._evidence, self._start.iteration)
     return seen.loss.numpy(), seen.gradient['images'].numpy()
 
@@ -130,13 +136,12 @@ def bench_lines() -> list[str]:
 def _training_gradient(model: tf.keras.Model, labels: np.ndarray) -> Callable:
   loss_fn = classification_loss(model)
 
-  @tf.function
   def gradient(images):
     with tf.GradientTape() as tape:
       loss = loss_fn(labels, model(images, training=True))
     return tape.gradient(loss, model.trainable_variables)
 
-  return gradient
+  return graph_function(gradient, model)
 
 
 def _seconds(run: Callable[[], tf.Tensor]) -> float:

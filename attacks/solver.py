@@ -19,6 +19,7 @@ from attacks.optimizers import Lbfgs
 from attacks.priors import reweighted
 from attacks.rectifiers import SurrogateRectifier
 from attacks.simulator import ClientSimulator
+from tff_shadow.models import graph_function
 
 # A step slower than this is not tried with XLA on a CPU, where compiling a large network takes
 # longer than it could win.
@@ -138,8 +139,9 @@ class Solver:
     self._matching = matching
     self._contrast = contrast
     self.use_xla = use_xla
-    self._step = tf.function(self._one_step, jit_compile=use_xla)
-    self._steps = tf.function(self._many_steps)
+    self._models = [simulator.model for simulator in simulators]
+    self._step = graph_function(self._one_step, *self._models, jit_compile=use_xla)
+    self._steps = graph_function(self._many_steps, *self._models)
 
   def start(self, images, seeds, labels=None) -> SolverState:
     """The state before the first step.
@@ -214,12 +216,14 @@ class Solver:
     """A step of L-BFGS; the loss is that after it."""
     optimizer = self._config.optimizer
 
-    # The search has it at ten places of its graph, and preparing that is what takes time.
-    @tf.function(experimental_attributes={'_noinline': True})
     def objective(parameters):
       seen = self.loss_and_gradient(parameters, evidence, state.iteration)
       return seen.objective, seen.gradient
 
+    # The search has it at ten places of its graph, and preparing that is what takes time.
+    objective = graph_function(
+      objective, *self._models, experimental_attributes={'_noinline': True}
+    )
     parameters, moments = optimizer.step(objective, state.parameters, state.moments)
     seen = self.loss_and_gradient(parameters, evidence, state.iteration)
     return seen.images, seen.loss, parameters, moments

@@ -9,7 +9,7 @@ import tensorflow as tf
 from binaries.attacked_rounds import parse_strength
 from tff_shadow.aggregators.shadow_noise import floor_of
 from tff_shadow.learning.decoys import DecoyBatches
-from tff_shadow.models import classification_loss
+from tff_shadow.models import classification_loss, graph_function
 from tff_shadow.observations import Truth
 from tff_shadow.privacy import (
   cramer_rao_bound,
@@ -182,11 +182,11 @@ class LinearisedRelease:
     spread = (gradients - gradients.mean(axis=0)) / np.sqrt(len(gradients))
     wide = spread.astype(np.float64)
 
-    @tf.function
     def energy(key):
       weights = self._model.trainable_variables
       return self._decoys.difference(self._mean_gradient, key, tf.constant(1.0), weights)[1]
 
+    energy = graph_function(energy, self._model)
     keys = np.random.default_rng(0).integers(-(2**31), 2**31, (_DRAWS, 2))
     drawn = 1 / np.mean([1 / float(energy(tf.constant(key, tf.int32))) for key in keys])
     return spread, wide @ wide.T, drawn

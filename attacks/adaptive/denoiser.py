@@ -139,7 +139,7 @@ class RegionDenoiser:
     mean_region = tf.constant(both[..., channels:].mean(axis=0, keepdims=True), tf.float32)
     low, high = np.log([settings.least_deviation, settings.most_deviation])
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(batch, seed):
       seeds = tf.random.experimental.stateless_split(seed, 4)
       batch = augment(batch, settings.augmentations, seeds[0])

@@ -283,7 +283,7 @@ class LearnedInversion:
       errors = tf.square(found - tf.gather(coefficients, chosen))
       return tf.reduce_mean(tf.reduce_sum(errors, axis=1))
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(seed):
       seeds = tf.random.experimental.stateless_split(seed, 2)
       places = tf.random.stateless_uniform(
@@ -293,7 +293,7 @@ class LearnedInversion:
         loss = error(tf.gather(trained, places), seeds[1], True)
       optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
-    @tf.function
+    @tf.function(autograph=False)
     def unseen_error():
       return error(tf.repeat(unseen, _DRAWS), tf.constant([settings.seed, -1]), False)
 

@@ -24,7 +24,7 @@ from tff_shadow.learning.client_work import client_result, train_locally
 from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.observed_round import observed_update
 from tff_shadow.learning.shadow_work import ShadowWork
-from tff_shadow.models import model_from_config
+from tff_shadow.models import graph_function, model_from_config
 from tff_shadow.observations import Observation, Truth, WeightArrays
 from tff_shadow.published import PublishedDefense, PublishedSettings, standardization
 from tff_shadow.published.client_shadows import ClientShadows
@@ -116,7 +116,7 @@ class Player:
       list(map(tf.constant, statistics)),
     )
     self._build(model, observation.defense)
-    self._train = tf.function(self._trained, reduce_retracing=True)
+    self._train = graph_function(self._trained, model, reduce_retracing=True)
 
   def update(self, truth: Truth, steps: LocalSteps, key: tuple[int, int]) -> WeightArrays:
     """What a client sends, trained minus initial weights.

@@ -18,6 +18,7 @@ from attacks.simulator import ClientSimulator
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.learning import ShadowNoise
+from tff_shadow.models import graph_function
 from tff_shadow.observations import ClientObservation, Observation, Truth, mean_update
 from tff_shadow.shadow import build_region_map
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
@@ -137,7 +138,7 @@ class Sensitivity:
   def __init__(self, simulator: ClientSimulator):
     """Takes the model that is differentiated; traced once for each size of the images."""
     self._simulator = simulator
-    self._squared = tf.function(self._sum_of_probes)
+    self._squared = graph_function(self._sum_of_probes, simulator.model)
 
   def derivative(
     self, images: tf.Tensor, labels: tf.Tensor, direction: tf.Tensor

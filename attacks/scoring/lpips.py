@@ -105,7 +105,7 @@ class Lpips:
     self._convolutions = [(tf.constant(kernel), tf.constant(bias)) for kernel, bias in convolutions]
     self._heads = [tf.constant(head) for head in heads]
     signature = [tf.TensorSpec([None, None, None, 3], tf.float32)]
-    self._features = tf.function(self._features_of, input_signature=signature)
+    self._features = tf.function(self._features_of, input_signature=signature, autograph=False)
 
   def __call__(self, first: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray]:
     """Distance of two images [H, W, C] in [0, 1], C = 1 or 3, and its map [H, W].

@@ -341,6 +341,22 @@ class TestArguments:
     # One forward pass, one mask.
     _process(model, _noise('correlated', 'per_step'))
 
+  def test_layers_of_a_user_s_own_may_branch(self):
+    @tf.keras.saving.register_keras_serializable('tests')
+    class Dimmed(tf.keras.layers.Layer):
+      def call(self, inputs):
+        if tf.reduce_mean(inputs) > 0.5:
+          inputs = 0.5 * inputs
+        return inputs
+
+    inputs = tf.keras.Input(_SHAPE)
+    x = tf.keras.layers.Flatten()(Dimmed()(inputs))
+    _process(
+      tf.keras.Model(inputs, tf.keras.layers.Dense(2)(x)),
+      _noise('correlated'),
+      build=shadow_fed_avg_but_aggregation,
+    )
+
   def test_unknown_sharing(self):
     with pytest.raises(ValueError, match='batch_norm_sharing'):
       build_shadow_fed_avg(

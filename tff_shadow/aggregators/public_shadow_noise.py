@@ -69,7 +69,7 @@ def public_shadow_noise_factory(
       return [tf.constant(array) for array in normalised]
 
     @tff.tensorflow.computation(value_type, context.type_signature.result)
-    @tf.function
+    @tf.function(autograph=False)
     def transform(value, deviations):
       update = tf.nest.flatten(value)
       # Here, where both are in the order of tf.nest: a type keeps dictionaries in their own.

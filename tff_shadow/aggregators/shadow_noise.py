@@ -111,7 +111,7 @@ def shadow_noise_factory(
     update_type = _check_value_type(value_type, shape)
 
     @tff.tensorflow.computation(value_type)
-    @tf.function
+    @tf.function(autograph=False)
     def add_noise(value):
       return noised_update(value, shape, strength, floor)
 

@@ -35,7 +35,7 @@ def update_transform_factory(transform: Transform, inner: Factory | None) -> Fac
     check_float32(value_type)
 
     @tff.tensorflow.computation(value_type)
-    @tf.function
+    @tf.function(autograph=False)
     def send(value):
       update = _finite_or_zeros(tf.nest.flatten(value))
       sent = _finite_or_zeros(transform(update))

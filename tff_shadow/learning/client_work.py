@@ -91,7 +91,7 @@ def build_client_work(
       num_examples, gradients = gradient_fn(batch)
       return num_examples, [gradients], ()
 
-    @tf.function
+    @tf.function(autograph=False)
     def train(initial_weights, dataset):
       (update,), num_examples, _ = train_locally(
         [local_model], optimizer, initial_weights, dataset, one_copy, share_statistics
@@ -251,10 +251,14 @@ def client_result(
   else:
     weight = tf.constant(1.0)
   weight = tf.where(finite, weight, 0.0)
-  if not finite:
-    model.reset_metrics()
+  tf.cond(finite, tf.no_op, lambda: _reset_metrics(model))
   return (
     tff.learning.templates.ClientResult(update=update, update_weight=weight),
     model.report_local_unfinalized_metrics(),
     tf.where(finite, 0, 1),
   )
+
+
+def _reset_metrics(model: tff.learning.models.VariableModel) -> tf.Operation:
+  model.reset_metrics()
+  return tf.no_op()

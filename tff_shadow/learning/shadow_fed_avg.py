@@ -13,6 +13,7 @@ from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.fed_avg import ButAggregation, but_aggregation, initial_weights
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
 from tff_shadow.learning.shadow_work import ShadowWork
+from tff_shadow.models import graph_function
 from tff_shadow.observations import BatchNormSharing
 
 
@@ -192,7 +193,7 @@ def _build_client_work(
 ):
   """Returns the client work and the type of a plain update."""
   with tf.Graph().as_default():
-    model = model_fn()
+    model, shadow = model_fn(), shadow_model_fn()
     metrics_aggregation = metrics_aggregator(model.metric_finalizers())
     # TFF takes x and y as a mapping or as a pair.
     x, y = tf.nest.flatten(model.input_spec)
@@ -209,11 +210,10 @@ def _build_client_work(
   def client_update(initial_weights, dataset):
     work = ShadowWork(model_fn, shadow_model_fn, optimizer, noise, share_statistics, decoys)
 
-    @tf.function
     def train(initial_weights, dataset):
       return work.run(initial_weights, dataset, client_weighting)
 
-    return train(initial_weights, dataset)
+    return graph_function(train, shadow)(initial_weights, dataset)
 
   result_type = client_update.type_signature.result[0]
   update_type = result_type.update.update

@@ -8,6 +8,7 @@ from tff_shadow.models.batch_norm import (
   training_batch_norm_layers,
 )
 from tff_shadow.models.generator_files import load_generator
+from tff_shadow.models.graphs import graph_function
 from tff_shadow.models.keras_files import (
   batch_norm_layers,
   check_model,
@@ -38,6 +39,7 @@ __all__ = [
   'classification_loss',
   'collect_statistics',
   'freeze_batch_norm',
+  'graph_function',
   'inputs_of_layers',
   'is_functional',
   'layers_from_output',

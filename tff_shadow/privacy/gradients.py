@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow as tf
 
-from tff_shadow.models import classification_loss
+from tff_shadow.models import classification_loss, graph_function
 from tff_shadow.shadow.sensitivity import gradient_and_derivatives
 
 
@@ -34,12 +34,12 @@ def gradient_jacobian(model: tf.keras.Model, images: tf.Tensor, labels: tf.Tenso
   images, loss_fn, variables = _one_step(model, images, labels)
   num_pixels = int(tf.size(images))
 
-  @tf.function
   def column(pixel):
     direction = tf.reshape(tf.one_hot(pixel, num_pixels, dtype=images.dtype), images.shape)
     _, (derivative,) = gradient_and_derivatives(loss_fn, variables, images, [direction])
     return _flat(derivative)
 
+  column = graph_function(column, model)
   num_weights = sum(variable.shape.num_elements() for variable in variables)
   jacobian = np.empty((num_weights, num_pixels), images.dtype.as_numpy_dtype, order='F')
   with _non_trainable_kept(model):
@@ -62,13 +62,13 @@ def image_gradients(model: tf.keras.Model, images: tf.Tensor, labels: tf.Tensor)
   images, labels = _checked(model, images, labels)
   loss, variables = classification_loss(model), model.trainable_variables
 
-  @tf.function
   def of_one(image, label):
     gradient, _ = gradient_and_derivatives(
       lambda x: loss(label[None], model(x, training=True)), variables, image[None], []
     )
     return _flat(gradient)
 
+  of_one = graph_function(of_one, model)
   with _non_trainable_kept(model):
     return np.stack(
       [of_one(image, label).numpy() for image, label in zip(images, labels, strict=True)]
@@ -97,7 +97,6 @@ def gradient_information(
     raise ValueError('variances must be finite and above 0')
   precision = tf.constant(1.0 / np.asarray(variances, np.float64), images.dtype)
 
-  @tf.function
   def multiply(direction):
     _, (derivative,) = gradient_and_derivatives(loss_fn, variables, images, [direction])
     weighted = precision * _flat(derivative)
@@ -106,6 +105,8 @@ def gradient_information(
       gradient, _ = gradient_and_derivatives(loss_fn, variables, images, [])
       product = tf.reduce_sum(weighted * _flat(gradient))
     return tape.gradient(product, images)
+
+  multiply = graph_function(multiply, model)
 
   def matvec(vector: np.ndarray) -> np.ndarray:
     direction = tf.reshape(tf.cast(vector, images.dtype), images.shape)

@@ -12,6 +12,7 @@ from tff_shadow.models import (
   check_running_statistics,
   classification_loss,
   freeze_batch_norm,
+  graph_function,
   model_from_config,
   model_to_config,
 )
@@ -237,16 +238,16 @@ class ShadowNetworks:
         loss, self._local.trainable_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
       )
 
-    traced = tf.function(pseudo_step)
+    traced = graph_function(pseudo_step, self._local)
     self._pseudo_step = traced.get_concrete_function(pixels, labels)
     target = tf.nest.map_structure(
       lambda t: tf.TensorSpec(t.shape, t.dtype), self._pseudo_step.structured_outputs
     )
     if settings.update_shadow:
-      self._update_shadow = tf.function(update_shadow)
+      self._update_shadow = graph_function(update_shadow, self._global, self._generator)
       self._update_shadow.get_concrete_function(pixels, labels, latents, target, scalar)
-    self._expose = tf.function(expose).get_concrete_function(pixels, latents)
-    self._finish = tf.function(finish).get_concrete_function(
+    self._expose = graph_function(expose, self._generator).get_concrete_function(pixels, latents)
+    self._finish = graph_function(finish).get_concrete_function(
       pixels,
       pixels,
       tf.TensorSpec((None, *image_shape[:2], 1), tf.float32),
@@ -254,7 +255,7 @@ class ShadowNetworks:
       scalar,
       scalar,
     )
-    self._gradients = tf.function(gradients).get_concrete_function(pixels, labels)
+    self._gradients = graph_function(gradients, self._local).get_concrete_function(pixels, labels)
     # Logits, as a network of PyTorch gives; the class is fixed, whatever the label.
     self._region_map = build_region_map(
       SaliencyConfig(target=settings.cam_class, linear_output=True), self._global

@@ -109,7 +109,7 @@ class GeneratorTraining:
     self._manager = tf.train.CheckpointManager(
       checkpoint, str(directory), max_to_keep=_KEPT_CHECKPOINTS
     )
-    self._graph = tf.function(self._train_step)
+    self._graph = tf.function(self._train_step, autograph=False)
 
   @property
   def step(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_shadow.errors import UserError
+from tff_shadow.models import graph_function
 
 _HALVED_AT_EIGHTHS = (3, 5, 7)
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
@@ -120,7 +121,9 @@ def fit_latents(
   starts = start_latents(generator, count, seed=seed)
   # The last batch is filled up with images of the first ones: one shape, one trace.
   batch_size = min(batch_size, count)
-  fit = tf.function(lambda z, x: _fit_batch(generator, z, x, settings)).get_concrete_function(
+  fit = graph_function(
+    lambda z, x: _fit_batch(generator, z, x, settings), generator
+  ).get_concrete_function(
     tf.TensorSpec([batch_size, *starts.shape[1:]]), tf.TensorSpec([batch_size, *images.shape[1:]])
   )
   found = []

@@ -10,6 +10,7 @@ from tf_keras_vis.gradcam import Gradcam
 from tf_keras_vis.saliency import Saliency
 
 from tff_shadow.errors import UserError
+from tff_shadow.models import graph_function
 from tff_shadow.shadow.region_maps import (
   RegionMap,
   RegionMaps,
@@ -121,7 +122,7 @@ def build_region_map(config: SaliencyConfig, model: tf.keras.Model | None = None
     )
 
   # Traced here, for a model built in a graph later would leave this one's layers not callable.
-  traced = tf.function(compute).get_concrete_function(
+  traced = graph_function(compute, model).get_concrete_function(
     tf.TensorSpec(model.inputs[0].shape, tf.float32), tf.TensorSpec([None], tf.int32)
   )
 
