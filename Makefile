@@ -265,16 +265,16 @@ adaptive: $(STAMP)
 	$(BIN)/python -m binaries.adaptive_table
 
 # Whose image updates pick out of known ones; continues results/recognition.csv where it stopped.
-OF_BATCHES := decoy/scale:3.0+floor:0.99 decoy/scale:3.0+floor:0.999 dp_sgd/clip_norm:3+noise_multiplier:0.1
+OF_MANY := decoy/scale:3.0+floor:0.99 decoy/scale:3.0+floor:0.999 dp_sgd/clip_norm:3+noise_multiplier:0.1
 RECOGNITION = $(BIN)/python -m binaries.recognition_table
 
 recognition: $(STAMP)
 	$(RECOGNITION)
-	$(RECOGNITION) --images=4 --seeds=1 --defenses=$(call commas,$(OF_BATCHES))
+	$(RECOGNITION) --images=4 --seeds=1 --defenses=$(call commas,$(OF_MANY))
 	$(RECOGNITION) --images=16 --seeds=1 --datasets=histology_patches \
-	  --defenses=$(call commas,$(OF_BATCHES))
+	  --defenses=$(call commas,$(OF_MANY))
 	$(RECOGNITION) --rounds=4 --seeds=1 --datasets=histology_patches \
-	  --defenses=$(call commas,$(OF_BATCHES))
+	  --defenses=$(call commas,$(OF_MANY))
 
 # Bounds of the region error under the same noise; continues results/bounds.csv where it stopped.
 bounds: $(STAMP)
