@@ -8,7 +8,7 @@ from binaries.attacked_rounds import UNDEFENDED, AttackedRounds
 @pytest.mark.usefixtures('tff_worker')
 def test_kept_rounds_are_of_the_same_images_under_fresh_noise():
   rounds = AttackedRounds('histology_patches', 0, images=2, rounds=2)
-  assert {len(own.labels) for own in rounds.truth.values()} == {2}
+  assert {len(own) for own in rounds.data.clients.values()} == {2}
   clean = rounds.observations(*UNDEFENDED)
   noised = rounds.observations('isotropic', 'image_ratio:30.0')
   assert [own.round_num for own in clean] == [own.round_num for own in noised] == [1, 2]
