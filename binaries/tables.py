@@ -6,15 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from binaries import command
+from tff_shadow.errors import UserError
 
 
 class RowCache:
   """A CSV file to which rows are added, whole or not at all."""
 
   def __init__(self, path: pathlib.Path, columns: Sequence[str]):
-    """Reads what is there."""
+    """Reads what is there.
+
+    Raises:
+      UserError: If it lacks a column.
+    """
     self._path, self._columns = path, columns
     self.rows = read_rows(path)
+    missing = [name for row in self.rows[:1] for name in columns if name not in row]
+    if missing:
+      raise UserError(f'{path}: has no column {missing[0]!r}, it is of an earlier version; move it')
 
   def add(self, rows: Sequence[dict[str, Any]]) -> None:
     """Adds `rows`; what else they hold than the columns is left out."""

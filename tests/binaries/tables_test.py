@@ -1,6 +1,9 @@
 """Tables that are measured in parts."""
 
-from binaries.tables import read_rows, write_table
+import pytest
+
+from binaries.tables import RowCache, read_rows, write_table
+from tff_shadow.errors import UserError
 
 _COLUMNS = ('name', 'value')
 
@@ -14,3 +17,11 @@ def test_rows_measured_elsewhere_stay(tmp_path):
   assert path.read_text().startswith('# command: ')
   write_table(path, _COLUMNS, [{'name': 'd', 'value': 5}])
   assert [tuple(row.values()) for row in read_rows(path)] == [('d', '5')]
+
+
+def test_a_cache_of_an_earlier_version_is_named(tmp_path):
+  path = tmp_path / 'cache.csv'
+  RowCache(path, _COLUMNS).add([{'name': 'a', 'value': 1}])
+  assert RowCache(path, _COLUMNS).done(('name',)) == {('a',)}
+  with pytest.raises(UserError, match=r"cache\.csv: has no column 'seed'"):
+    RowCache(path, (*_COLUMNS, 'seed'))
