@@ -17,7 +17,7 @@ from absl import flags
 from attacks.audit import comparison, comparison_page
 from attacks.report.page import write_whole
 from binaries import attacked_rounds, command
-from binaries.small_federation import IMAGE_SIZE, UTILITY_TRAINING
+from binaries.small_federation import IMAGE_SIZE, is_usual
 from binaries.tables import read_rows, write_table
 from tff_shadow.errors import UserError
 
@@ -96,9 +96,7 @@ def _utility(
     raise UserError(f'--utility_table={path}: no such file')
   found: dict = {}
   try:
-    for row in read_rows(path):
-      if float(row['learning_rate']) != UTILITY_TRAINING.learning_rate:
-        continue
+    for row in filter(is_usual, read_rows(path)):
       frozen = row['freshness'] == 'frozen'
       defense = attacked_rounds.public_settings(row['shape'], row['strength'], frozen)
       key = row['dataset'], comparison.label_of(*comparison.defense_names(defense))

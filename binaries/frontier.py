@@ -51,6 +51,7 @@ from binaries.small_federation import (
   UTILITY_ROUNDS,
   UTILITY_TRAINING,
   UtilityF1,
+  is_usual,
   num_last,
   small_model,
   utility_data,
@@ -147,7 +148,7 @@ def main() -> None:
     print('no row has its utility yet')
     return
   write_table(pathlib.Path(_OUTPUT.value), _COLUMNS, rows)
-  frontier_plot.write(pathlib.Path(_PLOT.value), [row for row in rows if _is_usual(row)])
+  frontier_plot.write(pathlib.Path(_PLOT.value), [row for row in rows if is_usual(row)])
   print(f'{len(rows)} rows in {_OUTPUT.value}, plot in {_PLOT.value}')
 
 
@@ -156,7 +157,7 @@ def _compute_utility(cache: RowCache, table: Sequence[dict]) -> None:
   for seed, dataset, rate in itertools.product(
     range(_SEEDS.value), _DATASETS.value, _LEARNING_RATES.value
   ):
-    training = (_NORM.value, rate)
+    training = (_NORM.value, str(float(rate)))
     cells.append((dataset, str(seed), *UNDEFENDED, 'frozen', *training))
     cells += [
       (dataset, str(seed), shape, strength, freshness, *training)
@@ -266,11 +267,6 @@ def _join(
   }
   attacked |= _attacked(protection)
   return list(_rows(trained, attacked))
-
-
-def _is_usual(row: dict[str, str]) -> bool:
-  """Whether a row of the table is of the learning rate that all defences are compared at."""
-  return float(row['learning_rate']) == UTILITY_TRAINING.learning_rate
 
 
 def _named(row: dict, columns: Sequence[str]) -> tuple[str, ...]:

@@ -35,6 +35,11 @@ _OF_FILMS = ('shifts', 'brightness')
 _OF_PATCHES = ('mirror', 'turns', *_OF_FILMS)
 
 
+def is_usual(row: dict[str, str]) -> bool:
+  """Whether a row of the frontier is of the learning rate that all defences are compared at."""
+  return float(row['learning_rate']) == UTILITY_TRAINING.learning_rate
+
+
 def utility_data(dataset: str, seed: int) -> FederatedData:
   """The clients of a utility run."""
   sizes = '/'.join([str(_CLIENT_IMAGES[dataset])] * _CLIENTS)

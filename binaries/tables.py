@@ -22,7 +22,9 @@ class RowCache:
     self.rows = read_rows(path)
     missing = [name for row in self.rows[:1] for name in columns if name not in row]
     if missing:
-      raise UserError(f'{path}: has no column {missing[0]!r}, it is of an earlier version; move it')
+      raise UserError(
+        f'{path}: has no column {missing[0]!r}, for it is of an earlier version; move it away'
+      )
 
   def add(self, rows: Sequence[dict[str, Any]]) -> None:
     """Adds `rows`; what else they hold than the columns is left out."""

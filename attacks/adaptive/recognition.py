@@ -140,9 +140,9 @@ class _Single:
         like, num_images=size, num_steps=steps, batch_size=size, weight=float(size)
       )
     self._steps = simulated_steps(observation, batch, 0, 0, is_first)
-    # Without BatchNorm an image adds the same beside any others.
-    is_shared = training_batch_norm_layers(model_from_config(observation.model_config))
-    most = _COMPANIES if size > 1 and is_shared else 1
+    most = 1  # Without BatchNorm an image adds the same beside any others.
+    if size > 1 and training_batch_norm_layers(model_from_config(observation.model_config)):
+      most = _COMPANIES
     companies = max(1, min(most, _MOST_TRIED_IMAGES // (size * count)))
     self._companies = [
       own.some(slice(1, size)) for some in played.chunks(companies) for own in some.values()

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -77,10 +76,7 @@ def test_interrupted_attack_resumes_to_the_same_bits(run_dir):
     'attack', *_flags(run_dir, '--name=broken', *arguments, '--checkpoint_every_secs=0')
   )
   output = run_dir / 'attacks' / 'broken'
-  deadline = time.monotonic() + 100
-  while not (output / 'checkpoint.safetensors').exists() and process.poll() is None:
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
+  process.wait_until((output / 'checkpoint.safetensors').exists, 100)
   process.send_signal(signal.SIGINT)
   ended = process.wait(60)
   assert ended.returncode == 130, ended.stderr

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -43,10 +42,7 @@ def summary(run_dir):
   audit = run_dir / 'audits' / 'audit'
   process = Running('audit', f'--run_dir={run_dir}', *_AUDIT)
   half = audit / 'round_00002' / 'observed' / 'best' / 'result.json'
-  for _ in range(1200):
-    if half.exists() or process.poll() is not None:
-      break
-    time.sleep(0.1)
+  process.wait_until(half.exists)
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert half.exists()

@@ -7,7 +7,8 @@ import pathlib
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -38,18 +39,21 @@ class Running:
     )
     self._process.start()
 
-  @property
-  def pid(self) -> int:
-    """Of the process."""
-    return self._process.pid
-
   def poll(self) -> int | None:
     """The exit code, of a process that has ended."""
     return self._process.exitcode
 
   def send_signal(self, number: int) -> None:
     """Sends it to the process and to none of its children."""
-    os.kill(self.pid, number)
+    os.kill(self._process.pid, number)
+
+  def wait_until(self, condition: Callable[[], bool], timeout: float = 120.0) -> None:
+    """Waits for `condition` to hold while the process runs."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+      assert self.poll() is None, self.wait()
+      assert time.monotonic() < deadline, 'timed out'
+      time.sleep(0.01)
 
   def wait(self, timeout: float = 300.0) -> Ended:
     """How the run ended; kills it after `timeout` seconds."""

@@ -2,7 +2,6 @@ import csv
 import json
 import re
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -37,24 +36,16 @@ def _saved(run_dir):
   return max((int(name.removeprefix('ckpt-')) for name in names), default=-1)
 
 
-def _wait_for(condition, process, seconds=120.0):
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert process.poll() is None, process.wait()
-    assert time.monotonic() < deadline, 'timed out'
-    time.sleep(0.02)
-
-
 def test_killed_and_interrupted_and_resumed_as_if_never_ended(tmp_path):
   run_dir = tmp_path / 'run'
   process = _start(run_dir, '--save_every_secs=0')
-  _wait_for(lambda: _saved(run_dir) >= 2, process)
+  process.wait_until(lambda: _saved(run_dir) >= 2)
   process.send_signal(signal.SIGKILL)
   process.wait(60)
   killed_at = _saved(run_dir)
   assert 2 <= killed_at < _STEPS
   process = _start(run_dir, '--save_every_secs=0', '--resume')
-  _wait_for(lambda: _saved(run_dir) > killed_at + 1, process)
+  process.wait_until(lambda: _saved(run_dir) > killed_at + 1)
   process.send_signal(signal.SIGINT)
   ended = process.wait(60)
   assert ended.returncode == 130, ended.stderr

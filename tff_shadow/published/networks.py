@@ -247,7 +247,7 @@ class ShadowNetworks:
       self._update_shadow = graph_function(update_shadow, self._global, self._generator)
       self._update_shadow.get_concrete_function(pixels, labels, latents, target, scalar)
     self._expose = graph_function(expose, self._generator).get_concrete_function(pixels, latents)
-    self._finish = graph_function(finish).get_concrete_function(
+    self._finish = tf.function(finish, autograph=False).get_concrete_function(
       pixels,
       pixels,
       tf.TensorSpec((None, *image_shape[:2], 1), tf.float32),
