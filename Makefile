@@ -171,7 +171,7 @@ $(FOUND)%.json: | $(STAMP)
 # What is left of noise when the server keeps more and more rounds of the same images. Clients of one
 # image each, learned slowly, for they are all there is to learn: results/rounds.csv. Hours.
 KEPT_ROUNDS := 1 4 16
-KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh decoy_floor99+fresh
+KEPT := images+frozen images+fresh correlated+fresh isotropic+fresh iso_image100+fresh decoy_floor99+fresh decoy+fresh
 KEPT_FLAGS := --max_clients=8 --calibration_clients=4 --bound_clients=0 --cache_dir=runs/kept/cache
 
 rounds-table: $(STAMP) $(KEPT:%=kept-histology_patches+%)
@@ -211,6 +211,8 @@ training: $(STAMP)
 # Protection against utility of the defences; continues results/frontier.csv where it stopped. dp_sgd
 # cannot train BatchNorm, so it and what it is compared with train group normalisation besides.
 BOTH_FLOORS := scale:3.0+floor:0.99,scale:3.0+floor:0.999
+# As for defense-floor_alone.
+FLOOR_ALONE := scale:0.03+floor:0.9999999
 STRONG := --freshness=fresh --shapes=isotropic,diagonal
 BY_GROUP := dp_sgd/noise_multiplier:0.01 dp_sgd/noise_multiplier:0.03 dp_sgd/noise_multiplier:0.1
 CLIPPED := dp_sgd/clip_norm:3+noise_multiplier:0.1 dp_sgd/clip_norm:10+noise_multiplier:0.03 \
@@ -223,7 +225,7 @@ frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier $(STRONG) --baselines= \
 	  --strengths=10.0,30.0,image_ratio:30.0,image_ratio:100.0,image_ratio:300.0
 	$(BIN)/python -m binaries.frontier --freshness=fresh --shapes=decoy --baselines= \
-	  --strengths=$(BOTH_FLOORS)
+	  --strengths=$(BOTH_FLOORS),$(FLOOR_ALONE)
 	$(BIN)/python -m binaries.frontier $(STRONG) --norm=group --datasets=histology_patches \
 	  --strengths=10.0,30.0,image_ratio:30.0 --baselines=$(call commas,$(BY_GROUP))
 	$(BIN)/python -m binaries.frontier --norm=group --shapes= --strengths= \

@@ -33,7 +33,9 @@ _DATASETS = flags.DEFINE_list('datasets', list(EMBEDDED), 'Embedded data sets.')
 _DEFENSES = flags.DEFINE_list(
   'defenses',
   [
-    *('decoy/scale:3.0+floor:0.99', 'decoy/scale:3.0+floor:0.999', 'isotropic/image_ratio:100.0'),
+    *('decoy/scale:3.0+floor:0.99', 'decoy/scale:3.0+floor:0.999'),
+    # The plain part of the second alone, as loud and public.
+    *('decoy/scale:0.03+floor:0.9999999', 'isotropic/image_ratio:100.0'),
     *('dp_sgd/clip_norm:3+noise_multiplier:0.1', 'dp_sgd/clip_norm:3+noise_multiplier:0.3'),
   ],
   'SHAPE/STRENGTH, strengths as of the frontier, or NAME/PARAMETER:VALUE of a baseline, its other'

@@ -12,7 +12,6 @@ import functools
 import logging
 import pathlib
 import sys
-import warnings
 
 import tensorflow_federated as tff
 from absl import flags
@@ -145,7 +144,6 @@ def _is_number(value: object) -> bool:
 def run() -> None:
   """Console script."""
   tff.test.set_no_default_context()
-  warnings.filterwarnings('ignore', message='Batch Normalization contains non-trainable')
   command.run(main)
 
 

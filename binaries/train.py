@@ -10,7 +10,6 @@ import hashlib
 import logging
 import pathlib
 import sys
-import warnings
 
 import tensorflow_federated as tff
 from absl import flags
@@ -310,7 +309,6 @@ def run() -> None:
   """Console script."""
   # The stock context would start a worker that outlives us, and complains when Python ends.
   tff.test.set_no_default_context()
-  warnings.filterwarnings('ignore', message='Batch Normalization contains non-trainable')
   command.run(main)
 
 
