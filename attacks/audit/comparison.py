@@ -162,7 +162,7 @@ def defense_names(defense: Mapping[str, Any]) -> tuple[str, str]:
       parts.append('in images')
     floor = defense.get('floor', DEFAULT_FLOOR)
     if defense['shape'] != 'isotropic' and floor != DEFAULT_FLOOR:
-      parts.append(f'floor {floor:g}')
+      parts.append(f'floor {floor:.10g}')
     if not defense['frozen']:
       parts.append('fresh')
     if defense['saliency']['kind'] != 'given':
