@@ -231,7 +231,7 @@ frontier: $(STAMP)
 	$(BIN)/python -m binaries.frontier --norm=group --shapes= --strengths= \
 	  --baselines=$(call commas,$(CLIPPED))
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --shapes=decoy --baselines= \
-	  --strengths=$(BOTH_FLOORS)
+	  --strengths=$(BOTH_FLOORS),$(FLOOR_ALONE)
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --shapes=decoy --baselines= \
 	  --strengths=scale:3.0+floor:0.999 --learning_rates=0.05,0.02
 	$(BIN)/python -m binaries.frontier $(MORE_SEEDS) --norm=group --shapes= --strengths= \
