@@ -95,7 +95,7 @@ defense-correlated := $(call ratio,correlated,1)
 defense-decoy = $(NOISE)=scale --noise_shape=decoy --noise_strength=3 $(FRESH) \
   $(subst --augment,--decoy_augment,$(variations-$(1)))
 defense-decoy_floor99 = $(defense-decoy) --noise_floor=0.99
-# Its plain part alone: as loud, and public too, with a thousandth of what is shaped.
+# The plain part of decoy noise alone: as loud, of public images too, what is shaped a hundredth as strong.
 defense-floor_alone = $(defense-decoy) --noise_strength=0.03 --noise_floor=0.9999999
 defense-images := $(NOISE)=scale --noise_shape=correlated --noise_strength=0.1 --propagation=images
 defense-percentile := --defense=percentile_gaussian
