@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from attacks.report.findings import NEGLIGIBLE, is_identifying, judge
+from attacks.report.findings import NEGLIGIBLE, cannot_be_told, is_identifying, judge
 from attacks.scoring import gate
 from attacks.scoring.identification import Identification
 from attacks.scoring.scores import ImageScore
@@ -14,6 +14,13 @@ _OTHERWISE = {
   'not_beyond_guess': ('No reconstruction shows more of the images than a guess.',),
   'inconclusive': ('Whether reconstructions show more than a guess is not settled.',),
 }
+
+
+# Of known images.
+_UNTOLD = (
+  'Updates pick {0.correct} of {0.of} images out of {0.choices} known ones, and too few clients'
+  ' have equally many images to tell whether that is chance.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,7 @@ def judge_round(
   """The verdict on what the strongest attack recovered, and on what can be told of known images.
 
   Known images that updates pick out more often than by chance (p < 0.05) are a part of a leak.
+  Where too few clients have equally many images to tell whether it is chance, nothing is cleared.
 
   A leak that was found is one, whatever else went wrong. That there is none may be said only if
   the same attack recovers undefended single images (the positive control passes the gate), the
@@ -60,8 +68,11 @@ def judge_round(
     recognized: Of images that updates pick out of known ones; None where that was not tried.
   """
   name, reasons = _judged(scores, identification, control, clean, problems, tolerated)
+  pictures = name
   if recognized is None or not is_identifying(recognized) or name == 'leaked':
-    return Verdict(name, reasons, name)
+    if recognized is not None and cannot_be_told(recognized) and name == 'not_beyond_guess':
+      name, reasons = 'inconclusive', (_UNTOLD.format(recognized), *reasons)
+    return Verdict(name, reasons, pictures)
   told = (
     f'A server that has the images already can tell who trained on which: updates pick'
     f' {recognized.correct} of {recognized.of} images out of {recognized.choices}.'

@@ -177,8 +177,7 @@ def _reason_for_doubt(
     for metric, interval in intervals.items()
   ):
     return 'the 95 % interval allows both a gain over the guess and none'
-  least = 1 - CONFIDENCE
-  if identification.chance_p_value < least <= identification.least_p_value:
+  if cannot_be_told(identification):
     return (
       f'{identification.correct} of {identification.of} originals are picked out, and too few'
       ' clients have equally many images to tell whether that is chance'
@@ -187,10 +186,27 @@ def _reason_for_doubt(
 
 
 def find(
-  scores: list[ImageScore], identification: Identification, config: dict[str, Any]
+  scores: list[ImageScore],
+  identification: Identification,
+  config: dict[str, Any],
+  *,
+  ended_early: int = 0,
 ) -> Finding:
-  """The verdict on an attack in plain words."""
+  """The verdict on an attack in plain words.
+
+  Args:
+    scores: Of its images.
+    identification: Of them.
+    config: The attack's.
+    ended_early: Clients on which it diverged after it had found something.
+  """
   verdict, reason = judge(scores, identification)
+  if ended_early and verdict == 'not_beyond_guess':
+    clients = len({row.target for row in scores})
+    verdict, reason = (
+      'inconclusive',
+      f'the attack ended early on {ended_early} of {clients} clients',
+    )
   count, total = leaked_images(scores), len(scores)
   subject = f'{config["dataset"]}, {defense_words(config["defense"])}'
   sentences = {
@@ -211,6 +227,12 @@ def find(
 def is_identifying(identification: Identification) -> bool:
   """Whether originals are picked out by their reconstructions more often than by chance."""
   return identification.p_value < 1 - CONFIDENCE
+
+
+def cannot_be_told(identification: Identification) -> bool:
+  """Whether more are picked out than by chance, with too few clients that could change places."""
+  least = 1 - CONFIDENCE
+  return identification.chance_p_value < least <= identification.least_p_value
 
 
 def defense_words(defense: str) -> str:
@@ -268,7 +290,10 @@ def _summarise_attack(run: Run, attack: ScoredAttack) -> dict[str, Any]:
   training: {'rounds', 'last': {column: {'round', 'value'}}}; null without metrics.csv.
   """
   config, scores = attack.result.config, attack.scores
-  finding = find(scores, attack.identification, config)
+  early = sum(
+    own.record['status'] == 'ok' and bool(own.record.get('reason')) for own in attack.result.targets
+  )
+  finding = find(scores, attack.identification, config, ended_early=early)
   inferred, lpips = matched_labels(scores), run.measures.lpips
   return {
     'run': run.name,

@@ -236,6 +236,8 @@ def identify_by_likelihood(
   counts = np.bincount(owners, minlength=len(ranks))
   alike = [np.flatnonzero(counts == count) for count in np.unique(counts)]
   p_value, least = _permuted([hits[np.ix_(group, group)] for group in alike])
+  if any(len(group) == 1 and counts[group[0]] > 1 for group in alike):
+    least = 1.0
   chance = stats.binomtest(correct, len(owners), 1 / choices, alternative='greater').pvalue
   return Identification(
     correct=correct,

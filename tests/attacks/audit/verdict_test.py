@@ -88,6 +88,12 @@ def test_known_images_that_are_recognised_are_a_part_of_a_leak(blind, seeing):
   assert (found.name, found.pictures) == ('leaked', 'leaked')
   by_chance = dataclasses.replace(some, correct=1, p_value=0.2)
   assert verdict(blind.scores, by_chance).name == 'not_beyond_guess'
+  # Clients that cannot change places with any other clear nothing.
+  untold = dataclasses.replace(some, p_value=1.0, chance_p_value=1e-9, least_p_value=1.0)
+  found = verdict(blind.scores, untold)
+  assert (found.name, found.pictures) == ('inconclusive', 'not_beyond_guess')
+  assert found.reasons[0].startswith(f'Updates pick 5 of {COUNT} images out of 216 known ones')
+  assert verdict(seeing.scores, untold).name == 'leaked'
 
 
 def test_the_page_tells_which_known_images_were_recognised(blind, seeing):

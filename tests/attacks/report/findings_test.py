@@ -109,6 +109,15 @@ def test_recognisable_noise_is_not_called_protection():
   assert '9 of 16 reconstructions' in reason
 
 
+def test_an_attack_that_ended_early_clears_nothing():
+  rows = _of_clients([_row(10.0)] * 16)
+  config = {'dataset': 'made up', 'defense': 'none'}
+  assert findings.find(rows, _UNIDENTIFIED, config).verdict == 'not_beyond_guess'
+  found = findings.find(rows, _UNIDENTIFIED, config, ended_early=2)
+  assert found.verdict == 'inconclusive'
+  assert 'ended early on 2 of 16 clients' in found.sentence
+
+
 def test_what_could_not_be_tested_is_a_doubt():
   untested = dataclasses.replace(
     _UNIDENTIFIED, correct=9, p_value=1.0, chance_p_value=1e-6, least_p_value=1.0

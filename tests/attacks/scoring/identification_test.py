@@ -280,6 +280,18 @@ def test_updates_of_one_client_cannot_be_told_from_others():
   assert found.p_value == found.least_p_value == 1.0
 
 
+def test_a_client_of_several_images_like_no_other_cannot_be_tested():
+  # Six clients of one image, of which nothing is told, and three whose images are all picked out.
+  sizes = [1] * 6 + [8, 16, 32]
+  owners = np.repeat(np.arange(9), sizes)
+  ranks = np.full((9, len(owners)), 2)
+  ranks[owners, np.arange(len(owners))] = np.where(owners < 6, 2, 1)
+  found = identify_by_likelihood(ranks, owners, 200)
+  assert (found.correct, found.of) == (56, 62)
+  assert found.chance_p_value < 1e-9
+  assert found.p_value == found.least_p_value == 1.0
+
+
 def test_other_images_of_a_client_are_no_mistakes():
   likelihoods = np.array([[3.0, 4.0, 2.0, 1.0], [9.0, 8.0, 1.0, 7.0]])
   # The first client has the first two images, the second the third.
