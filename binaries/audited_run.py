@@ -20,7 +20,7 @@ from tff_shadow.observations import (
   read_truth,
   round_directory_name,
 )
-from tff_shadow.privacy import Participation
+from tff_shadow.privacy import Participation, example_uses
 from tff_shadow.published.client_state import image_digests
 
 # What decides how useful a model becomes, besides the defence.
@@ -111,12 +111,18 @@ class AuditedRun:
   def participation(self, data: FederatedData) -> Participation:
     """How often an image is used at most."""
     values, training = self.config['flags'], self.seen[0].observation.client_training
+    # Any client may be drawn, not only those of the rounds that were kept.
+    batch_sizes = [training.batch_size] * len(data.clients)
+    if values.get('client_batch_sizes'):
+      batch_sizes = [int(size) for size in values['client_batch_sizes'].split('/')]
     return Participation(
       rounds=values['rounds'],
       clients_per_round=values['clients_per_round'] or len(data.clients),
       num_clients=len(data.clients),
-      # Once an epoch.
-      uses=min(training.local_epochs, training.max_local_steps or training.local_epochs),
+      uses=max(
+        example_uses(len(own), size, training.local_epochs, training.max_local_steps)
+        for own, size in zip(data.clients.values(), batch_sizes, strict=True)
+      ),
     )
 
   def scope(self) -> dict[str, str]:

@@ -3,12 +3,16 @@ import math
 import dp_accounting
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import optimize, stats
 
+from tff_shadow.data.local_training import local_training_order
 from tff_shadow.privacy import (
   UNPROVEN,
   dp_fed_avg_guarantee,
   dp_sgd_guarantee,
+  example_uses,
   no_guarantee,
   public_shape_guarantee,
 )
@@ -87,6 +91,41 @@ class TestDpSgd:
     assert found.epsilon == pytest.approx(expected, rel=0.01)
     assert found.unit == 'example'
     assert f'an example is in at most {uses} local steps' in str(found)
+    assert 'counts as k squared' in str(found)
+
+  @pytest.mark.parametrize(
+    ('numbers', 'uses'),
+    [
+      ((64, 8, 3, None), 3),  # Batches end with the epochs.
+      ((12, 8, 1, None), 1),
+      ((12, 8, 2, None), 4),  # The last of one epoch, the first of the next.
+      ((12, 8, 3, None), 5),
+      ((12, 8, 2, 1), 1),
+      ((4, 8, 2, None), 4),
+      ((1, 8, 10, 1), 64),
+      ((1, 8, 10, None), 68),
+      ((3, 8, 6, None), 4 * 4 + 2 * 2),
+    ],
+  )
+  def test_an_example_that_is_more_than_once_in_a_step_moves_it_as_often(self, numbers, uses):
+    assert example_uses(*numbers) == uses
+
+  @given(
+    size=st.integers(1, 12),
+    batch=st.integers(1, 12),
+    epochs=st.integers(1, 6),
+    steps=st.none() | st.integers(1, 8),
+    seed=st.integers(0, 2**32 - 1),
+  )
+  def test_no_training_uses_an_example_more(self, size, batch, epochs, steps, seed):
+    rng = np.random.default_rng(seed)
+    order = local_training_order(size, batch, epochs, steps, rng)
+    counts = [
+      np.bincount(order[start : start + batch], minlength=size)
+      for start in range(0, len(order), batch)
+    ]
+    most = np.max(np.sum(np.square(counts), axis=0))
+    assert most <= example_uses(size, batch, epochs, steps)
 
   def test_no_sampling_makes_it_smaller(self):
     # An epoch of 8 batches, each of which takes every example with probability 1/8.

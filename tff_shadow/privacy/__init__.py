@@ -5,6 +5,7 @@ from tff_shadow.privacy.accounting import (
   Guarantee,
   dp_fed_avg_guarantee,
   dp_sgd_guarantee,
+  example_uses,
   no_guarantee,
   public_shape_guarantee,
 )
@@ -47,6 +48,7 @@ __all__ = [
   'cramer_rao_bound',
   'dp_fed_avg_guarantee',
   'dp_sgd_guarantee',
+  'example_uses',
   'fit_gaussian_prior',
   'gallery_floor',
   'gaussian_floor',

@@ -171,15 +171,16 @@ def dp_sgd_guarantee(noise_multiplier: float, uses: int, delta: float) -> Guaran
   """Of example-level DP-SGD on one client (Abadi et al. 2016), whatever the order of its examples.
 
   One example's gradient is left out of every step that uses it. That moves the sum of such a step
-  by at most the clipping norm and no other step's, so that the Gaussian mechanism is composed as
-  often as an example is used, by its privacy loss distribution. Nothing is gained from an example's
-  batch being secret: that needs Poisson sampling, and batches here are cut from shuffled data, for
-  which its figures do not hold (Chua et al. 2024).
+  by at most the clipping norm, times how often the example is in its batch, and no other step's.
+  Gaussian mechanisms compose by the squares of that, so that a step with an example k times counts
+  as k^2 with it once (`example_uses`); their privacy loss distribution is composed. Nothing is
+  gained from an example's batch being secret: that needs Poisson sampling, and batches here are cut
+  from shuffled data, for which its figures do not hold (Chua et al. 2024).
 
   Args:
     noise_multiplier: Standard deviation of the noise on the sum of clipped gradients, over the
       clipping norm; above 0.
-    uses: Local steps of all rounds that one example is in, at most.
+    uses: Local steps of all rounds that one example is in, at most, each counted by `example_uses`.
     delta: In (0, 1).
 
   Raises:
@@ -190,7 +191,8 @@ def dp_sgd_guarantee(noise_multiplier: float, uses: int, delta: float) -> Guaran
     delta,
     'example',
     (
-      f'an example is in at most {uses} local steps, counted over all rounds',
+      f'an example is in at most {uses} local steps, counted over all rounds; one that has it'
+      ' k times counts as k squared',
       'how many examples are in each step is no secret',
       'gradients are clipped per example, with no BatchNorm to mix them',
       _FRESH,
@@ -198,6 +200,38 @@ def dp_sgd_guarantee(noise_multiplier: float, uses: int, delta: float) -> Guaran
       _NOT_TUNED,
     ),
   )
+
+
+def example_uses(num_examples: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
+  """Local steps of a round that one example is in, at most; k times in a step count as k^2.
+
+  Epochs follow each other without a break (`tff_shadow.data.local_training`), so that a batch may
+  hold the end of one and the beginning of the next, or several.
+
+  Args:
+    num_examples: Of the client.
+    batch_size: Examples in a step.
+    epochs: Local ones.
+    max_steps: At which training is cut; None for no cut.
+
+  Raises:
+    ValueError: If a number is below 1.
+  """
+  if min(num_examples, batch_size, epochs, 1 if max_steps is None else max_steps) < 1:
+    raise ValueError('numbers of examples, epochs and steps must be at least 1')
+  times = epochs
+  if max_steps is not None:
+    times = min(epochs, math.ceil(max_steps * batch_size / num_examples))
+  if num_examples % batch_size == 0:
+    together = 1
+  elif batch_size % num_examples == 0:
+    together = batch_size // num_examples
+  else:
+    # Epochs that a batch touches if it begins with the last example of one.
+    together = (num_examples + batch_size - 2) // num_examples + 1
+  together = min(together, times)
+  full, rest = divmod(times, together)
+  return full * together**2 + rest**2
 
 
 def _gaussian(noise_multiplier: float) -> dp_accounting.GaussianDpEvent:

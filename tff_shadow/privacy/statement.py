@@ -19,7 +19,7 @@ class Participation(NamedTuple):
     rounds: Of training.
     clients_per_round: Drawn in each.
     num_clients: To draw from.
-    uses: Local steps of a round that one image is in, at most.
+    uses: Local steps of a round that one image is in, at most; see `example_uses`.
   """
 
   rounds: int
