@@ -1,8 +1,12 @@
 import collections
 
 import numpy as np
+import pytest
 import tensorflow as tf
+import tensorflow_federated as tff
 
+from tff_shadow.learning.noise_settings import shadow_input_spec
+from tff_shadow.shadow import SaliencyConfig, add_region_maps, build_region_map
 from tff_shadow.shadow.noise_keys import (
   NOISE_KEY,
   add_noise_keys,
@@ -71,6 +75,22 @@ class TestAddNoiseKeys:
     assert [element['y'] for element in elements] == list(range(6))
     assert elements[0][NOISE_KEY].dtype == np.int32
     assert elements[0][NOISE_KEY].shape == (2,)
+
+  @pytest.mark.parametrize('first', ['keys', 'regions'])
+  def test_what_a_process_takes_comes_out_with_regions_in_either_order(self, first):
+    examples = tf.data.Dataset.from_tensor_slices(
+      collections.OrderedDict(x=tf.zeros((4, 8, 8, 1)), y=tf.zeros(4, tf.int32))
+    )
+    region_map = build_region_map(SaliencyConfig('uniform'))
+    if first == 'keys':
+      examples = add_region_maps(add_noise_keys(examples, _SECRET), region_map)
+    else:
+      examples = add_noise_keys(add_region_maps(examples, region_map), _SECRET)
+    batches = examples.batch(2)
+    wanted = tff.types.tensorflow_to_type(shadow_input_spec((8, 8, 1), with_regions=True))
+    found = tff.types.tensorflow_to_type(batches.element_spec)
+    assert list(batches.element_spec) == ['x', 'y', NOISE_KEY, 'region']
+    wanted.check_assignable_from(found)
 
   def test_differ_by_example_secret_and_round(self):
     settings = [(_SECRET, None), (_SECRET, 3), (_SECRET, 4), (experiment_secret(2, 'a'), None)]

@@ -13,6 +13,8 @@ import secrets
 import numpy as np
 import tensorflow as tf
 
+from tff_shadow.shadow.region_maps import REGION
+
 NOISE_KEY = 'noise_key'
 _SECRET_BYTES = 32
 
@@ -65,7 +67,7 @@ def add_noise_keys(
     round_num: See `image_keys`.
 
   Returns:
-    The data set with int32 [2] 'noise_key' in each element.
+    The data set with int32 [2] 'noise_key' in each element, before 'region' if that is there.
   """
   digest = hashlib.blake2b(_freshness(round_num), key=secret, digest_size=16).digest()
   hash_key = [int(half) for half in np.frombuffer(digest, '<i8')]
@@ -77,6 +79,9 @@ def add_noise_keys(
       tf.strings.to_hash_bucket_strong(text + suffix, 2**32, hash_key) for suffix in ('/0', '/1')
     ]
     key = tf.cast(tf.stack(halves) - 2**31, tf.int32)
-    return collections.OrderedDict({**example, NOISE_KEY: key})
+    # TFF compares names in order, and a process takes the region last.
+    region = {name: example[name] for name in (REGION,) if name in example}
+    others = {name: example[name] for name in example if name != REGION}
+    return collections.OrderedDict({**others, NOISE_KEY: key, **region})
 
   return dataset.enumerate().map(add)
