@@ -50,9 +50,13 @@ def bounds_of(
     model.trainable_variables, observation.global_weights.trainable, strict=True
   ):
     variable.assign(array)
+  # Without any region there is no error of it to bound.
+  clients = [name for name in clients if truth[name].regions.any()]
+  if not clients:
+    return []
+  attacked = [truth[name] for name in clients]
   with watch('bounds', 1) as update:
     noise = ShadowNoise.from_public_settings(observation.defense)
-    attacked = [truth[name] for name in clients]
     decoys = decoy_batches(noise, decoy_pool(public), model) if noise.needs_decoys else None
     release = LinearisedRelease(
       model,

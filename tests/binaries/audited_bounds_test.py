@@ -18,7 +18,7 @@ def _unwatched(*_):
   yield lambda *_: None
 
 
-def _bounds(noise, *, images=1, norm='none', watch=_unwatched):
+def _bounds(noise, *, images=1, norm='none', watch=_unwatched, sensitive=(0, 1)):
   clients = [(smooth_images(images), [0] * images), (smooth_images(images, seed=2), [1] * images)]
   observation = dataclasses.replace(
     play_round(small_model(activation='tanh', norm=norm), clients),
@@ -29,8 +29,8 @@ def _bounds(noise, *, images=1, norm='none', watch=_unwatched):
   region = np.zeros((images, 8, 8, 1), np.float32)
   region[:, 2:6, 2:6] = 1
   truth = {
-    client.client_id: Truth(pixels, np.array(labels, np.int32), region)
-    for client, (pixels, labels) in zip(observation.clients, clients, strict=True)
+    client.client_id: Truth(pixels, np.array(labels, np.int32), region * (k in sensitive))
+    for k, (client, (pixels, labels)) in enumerate(zip(observation.clients, clients, strict=True))
   }
   public = Examples(
     (255 * smooth_images(20, seed=1)).astype(np.uint8),
@@ -59,6 +59,13 @@ def test_noise_of_a_shadow_is_bounded_where_its_region_is_given(shape):
   assert len(_bounds(_noise(shape, saliency='given'))) == 2
   assert not _bounds(_noise(shape))
   assert not _bounds(_noise(shape, saliency='given', propagation='local_training'))
+
+
+def test_an_image_without_a_region_has_no_bound():
+  noise = _noise('isotropic')
+  for bound in _bounds(noise, sensitive=(1,)):
+    assert len(bound['clients']) == 1
+  assert _bounds(noise, sensitive=()) == []
 
 
 def test_noise_in_the_images_is_bounded():
