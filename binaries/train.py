@@ -33,9 +33,9 @@ from tff_shadow.learning import (
   evaluate,
 )
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
-from tff_shadow.learning.run_state import has_state
+from tff_shadow.learning.run_state import RunState, has_state
 from tff_shadow.models import MODELS, NORMS, build_model, load_keras_file, model_to_config
-from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining
+from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining, round_directory_name
 from tff_shadow.shadow import build_region_map
 from tff_shadow.shadow.noise_keys import draw_secret, experiment_secret
 
@@ -214,6 +214,8 @@ def main() -> None:
   }
   # The published schedules run over all rounds.
   may_change = _MAY_CHANGE - {'rounds'} if published else _MAY_CHANGE
+  if _RESUME.value:
+    _check_not_past(run_dir, observed_rounds)
   run_directory.claim(run_dir, config, resume=_RESUME.value, may_change=may_change)
   if secrets and not (run_dir / _SECRETS).exists():
     write_client_secrets(run_dir / _SECRETS, secrets)
@@ -272,6 +274,17 @@ def _parse_drops() -> tuple[int, ...]:
     if not text.strip().isdecimal():
       raise UserError(f'--client_learning_rate_drops={text}: use rounds from 1, such as 40,80')
   return tuple(int(text) for text in _CLIENT_LEARNING_RATE_DROPS.value)
+
+
+def _check_not_past(run_dir: pathlib.Path, observed_rounds: tuple[int, ...]) -> None:
+  """What is recorded of a run must be true of what was trained already."""
+  state = run_dir / 'state'
+  done = RunState(state).newest() if has_state(state) else 0
+  if _ROUNDS.value < done:
+    raise UserError(f'--rounds={_ROUNDS.value}: {done} rounds are done already')
+  for number in observed_rounds:
+    if number <= done and not (run_dir / 'observations' / round_directory_name(number)).exists():
+      raise UserError(f'--observed_rounds: round {number} is done already, and was not observed')
 
 
 def _parse_batch_sizes(client_ids: list[str]) -> dict[str, int]:

@@ -56,6 +56,14 @@ def test_run_directory_holds_what_it_promises_and_resumes(tmp_path, capsys):
   with (run_dir / 'metrics.csv').open() as file:
     assert [row['round'] for row in csv.DictReader(file)] == ['1', '2', '3']
 
+  # What was trained and observed cannot be said otherwise afterwards.
+  before = (run_dir / 'config.json').read_text()
+  with pytest.raises(UserError, match='--rounds=2: 3 rounds are done already'):
+    _train(run_dir, norm='batch', resume=True, rounds=2)
+  with pytest.raises(UserError, match='--observed_rounds: round 3 is done already'):
+    _train(run_dir, norm='batch', resume=True, rounds=4, observed_rounds=['1', '3'])
+  assert (run_dir / 'config.json').read_text() == before
+
 
 def test_a_run_that_was_stopped_at_once_resumes_with_secrets_of_its_own(tmp_path, monkeypatch):
   run_dir = tmp_path / 'run'

@@ -34,6 +34,10 @@ class RunState:
     """Whether there is the state of any round, readable or not."""
     return bool(self._rounds())
 
+  def newest(self) -> int:
+    """The last round with a state, readable or not; 0 if there is none."""
+    return max(self._rounds(), default=0)
+
   def save(self, state: Any, round_num: int) -> None:
     """Saves the state after `round_num` unless that is saved already."""
     if round_num not in self._rounds():
