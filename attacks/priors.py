@@ -193,17 +193,20 @@ class GroupConsistency:
       groups: Target of each lane, int32 [R], any numbers; None if all lanes have the same.
 
     Returns:
-      [R].
+      [R]; 0 for a lane whose images are not finite.
     """
     if groups is None:
-      mean = tf.reduce_mean(images, axis=0, keepdims=True)
-    else:
-      same = tf.cast(groups[:, None] == groups[None, :], images.dtype)
-      same /= tf.reduce_sum(same, axis=1, keepdims=True)
-      mean = tf.tensordot(same, images, 1)
+      groups = tf.zeros(tf.shape(images)[0], tf.int32)
+    # A lane that diverged must not reach the others: nothing times NaN is NaN, in gradients too.
+    alive = tf.reduce_all(tf.math.is_finite(images), axis=(1, 2, 3, 4))
+    images = tf.where(alive[:, None, None, None, None], images, 0.0)
+    alive = tf.cast(alive, images.dtype)
+    same = tf.cast(groups[:, None] == groups[None, :], images.dtype) * alive
+    same = tf.math.divide_no_nan(same, tf.reduce_sum(same, axis=1, keepdims=True))
+    mean = tf.tensordot(same, images, 1)
     started = tf.cast(iteration, tf.float32) >= self.start * iterations
     weight = self.weight * tf.cast(started, images.dtype)
-    return weight * _mean_per_lane(tf.square(images - mean))
+    return weight * alive * _mean_per_lane(tf.square(images - mean))
 
 
 @dataclasses.dataclass(frozen=True)

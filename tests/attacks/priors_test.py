@@ -184,6 +184,25 @@ class TestGroupConsistency:
     assert sizes[1] > 0
     assert sizes[2] == 0
 
+  @pytest.mark.parametrize('groups', [None, [0, 0, 0, 1, 1]])
+  def test_a_lane_that_diverged_reaches_no_other(self, groups):
+    prior = GroupConsistency(1.0, 0.0)
+    images = _images(5, 2, 3, 3, 1)
+    images[0, 1, 2, 2] = np.nan
+
+    def penalty_and_gradient(values, own):
+      x = tf.constant(values)
+      with tf.GradientTape() as tape:
+        tape.watch(x)
+        penalty = prior(x, tf.constant(1), 10, None if own is None else tf.constant(own))
+      return penalty.numpy(), tape.gradient(penalty, x).numpy()
+
+    found, gradient = penalty_and_gradient(images, groups)
+    expected, without = penalty_and_gradient(images[1:], groups and groups[1:])
+    np.testing.assert_allclose(found[1:], expected)
+    np.testing.assert_allclose(gradient[1:], without)
+    assert found[0] == 0
+
 
 class TestBatchNormStatistics:
   def test_is_the_summed_squared_distance(self):
