@@ -332,12 +332,14 @@ class TestArguments:
     assert _noise('decoy', floor=0.5).floor == 0.5
     assert ShadowDefense(_noise('decoy'), True, {}).public_settings()['floor'] > 0.9
 
-  def test_local_training_must_be_repeatable(self):
+  def test_what_is_compared_must_be_repeatable(self):
     inputs = tf.keras.Input(_SHAPE)
     dropped = tf.keras.layers.Dropout(0.5, name='drop')(tf.keras.layers.Flatten()(inputs))
     model = tf.keras.Model(inputs, tf.keras.layers.Dense(2)(dropped))
     with pytest.raises(ValueError, match="layer 'drop' draws"):
       _process(model, _noise('correlated', 'local_training'))
+    with pytest.raises(ValueError, match="'image_ratio' compares gradients with and without an image"):
+      _process(model, _noise('isotropic', kind='image_ratio'))
     # One forward pass, one mask.
     _process(model, _noise('correlated', 'per_step'))
 

@@ -66,9 +66,9 @@ def build_shadow_fed_avg(
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`, if 'per_step', 'image_ratio' or decoy noise
-      cannot be used with the optimiser or with the shared statistics, or
-      'local_training' with a model that draws at random, or if decoy noise has no decoys, or such
-      as do not fit the model.
+      cannot be used with the optimiser or with the shared statistics, 'local_training' or
+      'image_ratio' with a model that draws at random, or if decoy noise has no decoys, or such as
+      do not fit the model.
     TypeError: If the input of `model_fn`'s model has other types than `shadow_input_spec`.
   """
   return shadow_fed_avg_but_aggregation(
@@ -110,8 +110,18 @@ def shadow_fed_avg_but_aggregation(
   elif noise.measures_images:
     _check_plain_sgd("strength 'image_ratio'", "'ratio'", client_optimizer_fn)
     _check_statistics(share_statistics, "strength 'image_ratio'", "'ratio', or ")
+  if noise.measures_images:
+    _check_repeatable(
+      shadow_model_fn,
+      "strength 'image_ratio' compares gradients with and without an image",
+      "'ratio'",
+    )
   if noise.training_draws and noise.propagation == 'local_training':
-    _check_repeatable(shadow_model_fn)
+    _check_repeatable(
+      shadow_model_fn,
+      "propagation 'local_training' compares copies of the training",
+      "'per_step'",
+    )
   client_work, update_type = _build_client_work(
     model_fn,
     shadow_model_fn,
@@ -165,7 +175,9 @@ def _check_decoys(decoys: Examples | None, model_fn: ModelFn) -> None:
     raise ValueError(f'decoys must be images of shape {expected}, found {decoys.images.shape[1:]}')
 
 
-def _check_repeatable(shadow_model_fn: Callable[[], tf.keras.Model]) -> None:
+def _check_repeatable(
+  shadow_model_fn: Callable[[], tf.keras.Model], comparison: str, instead: str
+) -> None:
   with tf.Graph().as_default():
     layers = list(shadow_model_fn()._flatten_layers())
   random = [
@@ -175,8 +187,8 @@ def _check_repeatable(shadow_model_fn: Callable[[], tf.keras.Model]) -> None:
   ]
   if random:
     raise ValueError(
-      f"propagation 'local_training' compares copies of the training, but layer {random[0]!r} draws"
-      " anew in each; use 'per_step', or a model without it"
+      f'{comparison}, but layer {random[0]!r} draws anew in each; use {instead}, or a model without'
+      ' it'
     )
 
 
