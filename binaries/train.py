@@ -8,6 +8,7 @@ split.
 import dataclasses
 import hashlib
 import logging
+import math
 import pathlib
 import sys
 
@@ -23,6 +24,7 @@ from binaries import (
   shadow_flags,
 )
 from binaries.progress import Progress
+from tff_shadow.data import FederatedData
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
@@ -155,7 +157,7 @@ def main() -> None:
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
   data = data_flags.load_data(seed=_SEED.value)
   model = _build_model(data)
-  noise = shadow_flags.shadow_noise(_LOCAL_EPOCHS.value) if _DEFENSE.value == 'shadow' else None
+  noise = shadow_flags.shadow_noise(_repeats(data)) if _DEFENSE.value == 'shadow' else None
   published = published_flags.published_settings() if _DEFENSE.value == 'published' else None
   defense = None
   if _DEFENSE.value in BASELINES:
@@ -233,6 +235,11 @@ def main() -> None:
     training.train(resume=_RESUME.value, report=report, report_latents=latents.update)
   model.save(run_dir / 'model.keras')
   test = evaluate(model, data.test.float_images(), data.test.labels)
+  if not all(map(math.isfinite, test.values())):
+    raise UserError(
+      'the trained model gives no finite outputs on the test images: lower --client_learning_rate,'
+      ' or the noise'
+    )
   command.write_json(run_dir / 'test.json', test)
   print('test  ' + '  '.join(f'{name} {value:.4f}' for name, value in test.items()))
   if observed_rounds:
@@ -274,6 +281,19 @@ def _parse_drops() -> tuple[int, ...]:
     if not text.strip().isdecimal():
       raise UserError(f'--client_learning_rate_drops={text}: use rounds from 1, such as 40,80')
   return tuple(int(text) for text in _CLIENT_LEARNING_RATE_DROPS.value)
+
+
+def _repeats(data: FederatedData) -> int:
+  """How often a client's local training uses an image, at most."""
+  epochs, steps = _LOCAL_EPOCHS.value, _MAX_LOCAL_STEPS.value
+  if steps is None:
+    return epochs
+  own = _parse_batch_sizes(list(data.clients))
+  cut = max(
+    math.ceil(steps * own.get(name, _BATCH_SIZE.value) / len(examples))
+    for name, examples in data.clients.items()
+  )
+  return min(epochs, cut)
 
 
 def _check_not_past(run_dir: pathlib.Path, observed_rounds: tuple[int, ...]) -> None:

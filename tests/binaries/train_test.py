@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tensorflow as tf
@@ -33,7 +34,7 @@ def _train(run_dir, **changes):
     train.main()
 
 
-def test_run_directory_holds_what_it_promises_and_resumes(tmp_path, capsys):
+def test_run_directory_holds_what_it_promises_and_resumes(tmp_path, capsys, monkeypatch):
   run_dir = tmp_path / 'run'
   _train(run_dir, norm='batch')
   assert 'test  loss' in capsys.readouterr().out
@@ -63,6 +64,26 @@ def test_run_directory_holds_what_it_promises_and_resumes(tmp_path, capsys):
   with pytest.raises(UserError, match='--observed_rounds: round 3 is done already'):
     _train(run_dir, norm='batch', resume=True, rounds=4, observed_rounds=['1', '3'])
   assert (run_dir / 'config.json').read_text() == before
+
+  monkeypatch.setattr(train, 'evaluate', lambda *_: {'loss': float('nan'), 'accuracy': 0.5})
+  with pytest.raises(UserError, match='no finite outputs on the test images'):
+    _train(run_dir, norm='batch', resume=True, rounds=3)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'repeats'),
+  [
+    ({}, 10),
+    ({'max_local_steps': 8}, 1),
+    ({'max_local_steps': 9}, 2),
+    ({'max_local_steps': 8, 'client_batch_sizes': '8/16'}, 2),
+    ({'max_local_steps': 1000}, 10),
+  ],
+)
+def test_an_image_repeats_as_often_as_steps_allow(changes, repeats):
+  data = types.SimpleNamespace(clients={'a': range(64), 'b': range(64)})
+  with flagsaver.flagsaver(local_epochs=10, batch_size=8, **changes):
+    assert train._repeats(data) == repeats
 
 
 def test_a_run_that_was_stopped_at_once_resumes_with_secrets_of_its_own(tmp_path, monkeypatch):
