@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks.adaptive.simulated_defense import Sensitivity, region_map_of, simulate_round
+from attacks.adaptive.simulated_defense import (
+  Sensitivity,
+  noise_key,
+  region_map_of,
+  simulate_round,
+)
+from attacks.adaptive.simulated_updates import SimulatedClients
 from attacks.batch_norm_statistics import observed_statistics
 from attacks.simulator import ClientSimulator
 from tests.attacks.observed_rounds import play_round, small_model, smooth_images
@@ -276,3 +282,15 @@ def test_what_cannot_be_simulated_takes_one_line():
   ):
     with pytest.raises(UserError, match=message):
       _simulate(dataclasses.replace(observation, defense=defense))
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_settings_are_not_chosen_on_noise_that_was_learned_from(frozen):
+  observation = dataclasses.replace(_observed(), defense={'name': 'shadow', 'frozen': frozen})
+  like = observation.clients[0]
+  clients = SimulatedClients(_public(), like, 20, (), seed=3)
+  learned = [
+    key for _, _, keys in clients.in_round(observation, like, 20, True) for key in keys.values()
+  ]
+  chosen = [noise_key(observation, 3, index) for index in range(20)]
+  assert len({*learned, *chosen}) == 40
