@@ -24,7 +24,7 @@ from binaries import (
   shadow_flags,
 )
 from binaries.progress import Progress
-from tff_shadow.data import FederatedData
+from tff_shadow.data import FederatedData, most_repeats
 from tff_shadow.errors import UserError
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import (
@@ -35,7 +35,7 @@ from tff_shadow.learning import (
   evaluate,
 )
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
-from tff_shadow.learning.run_state import RunState, has_state
+from tff_shadow.learning.run_state import has_state, newest_round
 from tff_shadow.models import MODELS, NORMS, build_model, load_keras_file, model_to_config
 from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining, round_directory_name
 from tff_shadow.shadow import build_region_map
@@ -156,8 +156,11 @@ def main() -> None:
   observed_rounds = _parse_observed_rounds()
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
   data = data_flags.load_data(seed=_SEED.value)
+  batch_sizes = _parse_batch_sizes(list(data.clients))
   model = _build_model(data)
-  noise = shadow_flags.shadow_noise(_repeats(data)) if _DEFENSE.value == 'shadow' else None
+  noise = (
+    shadow_flags.shadow_noise(_repeats(data, batch_sizes)) if _DEFENSE.value == 'shadow' else None
+  )
   published = published_flags.published_settings() if _DEFENSE.value == 'published' else None
   defense = None
   if _DEFENSE.value in BASELINES:
@@ -182,7 +185,7 @@ def main() -> None:
     seed=_SEED.value,
     learning_rate_drops=_parse_drops(),
     learning_rate_drop_factor=_CLIENT_LEARNING_RATE_DROP_FACTOR.value,
-    client_batch_sizes=_parse_batch_sizes(list(data.clients)),
+    client_batch_sizes=batch_sizes,
   )
   secrets = None
   if noise or (published and published.map_kind == 'white'):
@@ -283,23 +286,22 @@ def _parse_drops() -> tuple[int, ...]:
   return tuple(int(text) for text in _CLIENT_LEARNING_RATE_DROPS.value)
 
 
-def _repeats(data: FederatedData) -> int:
+def _repeats(data: FederatedData, batch_sizes: dict[str, int]) -> int:
   """How often a client's local training uses an image, at most."""
-  epochs, steps = _LOCAL_EPOCHS.value, _MAX_LOCAL_STEPS.value
-  if steps is None:
-    return epochs
-  own = _parse_batch_sizes(list(data.clients))
-  cut = max(
-    math.ceil(steps * own.get(name, _BATCH_SIZE.value) / len(examples))
+  return max(
+    most_repeats(
+      len(examples),
+      batch_sizes.get(name, _BATCH_SIZE.value),
+      _LOCAL_EPOCHS.value,
+      _MAX_LOCAL_STEPS.value,
+    )
     for name, examples in data.clients.items()
   )
-  return min(epochs, cut)
 
 
 def _check_not_past(run_dir: pathlib.Path, observed_rounds: tuple[int, ...]) -> None:
   """What is recorded of a run must be true of what was trained already."""
-  state = run_dir / 'state'
-  done = RunState(state).newest() if has_state(state) else 0
+  done = newest_round(run_dir / 'state')
   if _ROUNDS.value < done:
     raise UserError(f'--rounds={_ROUNDS.value}: {done} rounds are done already')
   for number in observed_rounds:

@@ -14,9 +14,11 @@ _OTHERWISE = {
   'not_beyond_guess': ('No reconstruction shows more of the images than a guess.',),
   'inconclusive': ('Whether reconstructions show more than a guess is not settled.',),
 }
-
-
 # Of known images.
+_TOLD = (
+  'A server that has the images already can tell who trained on which: updates pick {0.correct} of'
+  ' {0.of} images out of {0.choices}.'
+)
 _UNTOLD = (
   'Updates pick {0.correct} of {0.of} images out of {0.choices} known ones, and too few clients'
   ' have equally many images to tell whether that is chance.'
@@ -68,16 +70,14 @@ def judge_round(
     recognized: Of images that updates pick out of known ones; None where that was not tried.
   """
   name, reasons = _judged(scores, identification, control, clean, problems, tolerated)
-  pictures = name
-  if recognized is None or not is_identifying(recognized) or name == 'leaked':
-    if recognized is not None and cannot_be_told(recognized) and name == 'not_beyond_guess':
-      name, reasons = 'inconclusive', (_UNTOLD.format(recognized), *reasons)
-    return Verdict(name, reasons, pictures)
-  told = (
-    f'A server that has the images already can tell who trained on which: updates pick'
-    f' {recognized.correct} of {recognized.of} images out of {recognized.choices}.'
-  )
-  return Verdict('partly_leaked', (told, *_OTHERWISE.get(name, ()), *reasons), name)
+  if recognized is None or name == 'leaked':
+    return Verdict(name, reasons, name)
+  if is_identifying(recognized):
+    told = (_TOLD.format(recognized), *_OTHERWISE.get(name, ()))
+    return Verdict('partly_leaked', (*told, *reasons), name)
+  if cannot_be_told(recognized) and name == 'not_beyond_guess':
+    return Verdict('inconclusive', (_UNTOLD.format(recognized), *reasons), name)
+  return Verdict(name, reasons, name)
 
 
 def _judged(

@@ -203,10 +203,8 @@ def find(
   verdict, reason = judge(scores, identification)
   if ended_early and verdict == 'not_beyond_guess':
     clients = len({row.target for row in scores})
-    verdict, reason = (
-      'inconclusive',
-      f'the attack ended early on {ended_early} of {clients} clients',
-    )
+    verdict = 'inconclusive'
+    reason = f'the attack ended early on {ended_early} of {clients} clients'
   count, total = leaked_images(scores), len(scores)
   subject = f'{config["dataset"]}, {defense_words(config["defense"])}'
   sentences = {

@@ -235,9 +235,9 @@ def identify_by_likelihood(
   hits = np.stack([np.sum(ranks[:, owners == client] == 1, axis=1) for client in clients], axis=1)
   counts = np.bincount(owners, minlength=len(ranks))
   alike = [np.flatnonzero(counts == count) for count in np.unique(counts)]
-  p_value, least = _permuted([hits[np.ix_(group, group)] for group in alike])
-  if any(len(group) == 1 and counts[group[0]] > 1 for group in alike):
-    least = 1.0
+  p_value, least = _permuted(
+    [(hits[np.ix_(group, group)], int(counts[group[0]])) for group in alike]
+  )
   chance = stats.binomtest(correct, len(owners), 1 / choices, alternative='greater').pvalue
   return Identification(
     correct=correct,
@@ -280,23 +280,27 @@ def likelihood_ranks(
   return ranks
 
 
-def _permuted(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+def _permuted(groups: Sequence[tuple[np.ndarray, int]]) -> tuple[float, float]:
   """p-value of the permutation test, and the least that it may be.
 
+  The latter is 1 where a client of several images can change places with no other.
+
   Args:
-    groups: Of clients that change places, each [N, N]: how many originals of the second what is
-      known of the first picks out.
+    groups: Of clients that change places: [N, N], how many originals of the second what is known of
+      the first picks out, and how many images each has.
   """
   generator = np.random.default_rng(0)
   correct, permuted = 0, np.zeros(_PERMUTATIONS, np.int64)
   least = 1.0
-  for hits in groups:
+  for hits, _ in groups:
     places = np.arange(len(hits))
     correct += int(hits[places, places].sum())
     orders = generator.permuted(np.tile(places, (_PERMUTATIONS, 1)), axis=1)
     permuted += hits[orders, places].sum(axis=1)
     least /= math.factorial(len(hits))
   p_value = (1 + int((permuted >= correct).sum())) / (1 + _PERMUTATIONS)
+  if any(len(hits) == 1 and images > 1 for hits, images in groups):
+    least = 1.0
   return p_value, max(least, 1 / (1 + _PERMUTATIONS))
 
 
@@ -313,11 +317,7 @@ def _exchanged(
     made = target.reconstructions.get(results.ATTACK)
     if made is not None:
       alike.setdefault((target.images.shape, made.shape), []).append(target)
-  groups = [_hits(targets, gallery, distance) for targets in alike.values()]
-  p_value, least = _permuted(groups)
-  if any(len(own) == 1 and len(own[0].images) > 1 for own in alike.values()):
-    least = 1.0
-  return p_value, least
+  return _permuted([(_hits(own, gallery, distance), len(own[0].images)) for own in alike.values()])
 
 
 def _hits(

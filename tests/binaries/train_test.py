@@ -83,7 +83,8 @@ def test_run_directory_holds_what_it_promises_and_resumes(tmp_path, capsys, monk
 def test_an_image_repeats_as_often_as_steps_allow(changes, repeats):
   data = types.SimpleNamespace(clients={'a': range(64), 'b': range(64)})
   with flagsaver.flagsaver(local_epochs=10, batch_size=8, **changes):
-    assert train._repeats(data) == repeats
+    batch_sizes = train._parse_batch_sizes(list(data.clients))
+    assert train._repeats(data, batch_sizes) == repeats
 
 
 def test_a_run_that_was_stopped_at_once_resumes_with_secrets_of_its_own(tmp_path, monkeypatch):

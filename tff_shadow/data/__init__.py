@@ -4,7 +4,7 @@ from tff_shadow.data.catalog import EMBEDDED, load, load_manifests
 from tff_shadow.data.examples import Examples
 from tff_shadow.data.federated import FederatedData
 from tff_shadow.data.images import COLORS, MIN_IMAGE_SIZE
-from tff_shadow.data.local_training import client_dataset, local_training_order
+from tff_shadow.data.local_training import client_dataset, local_training_order, most_repeats
 from tff_shadow.data.partition import Partition, partition_indices
 from tff_shadow.data.published_sets import PUBLISHED_SETS, load_published
 
@@ -21,5 +21,6 @@ __all__ = [
   'load_manifests',
   'load_published',
   'local_training_order',
+  'most_repeats',
   'partition_indices',
 ]

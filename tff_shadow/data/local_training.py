@@ -1,6 +1,7 @@
 """The order in which a client sees its examples, and the data set that follows it."""
 
 import collections
+import math
 
 import numpy as np
 import tensorflow as tf
@@ -31,6 +32,13 @@ def local_training_order(
       raise ValueError(f'{name} must be at least 1, got {value}')
   order = np.concatenate([rng.permutation(num_examples) for _ in range(epochs)])
   return order if max_steps is None else order[: max_steps * batch_size]
+
+
+def most_repeats(num_examples: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
+  """How often a client's local training uses an example, at most; see `local_training_order`."""
+  if max_steps is None:
+    return epochs
+  return min(epochs, math.ceil(max_steps * batch_size / num_examples))
 
 
 def client_dataset(

@@ -17,7 +17,12 @@ def has_state(directory: pathlib.Path) -> bool:
 
   What a killed run left half written is no state; one that is damaged is.
   """
-  return directory.is_dir() and RunState(directory).any()
+  return newest_round(directory) > 0
+
+
+def newest_round(directory: pathlib.Path) -> int:
+  """The last round with a state, readable or not; 0 if there is none. `has_state` says the rest."""
+  return max(RunState(directory)._rounds(), default=0) if directory.is_dir() else 0
 
 
 class RunState:
@@ -33,10 +38,6 @@ class RunState:
   def any(self) -> bool:
     """Whether there is the state of any round, readable or not."""
     return bool(self._rounds())
-
-  def newest(self) -> int:
-    """The last round with a state, readable or not; 0 if there is none."""
-    return max(self._rounds(), default=0)
 
   def save(self, state: Any, round_num: int) -> None:
     """Saves the state after `round_num` unless that is saved already."""

@@ -11,6 +11,8 @@ from typing import Literal
 import dp_accounting
 from dp_accounting import pld, rdp
 
+from tff_shadow.data import most_repeats
+
 Unit = Literal['client update (local)', 'client', 'example']
 Unproven = Literal[
   'none', 'private region', 'private noise shape', 'image noise', 'published', 'no clipping'
@@ -219,9 +221,6 @@ def example_uses(num_examples: int, batch_size: int, epochs: int, max_steps: int
   """
   if min(num_examples, batch_size, epochs, 1 if max_steps is None else max_steps) < 1:
     raise ValueError('numbers of examples, epochs and steps must be at least 1')
-  times = epochs
-  if max_steps is not None:
-    times = min(epochs, math.ceil(max_steps * batch_size / num_examples))
   if num_examples % batch_size == 0:
     together = 1
   elif batch_size % num_examples == 0:
@@ -229,6 +228,7 @@ def example_uses(num_examples: int, batch_size: int, epochs: int, max_steps: int
   else:
     # Epochs that a batch touches if it begins with the last example of one.
     together = (num_examples + batch_size - 2) // num_examples + 1
+  times = most_repeats(num_examples, batch_size, epochs, max_steps)
   together = min(together, times)
   full, rest = divmod(times, together)
   return full * together**2 + rest**2

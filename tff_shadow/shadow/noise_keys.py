@@ -79,9 +79,9 @@ def add_noise_keys(
       tf.strings.to_hash_bucket_strong(text + suffix, 2**32, hash_key) for suffix in ('/0', '/1')
     ]
     key = tf.cast(tf.stack(halves) - 2**31, tf.int32)
-    # TFF compares names in order, and a process takes the region last.
-    region = {name: example[name] for name in (REGION,) if name in example}
-    others = {name: example[name] for name in example if name != REGION}
-    return collections.OrderedDict({**others, NOISE_KEY: key, **region})
+    keyed = collections.OrderedDict({**example, NOISE_KEY: key})
+    if REGION in keyed:
+      keyed.move_to_end(REGION)  # TFF compares names in order, and a process takes the region last.
+    return keyed
 
   return dataset.enumerate().map(add)
