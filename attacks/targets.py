@@ -114,7 +114,10 @@ class Targets:
           ' can be attacked jointly'
         )
       is_mean = name == AGGREGATE
-      own = _one_step(client.num_images) if is_mean else local_steps(client, seen.client_training)
+      if is_mean:
+        own = _whole_steps(client, self._config)
+      else:
+        own = local_steps(client, seen.client_training)
       steps.append(own)
     told = None if told is None else tuple(told)
     return Target(name, index, clients[0].num_images, tuple(steps), clients, told)
@@ -230,8 +233,14 @@ def _shapes(observation: Observation) -> list[tuple[int, ...]]:
   return [array.shape for array in observation.global_weights.trainable]
 
 
-def _one_step(num_images: int) -> LocalSteps:
-  return LocalSteps((tuple(range(num_images)),))
+def _whole_steps(client: ClientObservation, config: AttackConfig) -> LocalSteps:
+  """Of the mean of all clients, whose observed gradient is the mean over their steps.
+
+  One step on all images explains it, or as many as the clients took, between whose weights there
+  is one gradient that is searched.
+  """
+  count = max(1, client.num_steps) if config.simulation == 'between' else 1
+  return LocalSteps((tuple(range(client.num_images)),) * count)
 
 
 def _aggregate(observation: Observation) -> ClientObservation:

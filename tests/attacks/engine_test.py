@@ -12,6 +12,8 @@ from attacks.priors import ImageNorm
 from attacks.results import read_results, write_results
 from attacks.shared_solvers import SharedSolvers
 from attacks.simulator import ClientSimulator
+from attacks.solver import Evidence, Solver
+from attacks.targets import Targets
 from attacks.threat_model import threat_model, warnings
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.errors import UserError
@@ -205,6 +207,28 @@ def test_several_local_steps_are_simulated_exactly():
     quality[simulation] = psnr(result.reconstructions['attack'], image)
     assert quality[simulation] > psnr(result.reconstructions['mean_image'], image) + 3
   assert quality['exact'] > max(25, quality['between'] + 3)
+
+
+def test_the_mean_is_searched_on_the_way_that_its_clients_went():
+  """Of a single client it is that client's update, and the way there four steps long."""
+  image = smooth_images(1)
+  observation = play_round(small_model(), [(image, [1])], steps=4, learning_rate=0.1)
+  config = dataclasses.replace(_SHORT, simulation='between')
+  targets = Targets([observation], config)
+  losses = {}
+  for name in ('client_00', AGGREGATE):
+    target = targets.find(name, (1,))
+    gradients = [[tensor[None] for tensor in own] for own in targets.gradients(target)]
+    evidence = Evidence(tf.zeros(1, tf.int32), tf.constant([[1]]), gradients, (), None)
+    solver = Solver(targets.simulators, target.steps, config, matching=True)
+    for position in (0.0, 0.5):
+      tried = {'images': tf.constant(image), 'position': tf.constant(position)}
+      losses[name, position] = float(solver.lane_loss(tried, 0, evidence, tf.constant(0))[0])
+  for position in (0.0, 0.5):
+    assert losses[AGGREGATE, position] == pytest.approx(losses['client_00', position], rel=1e-5)
+  assert losses[AGGREGATE, 0.5] < 0.9 * losses[AGGREGATE, 0.0]
+  # Without a way, one step on all images is all that explains it.
+  assert Targets([observation], _SHORT).find(AGGREGATE, None).steps[0].is_single
 
 
 @pytest.fixture(scope='module', name='ordered')
