@@ -23,13 +23,15 @@ from attacks.threat_model import threat_model
 from binaries import command
 from binaries.progress import Progress
 from binaries.published_protocol import (
+  ATTACKS,
+  DEFENSES,
   OWN_ATTACK,
   Plan,
   attack_config,
   load_data,
   training_settings,
 )
-from binaries.reproduction_table import COLUMNS, score_attack, write_csv
+from binaries.reproduction_table import COLUMNS, is_scored, score_attack, write_csv
 from tff_shadow.data import FederatedData
 from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import RoundReport, TrainingRun, evaluate
@@ -54,23 +56,46 @@ def run(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   """Everything that is not done yet; returns the tables of attacks and of utility.
 
-  They are written to `results.csv` and `utility.csv` after every part.
+  They are written to `results.csv` and `utility.csv` after every part, with all parts that this
+  call and earlier ones have finished.
   """
   data = load_data(plan)
   rows: list[dict[str, Any]] = []
-  utility = []
+  utility: list[dict[str, Any]] = []
   for defense in defenses:
     run_dir = output_dir / defense
     train(plan, data, defense, run_dir)
-    test = read_json(run_dir / 'test.json')
-    utility.append({'dataset': plan.dataset, 'defense': defense, **test})
+    utility = _utility(plan, output_dir)
     write_csv(output_dir / 'utility.csv', utility, list(utility[0]))
     for round_num in plan.observed_rounds:
       for name in plan.attacks:
-        directory = attack(plan, name, round_num, run_dir)
-        rows += score_attack(plan, data, directory, perceptual)
+        score_attack(plan, data, attack(plan, name, round_num, run_dir), perceptual)
+        rows = _finished_rows(plan, data, output_dir, perceptual)
         write_csv(output_dir / 'results.csv', rows, COLUMNS)
   return rows, utility
+
+
+def _utility(plan: Plan, output_dir: pathlib.Path) -> list[dict[str, Any]]:
+  """A row of every defence that has been trained."""
+  return [
+    {'dataset': plan.dataset, 'defense': defense, **read_json(output_dir / defense / 'test.json')}
+    for defense in DEFENSES
+    if (output_dir / defense / 'test.json').exists()
+  ]
+
+
+def _finished_rows(
+  plan: Plan, data: FederatedData, output_dir: pathlib.Path, perceptual: Perceptual | None
+) -> list[dict[str, Any]]:
+  """Of all attacks that have been scored, by this call or an earlier one; all with one LPIPS."""
+  rows = []
+  for defense in DEFENSES:
+    for round_num in plan.observed_rounds:
+      for name in ATTACKS:
+        directory = _attack_directory(output_dir / defense, name, round_num)
+        if is_scored(directory):
+          rows += score_attack(plan, data, directory, perceptual)
+  return rows
 
 
 def train(plan: Plan, data: FederatedData, defense: str, run_dir: pathlib.Path) -> None:
@@ -106,7 +131,7 @@ def train(plan: Plan, data: FederatedData, defense: str, run_dir: pathlib.Path) 
 def attack(plan: Plan, name: str, round_num: int, run_dir: pathlib.Path) -> pathlib.Path:
   """Attacks a round, from where an earlier call was interrupted; returns where it is."""
   round_name = round_directory_name(round_num)
-  directory = run_dir / 'attacks' / f'{name}_{round_name}'
+  directory = _attack_directory(run_dir, name, round_num)
   observation = read_observation(run_dir / 'observations' / round_name)
   seen = _seen_by(plan, name, observation)
   finished = read_results(directory)
@@ -145,6 +170,10 @@ def attack(plan: Plan, name: str, round_num: int, run_dir: pathlib.Path) -> path
     if result.status == 'failed':
       logging.warning('%s, round %d: %s: %s', name, round_num, result.target, result.reason)
   return directory
+
+
+def _attack_directory(run_dir: pathlib.Path, name: str, round_num: int) -> pathlib.Path:
+  return run_dir / 'attacks' / f'{name}_{round_directory_name(round_num)}'
 
 
 def as_one_step(client: ClientObservation, training: ClientTraining) -> ClientObservation:

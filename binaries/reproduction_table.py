@@ -47,6 +47,12 @@ COLUMNS = (
   'control_psnr',
 )
 _ALL = 'all'
+_ROWS = 'rows.json'
+
+
+def is_scored(directory: pathlib.Path) -> bool:
+  """Whether `score_attack` has scored the attack there."""
+  return (directory / _ROWS).exists()
 
 
 def score_attack(
@@ -60,7 +66,7 @@ def score_attack(
   Writes the scores of each image (scores.csv), of each reconstruction (lenient_scores.csv) and the
   rows (rows.json), which a later call with LPIPS or without, as before, reads again.
   """
-  path = directory / 'rows.json'
+  path = directory / _ROWS
   key = {'lpips': getattr(perceptual, 'digest', None)}
   if path.exists():
     saved = json.loads(path.read_text())

@@ -89,6 +89,10 @@ def test_the_whole_experiment_and_that_it_goes_on_where_it_stopped(tmp_path, mon
   monkeypatch.setattr(reproduction, 'attack_observation', never)
   again, _ = reproduction.run(_PLAN, ['none'], tmp_path)
   assert again == rows
+  # A call for some of the parts leaves the others in the table.
+  some = dataclasses.replace(_PLAN, attacks=('best',))
+  assert reproduction.run(some, ['none'], tmp_path)[0] == rows
+  assert _rows(tmp_path / 'results.csv') == written
 
 
 def test_published_defense_is_scaled_with_the_rounds(tmp_path):
