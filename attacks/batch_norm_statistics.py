@@ -54,6 +54,12 @@ def unmatchable_layers(observation: Observation) -> str | None:
   return None
 
 
+def statistics_can_be_matched(observation: Observation) -> bool:
+  """Whether an attack can match BatchNorm statistics of some client."""
+  told = any(without_statistics(observation, own) is None for own in observation.clients)
+  return told and unmatchable_layers(observation) is None
+
+
 def observed_statistics(
   observation: Observation, client: ClientObservation
 ) -> list[tuple[np.ndarray, np.ndarray]] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from attacks.batch_norm_statistics import unmatchable_layers, without_statistics
+from attacks.batch_norm_statistics import statistics_can_be_matched
 from attacks.config import AttackConfig
 from attacks.generators import GenerativePrior
 from attacks.initialization import MeanImageStart
@@ -63,7 +63,11 @@ def threat_model(
       f'It tries up to {config.orders} orders in which a client may have gone through its images.'
     )
   priors = [_PRIORS[prior.name] for prior in config.image_priors]
-  if config.batch_norm_statistics.weight and not only_aggregate and _uses_statistics(observation):
+  if (
+    config.batch_norm_statistics.weight
+    and not only_aggregate
+    and statistics_can_be_matched(observation)
+  ):
     priors.append('the BatchNorm statistics that the client shared')
   facts.append(f'Its prior is {", ".join([*priors, "pixel values within the known range"])}.')
   if config.hold_contrast:
@@ -80,13 +84,6 @@ def _batch_sizes(observation: Observation) -> str:
   if len(sizes) < 2:
     return str(*sizes or (observation.client_training.batch_size,))
   return f'{min(sizes)} to {max(sizes)} (that of each client)'
-
-
-def _uses_statistics(observation: Observation) -> bool:
-  """Whether an attack can use BatchNorm statistics of some client."""
-  clients = observation.clients
-  told = any(without_statistics(observation, client) is None for client in clients)
-  return told and unmatchable_layers(observation) is None
 
 
 def warnings(

@@ -17,6 +17,7 @@ from attacks.adaptive.learned_inversion import LearnedInversion
 from attacks.adaptive.players import example_clip_norm
 from attacks.adaptive.simulated_defense import SimulatedRound
 from attacks.adaptive.weightings import WEIGHTINGS, weights_of
+from attacks.batch_norm_statistics import statistics_can_be_matched
 from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.matching import CosineMatching, Matching, SquaredMatching
@@ -33,6 +34,8 @@ from tff_shadow.observations import Observation
 LEVELS = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5)
 # Of the learned inversion's images in the mixture with those of a search.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Of BatchNorm statistics that clients sent, beside the attack's own.
+STATISTICS_WEIGHTS = (1.0, 0.1, 0.01, 0.0)
 _UNWEIGHTED = 'none'
 
 
@@ -50,6 +53,10 @@ class Candidate:
       has to guess follows from what the first candidate has reconstructed.
     knows_covariance: Whether updates are compared in units of the noise, whose covariance is the
       same for all clients.
+    statistics_weight: Of the BatchNorm statistics that clients sent, times that of the attack by
+      itself. Noise is on them as on all of an update, and the more there is, the less they should
+      count: images that match them exactly follow it. None for the weight of the best candidate
+      before.
   """
 
   matching: Matching
@@ -57,6 +64,7 @@ class Candidate:
   weighting: str = _UNWEIGHTED
   gaussian_weight: float = 0.0
   knows_covariance: bool = False
+  statistics_weight: float | None = 1.0
 
   @property
   def needs_guess(self) -> bool:
@@ -71,7 +79,11 @@ class Candidate:
       parts.append(f'Gaussian prior {self.gaussian_weight:g}')
     if self.knows_covariance:
       parts.append('in units of the noise')
-    return ' '.join(parts if self.weighting == _UNWEIGHTED else [*parts, self.weighting])
+    if self.weighting != _UNWEIGHTED:
+      parts.append(self.weighting)
+    if self.statistics_weight != 1:
+      parts.append(f'statistics {self.statistics_weight:g}')
+    return ' '.join(parts)
 
 
 _BALANCED = CosineMatching(balance=0.5)
@@ -88,6 +100,8 @@ CANDIDATES = (
   Candidate(SquaredMatching(), 0.0, gaussian_weight=0.2),
   Candidate(SquaredMatching(), 0.0, gaussian_weight=1.0),
 )
+# On which the weight of BatchNorm statistics is chosen.
+_WEIGHED = CANDIDATES[2]
 # What else is worth trying, by the name of the defence or the shape of its noise. White noise
 # (percentile_gaussian, dp_sgd), rounding and clipping leave all entries alike.
 MORE_CANDIDATES = {
@@ -116,9 +130,16 @@ MORE_CANDIDATES = {
 
 
 def candidates_for(observation: Observation, config: AttackConfig) -> tuple[Candidate, ...]:
-  """What is worth trying under the defence of `observation`, the first `config` as it is."""
+  """What is worth trying under the defence of `observation`, the first `config` as it is.
+
+  Where clients sent BatchNorm statistics, their weight comes next, and all others after it.
+  """
   defense = observation.defense
   known = CANDIDATES + MORE_CANDIDATES.get(defense.get('shape', defense['name']), ())
+  if config.batch_norm_statistics.weight and statistics_can_be_matched(observation):
+    weighed = [dataclasses.replace(_WEIGHED, statistics_weight=w) for w in STATISTICS_WEIGHTS]
+    others = [dataclasses.replace(own, statistics_weight=None) for own in known if own != _WEIGHED]
+    known = (known[0], *weighed, *others)
   return tuple(_in_proportion(candidate, config) for candidate in known)
 
 
@@ -205,6 +226,11 @@ def calibrate(
   if not covariances:
     candidates = [candidate for candidate in candidates if not candidate.knows_covariance]
   for done, candidate in enumerate(candidates):
+    if candidate.statistics_weight is None:
+      weight = next(t.candidate.statistics_weight for t in trials if not t.learned_share)
+      candidate = dataclasses.replace(candidate, statistics_weight=weight)
+    if any(candidate == trial.candidate for trial in trials):
+      continue
     results: list[TargetResult] = []
     for knows_region in (False, True):
       maps = simulated.maps if knows_region else dict.fromkeys(simulated.maps, simulated.mean_map)
@@ -328,6 +354,9 @@ def _invert(
     )
   else:
     config = dataclasses.replace(config, gaussian_images=None)
+  prior = config.batch_norm_statistics
+  prior = dataclasses.replace(prior, weight=prior.weight * candidate.statistics_weight)
+  config = dataclasses.replace(config, batch_norm_statistics=prior)
   weights = None
   if candidate.weighting != _UNWEIGHTED:
     rounds = [

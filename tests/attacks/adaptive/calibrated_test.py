@@ -25,6 +25,8 @@ from attacks.priors import GaussianImages
 from attacks.shared_solvers import SharedSolvers
 from attacks.simulator import ClientSimulator
 from tests.attacks.adaptive.simulated_defense_test import _defended, _observed, _public
+from tests.attacks.batch_norm_statistics_test import _round
+from tests.attacks.observed_rounds import small_model, smooth_images
 from tff_shadow.learning import (
   DpFedAvg,
   DpSgd,
@@ -308,3 +310,51 @@ def test_candidates_that_know_the_covariance_are_told_it(monkeypatch):
   assert told[-1] == known
   without = calibrate(simulated, config, None, candidates=[plain, knowing])
   assert {trial.candidate for trial in without} == {plain}
+
+
+@pytest.fixture(scope='module', name='normalised')
+def _normalised():
+  return _round(small_model(norm='batch'), smooth_images(1), batch_size=1)
+
+
+def test_noised_statistics_count_as_much_as_they_tell(normalised):
+  chosen, closeness = {}, {}
+  config = dataclasses.replace(_CONFIG, iterations=60)
+  for ratio in (1e-4, 0.3):
+    observation = _defended(normalised, 'isotropic', value=ratio)
+    like = observation.clients[0]
+    simulated = simulate_round(observation, like, _public(), num_clients=6, seed=1)
+    candidates = [
+      dataclasses.replace(calibrated._WEIGHED, statistics_weight=weight) for weight in (1.0, 0.0)
+    ]
+    after = Candidate(CosineMatching(balance=0.5), 0.5, statistics_weight=None)
+    trials = calibrate(simulated, config, None, candidates=[*candidates, after, candidates[0]])
+    assert len(trials) == 2 * 3  # The last is the first again.
+    closeness[ratio] = {
+      trial.candidate.statistics_weight: trial.region_psnr
+      for trial in trials
+      if trial.candidate in candidates
+    }
+    (chosen[ratio],) = (
+      trial.candidate.statistics_weight
+      for trial in trials
+      if trial.candidate.tv_weight == 0.5 and not trial.knows_region
+    )
+  assert chosen == {1e-4: 1.0, 0.3: 0.0}
+  assert closeness[1e-4][1.0] > closeness[1e-4][0.0] + 3
+  assert closeness[0.3][0.0] > closeness[0.3][1.0] + 1
+
+
+def test_the_weight_of_statistics_is_tried_where_clients_sent_some(normalised):
+  observation = _defended(normalised, 'isotropic')
+  tried = candidates_for(observation, _CONFIG)
+  weights = [candidate.statistics_weight for candidate in tried]
+  assert weights == [1, *calibrated.STATISTICS_WEIGHTS, *[None] * (len(CANDIDATES) - 1)]
+  assert tried[0] == CANDIDATES[0]
+  assert {dataclasses.replace(own, statistics_weight=1.0) for own in tried} == set(CANDIDATES)
+  assert str(tried[3]) == 'cosine tv 1.5 statistics 0.01'
+  local = dataclasses.replace(observation, batch_norm_sharing='local')
+  assert candidates_for(local, _CONFIG) == CANDIDATES
+  without = dataclasses.replace(_CONFIG.batch_norm_statistics, weight=0.0)
+  config = dataclasses.replace(_CONFIG, batch_norm_statistics=without)
+  assert candidates_for(observation, config) == CANDIDATES
