@@ -3,6 +3,7 @@ import math
 import dp_accounting
 import numpy as np
 import pytest
+from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, stats
@@ -38,7 +39,7 @@ class TestPublicShape:
     guarantee = public_shape_guarantee(multiplier, rounds, 1e-5)
     # Replacing an update moves it by 2 clip_norm; k rounds are one of sqrt(k) times the shift.
     expected = _analytic_gaussian_epsilon(2.0 * np.sqrt(rounds) / multiplier, 1e-5)
-    assert guarantee.epsilon == pytest.approx(expected, rel=0.01)
+    assert guarantee.epsilon == pytest.approx(expected, rel=1e-7)
     assert (guarantee.delta, guarantee.unit) == (1e-5, 'client update (local)')
     assert guarantee.reason is None
 
@@ -54,7 +55,7 @@ class TestDpFedAvg:
   def test_all_clients_in_every_round(self):
     guarantee = dp_fed_avg_guarantee(5.0, 9, 9, 20, 1e-3)
     expected = _analytic_gaussian_epsilon(2.0 * np.sqrt(20) / 5.0, 1e-3)
-    assert guarantee.epsilon == pytest.approx(expected, rel=0.01)
+    assert guarantee.epsilon == pytest.approx(expected, rel=1e-7)
     assert guarantee.unit == 'client'
     assert any('not against the server' in sentence for sentence in guarantee.assumptions)
     assert any('all clients take part' in sentence for sentence in guarantee.assumptions)
@@ -88,7 +89,7 @@ class TestDpSgd:
     # Leaving one example out moves the sum by the clipping norm, each time it is used.
     found = dp_sgd_guarantee(8.0, uses, 1e-5)
     expected = _analytic_gaussian_epsilon(np.sqrt(uses) / 8.0, 1e-5)
-    assert found.epsilon == pytest.approx(expected, rel=0.01)
+    assert found.epsilon == pytest.approx(expected, rel=1e-7)
     assert found.unit == 'example'
     assert f'an example is in at most {uses} local steps' in str(found)
     assert 'counts as k squared' in str(found)
@@ -126,6 +127,22 @@ class TestDpSgd:
     ]
     most = np.max(np.sum(np.square(counts), axis=0))
     assert most <= example_uses(size, batch, epochs, steps)
+
+  @given(multiplier=st.floats(0.01, 100), uses=st.integers(1, 10_000), exponent=st.floats(0.1, 12))
+  def test_it_is_enough_and_hardly_more(self, multiplier, uses, exponent):
+    delta = 10**-exponent
+    epsilon = dp_sgd_guarantee(multiplier, uses, delta).epsilon
+    mechanism = GaussianPrivacyLoss(multiplier / math.sqrt(uses))
+    assert mechanism.get_delta_for_epsilon(epsilon) <= delta
+    less = epsilon * (1 - 1e-6) - 1e-9
+    assert epsilon == 0 or mechanism.get_delta_for_epsilon(less) > delta
+
+  def test_the_composed_distribution_of_the_privacy_loss_says_the_same(self):
+    composed = dp_accounting.pld.PLDAccountant()
+    step = dp_accounting.GaussianDpEvent(1.5)
+    composed.compose(dp_accounting.SelfComposedDpEvent(step, 20))
+    found = dp_sgd_guarantee(1.5, 20, 1e-5).epsilon
+    assert composed.get_epsilon(1e-5) == pytest.approx(found, rel=1e-3)
 
   def test_no_sampling_makes_it_smaller(self):
     # An epoch of 8 batches, each of which takes every example with probability 1/8.
