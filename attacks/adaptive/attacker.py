@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from attacks.adaptive.calibrated import (
   Trial,
@@ -33,6 +31,7 @@ from attacks.config import AttackConfig
 from attacks.local_steps import local_steps
 from attacks.noise_covariance import NoiseCovariance
 from attacks.priors import GaussianImages
+from attacks.public_prior import fitted_prior
 from attacks.results import TargetResult
 from attacks.scoring.identification import likelihood_ranks, original_places
 from attacks.shared_solvers import SharedSolvers
@@ -41,11 +40,7 @@ from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
 from tff_shadow.learning.decoys import decoy_pool
 from tff_shadow.observations import ClientObservation, Observation, Truth, WeightArrays
-from tff_shadow.privacy import fit_gaussian_prior
-from tff_shadow.shadow.augmentation import augment
 
-# Without them the covariance of a hundred images is mostly shrinkage.
-_PRIOR_DRAWS = 2000
 # Of the noise, for its covariance.
 _NOISE_DRAWS = 400
 # Images of the clients that are played for the noise behind which known images are sought.
@@ -419,7 +414,7 @@ class AdaptiveAttacker:
 
   @functools.cached_property
   def _prior(self) -> GaussianImages | None:
-    return _fitted_prior(
+    return fitted_prior(
       self._learned.float_images(), self._effort.augmentations, self._config.seed
     )
 
@@ -500,19 +495,6 @@ class AdaptiveAttacker:
         equipment=self._equipment,
         progress=update,
       )
-
-
-def _fitted_prior(
-  images: np.ndarray, augmentations: Sequence[str], seed: int
-) -> GaussianImages | None:
-  """Of varied images, as there are few; None where there are too few, or they are all the same."""
-  if len(np.unique(images, axis=0)) < 3:
-    return None
-  if augmentations:
-    drawn = np.random.default_rng(seed).integers(0, len(images), _PRIOR_DRAWS)
-    images = augment(tf.constant(images[drawn]), augmentations, tf.constant([seed, 0])).numpy()
-  source = hashlib.sha256(images.tobytes()).hexdigest()[:16]
-  return GaussianImages(fit_gaussian_prior(images), weight=1.0, source=source)
 
 
 class _Group(NamedTuple):
