@@ -29,12 +29,15 @@ class Preset:
     source: Where it was published, and what differs.
     build: Makes its settings.
     needs_generator: Whether it needs --generator.
+    public_prior: Weight of a Gaussian prior fitted to public images (`attacks.public_prior`), times
+      the number of values of an image; 0 for an attack without.
     generator_settings: Of its `GenerativePrior`, where they are not the defaults.
   """
 
   source: str
   build: Callable[[], AttackConfig]
   needs_generator: bool = False
+  public_prior: float = 0.0
   generator_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def search_in(self, generator: tf.keras.Model, source: str, seed: int) -> GenerativePrior:
@@ -204,6 +207,12 @@ PRESETS: dict[str, Preset] = {
     'The same for batches of several images: starts further apart, shorter steps, a stronger prior'
     ' at first, and the mean of four restarts.',
     _best_batch,
+  ),
+  'best_public': Preset(
+    'The same with what public images of the modality say of images, a Gaussian that is fitted to'
+    ' them: where many images share one update, it says less of each.',
+    _best_batch,
+    public_prior=0.03,
   ),
   'dlg': Preset(
     'Zhu, Liu and Han 2019, "Deep leakage from gradients": squared distance, L-BFGS, labels'

@@ -14,6 +14,7 @@ _PRIORS = {
   'total_variation': 'total variation',
   'image_norm': 'small pixel values',
   'group_consistency': 'the agreement of restarts',
+  'gaussian_images': 'a Gaussian fitted to public images of the modality',
 }
 
 

@@ -16,10 +16,11 @@ from absl import flags
 from attacks.analytic_attack import recover_observation
 from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.local_steps import check_images_recur
+from attacks.priors import GaussianImages
 from attacks.results import TargetResult, described, read_results, write_results
 from attacks.threads import share_cores
 from attacks.threat_model import threat_model, warnings
-from binaries import attack_flags, command, knowledge_flags
+from binaries import attack_flags, command, knowledge_flags, run_directory
 from binaries.progress import Progress
 from tff_shadow.errors import UserError
 from tff_shadow.observations import (
@@ -83,10 +84,15 @@ _NOT_SETTINGS = (
 def main() -> None:
   """Attacks the round or rounds that the flags name."""
   run_dir, observation_dirs = _directories()
-  knowledge = knowledge_flags.knowledge()
+  prior_weight = 0.0 if _ANALYTIC.value else attack_flags.public_prior()
+  knowledge = knowledge_flags.knowledge(fits_prior=bool(prior_weight))
   observations = [read_observation(directory) for directory in observation_dirs]
   observation = observations[0]
-  config = attack_flags.attack_config(tuple(observation.image_shape))
+  prior = None
+  # Who knows the defence fits one of his own, and chooses its weight.
+  if prior_weight and not knowledge:
+    prior = _public_prior(run_dir, prior_weight)
+  config = attack_flags.attack_config(tuple(observation.image_shape), prior)
   targets = _targets(observation)
   if len(observations) > 1:
     check_images_recur(observations, targets)
@@ -100,7 +106,7 @@ def main() -> None:
     only_aggregate=targets == [AGGREGATE],
   )
   flag_values = command.flag_values(sys.modules[__name__]) | command.flag_values(attack_flags)
-  if knowledge:
+  if knowledge or prior:
     flag_values |= command.flag_values(knowledge_flags)
   document = {
     'attack': {key: value for key, value in flag_values.items() if key not in _NOT_SETTINGS},
@@ -153,6 +159,24 @@ def main() -> None:
       checkpoint_every_secs=_CHECKPOINT_EVERY_SECS.value,
     )
   _finish(output, results)
+
+
+def _public_prior(run_dir: pathlib.Path, value_weight: float) -> GaussianImages:
+  """Fitted to the validation split of the run."""
+  # They take seconds to import, and other attacks do without.
+  from attacks.public_prior import fitted_prior
+  from binaries.recorded_data import load_data_of
+
+  data = load_data_of(run_dir, run_directory.read_config(run_dir))
+  images = data.validation.float_images()
+  seed = attack_flags.seed()
+  prior = fitted_prior(images, knowledge_flags.augmentations(), seed, value_weight=value_weight)
+  if prior is None:
+    raise UserError(
+      f'--public_prior: the {len(images)} validation images of {run_dir} are too few to fit a prior'
+      ' to, or all the same; use --public_prior=0'
+    )
+  return prior
 
 
 def _attack_knowingly(run_dir, output, observations, targets, config, knowledge, document) -> None:

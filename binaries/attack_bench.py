@@ -28,12 +28,14 @@ from attacks.config import AttackConfig
 from attacks.engine import attack_observation
 from attacks.labels import label_accuracy
 from attacks.presets import PRESETS
+from attacks.public_prior import fitted_prior
 from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import Quality, measure
 from attacks.scoring.statistics import mean_interval
 from attacks.threads import share_cores
 from binaries import command
 from binaries.progress import Progress
+from binaries.small_federation import variations
 from binaries.tables import read_rows, write_table
 from tff_shadow.data import EMBEDDED, Partition, load
 from tff_shadow.errors import UserError
@@ -127,13 +129,15 @@ def main() -> None:
         if round_key not in observed:
           # Cells of the same round follow each other; one at a time is kept.
           observed = {round_key: _round(*round_key)}
-        rows.append(dict(zip(_KEY, key, strict=True)) | _attack(config, *observed[round_key]))
+        observation, truth, public = observed[round_key]
+        config = _with_prior(config, preset, dataset, public)
+        rows.append(dict(zip(_KEY, key, strict=True)) | _attack(config, observation, truth))
         write_table(path, _COLUMNS, rows)
       progress.update(count + 1, ' '.join((dataset, norm, sharing, steps, batch, preset)))
 
 
 def _round(dataset: str, norm: str, sharing: str, batch: int, steps: str):
-  """Observation and truth of an undefended first round."""
+  """Observation and truth of an undefended first round, and public images."""
   batches, epochs = _LOCAL_STEPS[steps]
   size = batches * batch
   clients = max(1, _IMAGES.value // size)
@@ -159,7 +163,8 @@ def _round(dataset: str, norm: str, sharing: str, batch: int, steps: str):
     run_dir = pathlib.Path(directory)
     TrainingRun(data, model, settings, run_dir, save_every_rounds=1).train(resume=False)
     observation = read_observation(run_dir / 'observations' / name)
-    return observation, read_truth(run_dir / 'truth' / f'{name}.safetensors')
+    truth = read_truth(run_dir / 'truth' / f'{name}.safetensors')
+    return observation, truth, data.validation.float_images()
 
 
 def _config(preset: str) -> AttackConfig:
@@ -169,6 +174,15 @@ def _config(preset: str) -> AttackConfig:
   # BatchNorm statistics are matched for a single step only, and only where there are any.
   statistics = dataclasses.replace(config.batch_norm_statistics, required=False)
   return dataclasses.replace(config, batch_norm_statistics=statistics)
+
+
+def _with_prior(config: AttackConfig, preset: str, dataset: str, public) -> AttackConfig:
+  """With the prior of public images, if the preset has one."""
+  weight = PRESETS[preset].public_prior
+  if not weight:
+    return config
+  prior = fitted_prior(public, variations(dataset), _SEED.value, value_weight=weight)
+  return dataclasses.replace(config, gaussian_images=prior)
 
 
 def _attack(config: AttackConfig, observation, truth) -> dict:

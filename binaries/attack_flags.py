@@ -14,7 +14,7 @@ from attacks.matching import MATCHINGS, NoMatching
 from attacks.optimizers import OPTIMIZERS, SCHEDULES
 from attacks.parametrizations import PARAMETRIZATIONS
 from attacks.presets import PRESETS
-from attacks.priors import VARIATION_COLORS, VARIATION_KINDS
+from attacks.priors import VARIATION_COLORS, VARIATION_KINDS, GaussianImages
 from attacks.rectifiers import RECTIFIERS
 from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
@@ -29,6 +29,13 @@ _GENERATOR = flags.DEFINE_string(
 )
 _DEPTH = flags.DEFINE_list(
   'depth', None, 'Two shares of the depth, such as 0,0.5: only layers between them are matched.'
+)
+_PUBLIC_PRIOR = flags.DEFINE_float(
+  'public_prior',
+  None,
+  'Weight of a Gaussian prior fitted to public images, the validation split of the run, times the'
+  ' number of values of an image; 0 does without. By default that of --preset.',
+  lower_bound=0,
 )
 
 # Flag: (field of AttackConfig, field of that, definition, what it says).
@@ -156,8 +163,21 @@ _VALUES |= {
 }
 
 
-def attack_config(image_shape: tuple[int, int, int]) -> AttackConfig:
+def public_prior() -> float:
+  """Weight of the prior of public images, times the number of values of an image; 0 for none."""
+  if _PUBLIC_PRIOR.value is None:
+    return PRESETS[_PRESET.value].public_prior
+  return _PUBLIC_PRIOR.value
+
+
+def attack_config(
+  image_shape: tuple[int, int, int], prior: GaussianImages | None = None
+) -> AttackConfig:
   """The settings that the flags ask for.
+
+  Args:
+    image_shape: Of the images sought.
+    prior: Of public images, where `public_prior` asks for one.
 
   Raises:
     UserError: For a value that does not fit, or a flag that the chosen pieces have no use for.
@@ -165,19 +185,18 @@ def attack_config(image_shape: tuple[int, int, int]) -> AttackConfig:
   preset = PRESETS[_PRESET.value]
   if preset.needs_generator and _GENERATOR.value is None:
     raise UserError(f'--preset={_PRESET.value}: needs --generator')
-  config = preset.build()
+  config = dataclasses.replace(preset.build(), gaussian_images=prior)
   for name, (field, classes, _) in _CLASSES.items():
     if _VALUES[name].value is not None:
       config = _replaced(config, name, field, None, _made(config, field, classes, name))
-  seed = config.seed if _VALUES['seed'].value is None else _VALUES['seed'].value
   if isinstance(config.parametrization, DeepImagePrior):
     config = dataclasses.replace(
-      config, parametrization=dataclasses.replace(config.parametrization, seed=seed)
+      config, parametrization=dataclasses.replace(config.parametrization, seed=seed())
     )
   if _GENERATOR.value is not None:
     generator = load_generator(_GENERATOR.value, image_shape)
     config = dataclasses.replace(
-      config, parametrization=preset.search_in(generator, _GENERATOR.value, seed)
+      config, parametrization=preset.search_in(generator, _GENERATOR.value, seed())
     )
   for name, (field, inner, *_) in (_FIELDS | _ENUMS).items():
     if _VALUES[name].value is not None:
@@ -192,6 +211,12 @@ def attack_config(image_shape: tuple[int, int, int]) -> AttackConfig:
       raise UserError(f'--depth={",".join(_DEPTH.value)}: must be two numbers') from error
     config = _replaced(config, 'depth', 'matching', 'depth', depth)
   return config
+
+
+def seed() -> int:
+  """Decides all start images."""
+  own = _VALUES['seed'].value
+  return PRESETS[_PRESET.value].build().seed if own is None else own
 
 
 def generator_path() -> str | None:

@@ -55,22 +55,36 @@ class Knowledge:
   augmentations: tuple[str, ...]
 
 
-def knowledge() -> Knowledge | None:
+def augmentations() -> tuple[str, ...]:
+  """What leaves an image of the modality one.
+
+  Raises:
+    UserError: For one that there is not.
+  """
+  command.check_choices('augment', _AUGMENT.value, AUGMENTATIONS)
+  return tuple(_AUGMENT.value)
+
+
+def knowledge(*, fits_prior: bool = False) -> Knowledge | None:
   """What the flags say; None for an attacker who knows nothing of the defence.
+
+  Args:
+    fits_prior: Whether the attack has a prior that is fitted to variations of public images.
 
   Raises:
     UserError: For a flag without a use, or a wrong value.
   """
   if _KNOWS.value != 'nothing':
-    command.check_choices('augment', _AUGMENT.value, AUGMENTATIONS)
     return Knowledge(
       _KNOWS.value == 'regions',
       _CALIBRATION_CLIENTS.value,
       _DENOISER_STEPS.value,
       _INVERSION_CLIENTS.value,
-      tuple(_AUGMENT.value),
+      augmentations(),
     )
-  for flag in (_CALIBRATION_CLIENTS, _DENOISER_STEPS, _INVERSION_CLIENTS, _AUGMENT):
+  for flag in (_CALIBRATION_CLIENTS, _DENOISER_STEPS, _INVERSION_CLIENTS):
     if flag.present:
       raise UserError(f'--{flag.name}: needs --knows=defense or --knows=regions')
+  if _AUGMENT.present and not fits_prior:
+    raise UserError(f'--{_AUGMENT.name}: needs --knows=defense, --knows=regions or --public_prior')
   return None

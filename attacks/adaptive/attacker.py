@@ -414,9 +414,7 @@ class AdaptiveAttacker:
 
   @functools.cached_property
   def _prior(self) -> GaussianImages | None:
-    return fitted_prior(
-      self._learned.float_images(), self._effort.augmentations, self._config.seed
-    )
+    return fitted_prior(self._learned.float_images(), self._effort.augmentations, self._config.seed)
 
   def _trained_denoiser(self) -> RegionDenoiser | None:
     settings = self._effort.denoiser(self._config.seed)

@@ -9,7 +9,8 @@ class Budget:
 
   Attributes:
     presets: Attacks that do not know the defence; of `attacks.presets`. 'best' stands for
-      'best_batch' too where clients trained on several images.
+      'best_public' too where clients trained on several images, or 'best_batch' where there are too
+      few public images.
     iterations: Optimiser steps per restart of each attack.
     calibration_clients: Clients that the adaptive attacker plays itself; 0 for no such attacker.
     denoiser_steps: Of the training of its denoiser; 0 for none.

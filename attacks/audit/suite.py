@@ -15,6 +15,7 @@ from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.presets import PRESETS
+from attacks.public_prior import fitted_prior
 from attacks.report.page import write_whole
 from attacks.results import TargetResult, read_results, write_results
 from attacks.scoring.identification import Identification, identify_by_likelihood
@@ -98,6 +99,9 @@ class Suite:
       watch=watch,
       directory=cache_directory or directory,
     )
+    self._public_prior = fitted_prior(
+      public.float_images(), augmentations, seed, value_weight=PRESETS['best_public'].public_prior
+    )
     self._seed = seed
     self._lanes = lanes
     self.watch = watch
@@ -116,7 +120,7 @@ class Suite:
     several = any(observations[0].client(name).num_images > 1 for name in clients)
     presets = list(self._budget.presets)
     if several and 'best' in presets:
-      presets.insert(1, 'best_batch')
+      presets.insert(1, 'best_public' if self._public_prior else 'best_batch')
     attacked = []
     for preset in presets:
       config = dataclasses.replace(
@@ -124,6 +128,7 @@ class Suite:
         iterations=self._budget.iterations,
         lanes=self._lanes,
         seed=self._seed,
+        gaussian_images=self._public_prior if PRESETS[preset].public_prior else None,
       )
       knows = threat_model(
         observations[0], config, labels_known=False, num_rounds=len(observations)

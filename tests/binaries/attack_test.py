@@ -126,6 +126,9 @@ _WRONG = [
   (('--knows=defense', '--labels=0'), '--knows: goes neither with --analytic'),
   (('--denoiser_steps=3',), '--denoiser_steps: needs --knows'),
   (('--inversion_clients=3',), '--inversion_clients: needs --knows'),
+  (('--augment=mirror',), '--augment: needs --knows=defense, --knows=regions or --public_prior'),
+  (('--preset=best_public',), 'config.json is missing'),
+  (('--public_prior=-1',), '--public_prior'),
 ]
 
 

@@ -1,6 +1,7 @@
 """The program as a process: an audit of a defended run, killed and resumed; its error lines."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -111,6 +112,26 @@ def test_who_knows_the_defence_may_attack_alone(run_dir):
   assert config['attack']['knows'] == 'regions'
   assert 'It is told the region maps of the clients.' in config['threat_model']
   assert 'Traceback' not in done.stderr
+
+
+def test_who_has_public_images_may_attack_with_what_they_say(run_dir):
+  command = [f'--run_dir={run_dir}', '--iterations=3', '--xla=off', '--max_targets=1']
+  prior = ['--preset=best_public', '--augment=mirror,turns']
+  informed, not_at_all = run_all(
+    'attack', [[*command, '--name=public', *prior], [*command, '--name=none', '--public_prior=0']]
+  )
+  for done, name, is_fitted in ((informed, 'public', True), (not_at_all, 'none', False)):
+    assert done.returncode == 0, done.stderr
+    config = json.loads((run_dir / 'attacks' / name / 'config.json').read_text())
+    assert bool(config['all_settings']['gaussian_images']) == is_fitted
+    facts = ' '.join(config['threat_model'])
+    assert ('a Gaussian fitted to public images' in facts) == is_fitted
+  config = json.loads((run_dir / 'attacks' / 'public' / 'config.json').read_text())
+  values = math.prod(config['image_shape'])
+  assert config['all_settings']['gaussian_images']['weight'] == pytest.approx(0.03 / values)
+  assert config['attack']['augment'] == ['mirror', 'turns']
+  again = run('attack', *command, '--name=public', *prior[:1], '--augment=mirror', '--resume')
+  assert_one_error_line(again, '--resume: --augment')
 
 
 @pytest.mark.usefixtures('summary')

@@ -13,6 +13,7 @@ from tests.attacks.adaptive.simulated_defense_test import (
   _public,
   dense_model,
 )
+from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tff_shadow.observations import Truth
 
 _BUDGET = dataclasses.replace(
@@ -25,11 +26,11 @@ def _watch(what, total):
   yield lambda done, text: None
 
 
-def _suite(directory, budget=_BUDGET):
+def _suite(directory, budget=_BUDGET, public=None):
   return suites.Suite(
     budget,
     directory,
-    public=_public(),
+    public=public or _public(),
     augmentations=(),
     seed=0,
     lanes=4,
@@ -124,6 +125,33 @@ def test_presets_that_cannot_attack_are_problems(tmp_path, observation):
   other = dataclasses.replace(observation, client_training=training)
   (attacked,) = _suite(tmp_path).unaware('here', [other], ['client_00'])
   assert 'adam' in attacked.problem
+
+
+def test_batches_are_attacked_with_what_public_images_say(tmp_path, monkeypatch):
+  images = smooth_images(4)
+  batch = play_round(small_model(), [(images[:2], [0, 1]), (images[2:], [1, 0])])
+  used = []
+  real = suites.attack_observation
+
+  def attack(observations, config, *arguments, **settings):
+    used.append(config)
+    return real(observations, config, *arguments, **settings)
+
+  monkeypatch.setattr(suites, 'attack_observation', attack)
+  best, public = _suite(tmp_path / 'a').unaware('here', [batch], ['client_00'])
+  assert (best.name, public.name) == ('best', 'best_public')
+  assert used[0].gaussian_images is None
+  assert used[1].gaussian_images.weight == pytest.approx(0.03 / 64)
+  assert any('fitted to public images' in fact for fact in public.knows)
+  # Where there are none to fit a prior to, without.
+  same = dataclasses.replace(_public(), images=_public().images[:1].repeat(len(_public()), axis=0))
+  _, plain = _suite(tmp_path / 'b', public=same).unaware('here', [batch], ['client_00'])
+  assert (plain.name, used[-1].gaussian_images) == ('best_batch', None)
+  # One image of each client: as ever.
+  one = play_round(small_model(), [(images[:1], [0])])
+  assert [own.name for own in _suite(tmp_path / 'c').unaware('here', [one], ['client_00'])] == [
+    'best'
+  ]
 
 
 def test_no_budget_for_it_means_no_such_attacker(tmp_path, observation):
