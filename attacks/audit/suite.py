@@ -120,7 +120,7 @@ class Suite:
     several = any(observations[0].client(name).num_images > 1 for name in clients)
     presets = list(self._budget.presets)
     if several and 'best' in presets:
-      presets.insert(1, 'best_public' if self._public_prior else 'best_batch')
+      presets[1:1] = ['best_batch', 'best_public'] if self._public_prior else ['best_batch']
     attacked = []
     for preset in presets:
       config = dataclasses.replace(

@@ -138,10 +138,11 @@ def test_batches_are_attacked_with_what_public_images_say(tmp_path, monkeypatch)
     return real(observations, config, *arguments, **settings)
 
   monkeypatch.setattr(suites, 'attack_observation', attack)
-  best, public = _suite(tmp_path / 'a').unaware('here', [batch], ['client_00'])
-  assert (best.name, public.name) == ('best', 'best_public')
-  assert used[0].gaussian_images is None
-  assert used[1].gaussian_images.weight == pytest.approx(0.03 / 64)
+  attacked = _suite(tmp_path / 'a').unaware('here', [batch], ['client_00'])
+  assert [own.name for own in attacked] == ['best', 'best_batch', 'best_public']
+  assert used[0].gaussian_images is used[1].gaussian_images is None
+  assert used[2].gaussian_images.weight == pytest.approx(0.03 / 64)
+  public = attacked[-1]
   assert any('fitted to public images' in fact for fact in public.knows)
   # Where there are none to fit a prior to, without.
   same = dataclasses.replace(_public(), images=_public().images[:1].repeat(len(_public()), axis=0))
