@@ -12,7 +12,11 @@ from tff_shadow.aggregators.update_transform import update_transform_factory
 
 
 def percentile_noise_factory(
-  sigma0: float, percentile: float = 95.0, inner: Factory | None = None
+  sigma0: float,
+  percentile: float = 95.0,
+  inner: Factory | None = None,
+  *,
+  secure_measurements: bool = False,
 ) -> Factory:
   """Returns a factory whose clients add isotropic noise in proportion to their own update.
 
@@ -31,6 +35,7 @@ def percentile_noise_factory(
     sigma0: Noise relative to the percentile, not negative.
     percentile: From 0 to 100.
     inner: Aggregates what the clients send; the weighted mean by default.
+    secure_measurements: See `update_transform_factory`.
 
   Raises:
     ValueError: If a number is out of range.
@@ -42,7 +47,9 @@ def percentile_noise_factory(
     raise ValueError(f'percentile must be from 0 to 100, found {percentile}')
 
   return update_transform_factory(
-    lambda update: percentile_noised(update, draw_key(), sigma0, percentile), inner
+    lambda update: percentile_noised(update, draw_key(), sigma0, percentile),
+    inner,
+    secure_measurements=secure_measurements,
   )
 
 

@@ -10,6 +10,7 @@ import tensorflow_federated as tff
 
 from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_factory
 from tff_shadow.aggregators.entropy import draw_key
+from tff_shadow.aggregators.measurements import federated_average
 from tff_shadow.aggregators.shadow_noise import (
   check_float32,
   squared_norm,
@@ -23,6 +24,7 @@ def public_shadow_noise_factory(
   clip_norm: float,
   noise_multiplier: float,
   inner: Factory | None = None,
+  secure_measurements: bool = False,
 ) -> Factory:
   """Returns a factory that clips and noises updates on the client in one public geometry.
 
@@ -51,6 +53,8 @@ def public_shadow_noise_factory(
     clip_norm: Above 0.
     noise_multiplier: Noise relative to `clip_norm`, not negative.
     inner: Aggregates what the clients send; the weighted mean by default.
+    secure_measurements: Whether the mean norm is computed by secure summation, in steps of 1e-6 and
+      with at most 4096 from a client.
 
   Raises:
     ValueError: If a number is out of range, or a deviation is not positive and finite.
@@ -91,17 +95,18 @@ def public_shadow_noise_factory(
       statistics = collections.OrderedDict(sent_norm=sent_norm)
       return tf.nest.pack_sequence_as(value, noised), statistics
 
-    return ClientSide(transform, value_type, _measure, context)
+    def measure(statistics):
+      return collections.OrderedDict(
+        sent_norm=federated_average(statistics.sent_norm, secure_measurements)
+      )
+
+    return ClientSide(transform, value_type, measure, context)
 
   return client_side_factory(build, inner)
 
 
 def _whitened(update, deviations) -> list[tf.Tensor]:
   return [u / d for u, d in zip(update, deviations, strict=True)]
-
-
-def _measure(statistics) -> collections.OrderedDict:
-  return collections.OrderedDict(sent_norm=tff.federated_mean(statistics.sent_norm))
 
 
 def normalised_deviations(deviations: Any) -> list[np.ndarray]:

@@ -9,7 +9,9 @@ from tff_shadow.aggregators.update_transform import update_transform_factory
 _MAX_BITS = 16
 
 
-def quantization_factory(bits: int, inner: Factory | None = None) -> Factory:
+def quantization_factory(
+  bits: int, inner: Factory | None = None, *, secure_measurements: bool = False
+) -> Factory:
   """Returns a factory whose clients send their update rounded at random to `bits` bits per entry.
 
   The entries of each tensor are rounded to 2^bits levels that divide the interval from its least to
@@ -30,6 +32,7 @@ def quantization_factory(bits: int, inner: Factory | None = None) -> Factory:
   Args:
     bits: From 1 to 16.
     inner: Aggregates what the clients send; the weighted mean by default.
+    secure_measurements: See `update_transform_factory`.
 
   Raises:
     ValueError: If `bits` is out of range.
@@ -38,7 +41,11 @@ def quantization_factory(bits: int, inner: Factory | None = None) -> Factory:
   if not 1 <= bits <= _MAX_BITS:
     raise ValueError(f'bits must be from 1 to {_MAX_BITS}, found {bits}')
 
-  return update_transform_factory(lambda update: quantized(update, draw_key(), bits), inner)
+  return update_transform_factory(
+    lambda update: quantized(update, draw_key(), bits),
+    inner,
+    secure_measurements=secure_measurements,
+  )
 
 
 def quantized(update: list[tf.Tensor], key: tf.Tensor, bits: int) -> list[tf.Tensor]:

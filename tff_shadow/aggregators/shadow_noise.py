@@ -8,6 +8,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_factory
+from tff_shadow.aggregators.measurements import federated_average, federated_count
 from tff_shadow.aggregators.noise_strength import NOISE_SHAPES, NoiseShape, NoiseStrength
 
 # Share of the noise's energy that is isotropic: a direction without noise leaks whatever it holds.
@@ -64,6 +65,7 @@ def shadow_noise_factory(
   inner: Factory | None = None,
   *,
   floor: float | None = None,
+  secure_measurements: bool = False,
 ) -> Factory:
   """Returns a factory that noises each client's update, on the client, and aggregates with `inner`.
 
@@ -97,6 +99,8 @@ def shadow_noise_factory(
     inner: Aggregates the noised updates; the weighted mean by default.
     floor: Share of the noise's energy that is isotropic, in (0, 1); unused for 'isotropic'. By
       default that of `floor_of`.
+    secure_measurements: Whether sent_norm and fell_back are computed by secure summation, the mean
+      in steps of 1e-6 and with at most 4096 from a client.
 
   Raises:
     ValueError: For an unknown shape, a floor out of range, or 'region_psnr' of decoy noise.
@@ -115,7 +119,13 @@ def shadow_noise_factory(
     def add_noise(value):
       return noised_update(value, shape, strength, floor)
 
-    return ClientSide(add_noise, update_type, _measure)
+    def measure(statistics):
+      return collections.OrderedDict(
+        sent_norm=federated_average(statistics.sent_norm, secure_measurements),
+        fell_back=federated_count(statistics.fell_back, secure_measurements),
+      )
+
+    return ClientSide(add_noise, update_type, measure)
 
   return client_side_factory(build, inner)
 
@@ -127,13 +137,6 @@ def check_strength(shape: NoiseShape, strength: NoiseStrength) -> None:
       "'region_psnr' needs a bound of the region error, and decoy noise has none; use the strength"
       " kind 'scale', 'ratio' or 'image_ratio'"
     )
-
-
-def _measure(statistics) -> collections.OrderedDict:
-  return collections.OrderedDict(
-    sent_norm=tff.federated_mean(statistics.sent_norm),
-    fell_back=tff.federated_sum(statistics.fell_back),
-  )
 
 
 def _check_value_type(value_type: tff.types.Type, shape: NoiseShape) -> tff.types.Type:

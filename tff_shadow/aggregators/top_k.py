@@ -7,7 +7,9 @@ from tff_shadow.aggregators.client_side import Factory
 from tff_shadow.aggregators.update_transform import update_transform_factory
 
 
-def top_k_factory(fraction: float, inner: Factory | None = None) -> Factory:
+def top_k_factory(
+  fraction: float, inner: Factory | None = None, *, secure_measurements: bool = False
+) -> Factory:
   """Returns a factory whose clients send the largest entries of their update and zeros else.
 
   Of all n entries of all tensors together, the max(1, round(fraction n)) of largest magnitude are
@@ -21,6 +23,7 @@ def top_k_factory(fraction: float, inner: Factory | None = None) -> Factory:
   Args:
     fraction: Of the entries that are sent, above 0 and at most 1.
     inner: Aggregates what the clients send; the weighted mean by default.
+    secure_measurements: See `update_transform_factory`.
 
   Raises:
     ValueError: If the fraction is out of range.
@@ -29,7 +32,9 @@ def top_k_factory(fraction: float, inner: Factory | None = None) -> Factory:
   if not 0 < fraction <= 1:
     raise ValueError(f'fraction must be above 0 and at most 1, found {fraction}')
 
-  return update_transform_factory(lambda update: largest_entries(update, fraction), inner)
+  return update_transform_factory(
+    lambda update: largest_entries(update, fraction), inner, secure_measurements=secure_measurements
+  )
 
 
 def largest_entries(update: list[tf.Tensor], fraction: float) -> list[tf.Tensor]:

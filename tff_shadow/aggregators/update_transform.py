@@ -7,12 +7,15 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.client_side import ClientSide, Factory, client_side_factory
+from tff_shadow.aggregators.measurements import federated_average
 from tff_shadow.aggregators.shadow_noise import check_float32, squared_norm
 
 Transform = Callable[[list[tf.Tensor]], list[tf.Tensor]]
 
 
-def update_transform_factory(transform: Transform, inner: Factory | None) -> Factory:
+def update_transform_factory(
+  transform: Transform, inner: Factory | None, *, secure_measurements: bool = False
+) -> Factory:
   """Returns a factory whose clients send `transform` of their update, for `inner` to aggregate.
 
   Takes any structure of float32 tensors, so it drops into every stock
@@ -20,12 +23,16 @@ def update_transform_factory(transform: Transform, inner: Factory | None) -> Fac
   after the transform, is sent as zeros.
 
   State: the inner one's. Measurements: `OrderedDict(inner, distortion)`; the mean over clients of
-  |sent - update| / |update|, 0 for an update of zeros. Weighted if `inner` is.
+  |sent - update| / |update|, 0 for an update of zeros. That of a single client tells of its clean
+  update, so let the server see no more than the mean where it is not trusted with that. Weighted if
+  `inner` is.
 
   Args:
     transform: From the tensors of the update, flattened, to as many of the same shapes; traced once
       for each place where the process runs.
     inner: Aggregates what the clients send; the weighted mean where it is None.
+    secure_measurements: Whether the mean distortion is computed by secure summation, in steps of
+      1e-6 and with at most 4096 from a client. What `inner` aggregates and measures is its matter.
 
   Raises:
     TypeError: If `inner` is no factory; by `create`, if the update is not of float32 tensors.
@@ -45,7 +52,12 @@ def update_transform_factory(transform: Transform, inner: Factory | None) -> Fac
       distortion = tf.where(tf.math.is_finite(distortion), distortion, 0.0)
       return tf.nest.pack_sequence_as(value, sent), collections.OrderedDict(distortion=distortion)
 
-    return ClientSide(send, value_type, _measure)
+    def measure(statistics):
+      return collections.OrderedDict(
+        distortion=federated_average(statistics.distortion, secure_measurements)
+      )
+
+    return ClientSide(send, value_type, measure)
 
   return client_side_factory(build, inner)
 
@@ -53,7 +65,3 @@ def update_transform_factory(transform: Transform, inner: Factory | None) -> Fac
 def _finite_or_zeros(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
   finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors])
   return [tf.where(finite, tensor, 0.0) for tensor in tensors]
-
-
-def _measure(statistics) -> collections.OrderedDict:
-  return collections.OrderedDict(distortion=tff.federated_mean(statistics.distortion))

@@ -1,6 +1,7 @@
 """Local training of a client, with the statistics of BatchNorm in the update."""
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators import build_collect_from_clients
+from tff_shadow.aggregators.measurements import federated_count
 
 ModelFn = Callable[[], tff.learning.models.VariableModel]
 # From a batch: number of examples, and the gradients of the trainable variables, as a list.
@@ -49,6 +51,7 @@ def build_client_work(
   share_statistics: bool,
   metrics_aggregator: Callable[..., Any] | None = None,
   build_gradient_fn: BuildGradientFn = build_plain_gradient_fn,
+  secure_measurements: bool = False,
 ) -> tff.learning.templates.ClientWorkProcess:
   """Builds the local training of FedAvg.
 
@@ -56,7 +59,8 @@ def build_client_work(
   update is `OrderedDict(trainable=[...], non_trainable=[...])` and holds the change of the
   BatchNorm statistics too, which the stock work never sends; without, it is the list of trainable
   differences, as in the stock work. And the measurements name the clients that were dropped:
-  `non_finite` holds a 0 or 1 per client, in the order of the clients' data.
+  `non_finite` holds a 0 or 1 per client, in the order of the clients' data, or with
+  `secure_measurements` no more than the sum of these.
 
   As in TFF, an update is *initial minus trained* weights. A client whose update is not finite
   sends zeros with weight 0, and its metrics are left out.
@@ -67,13 +71,15 @@ def build_client_work(
     optimizer: The local optimiser.
     client_weighting: Weight of a client in the mean.
     share_statistics: Whether floating-point non-trainable variables are in the update.
-    metrics_aggregator: As in TFF; `tff.learning.metrics.sum_then_finalize` by default.
+    metrics_aggregator: As in TFF; by default `tff.learning.metrics.sum_then_finalize`, or with
+      `secure_measurements` `secure_sum_then_finalize`.
     build_gradient_fn: Of the gradients that the optimiser gets; the plain ones by default.
+    secure_measurements: Whether all measurements are computed by secure summation.
 
   Returns:
     A `ClientWorkProcess` without state.
   """
-  metrics_aggregator = metrics_aggregator or tff.learning.metrics.sum_then_finalize
+  metrics_aggregator = metrics_aggregator or default_metrics_aggregator(secure_measurements)
   with tf.Graph().as_default():
     model = model_fn()
     if not isinstance(model, tff.learning.models.VariableModel):
@@ -100,11 +106,23 @@ def build_client_work(
 
     return train(initial_weights, dataset)
 
-  return wire_client_work(client_update, metrics_aggregation)
+  return wire_client_work(
+    client_update, metrics_aggregation, secure_measurements=secure_measurements
+  )
+
+
+def default_metrics_aggregator(secure_measurements: bool) -> Callable[..., Any]:
+  """TFF's own aggregation of training metrics, plain or secure."""
+  metrics = tff.learning.metrics
+  return metrics.secure_sum_then_finalize if secure_measurements else metrics.sum_then_finalize
 
 
 def wire_client_work(
-  client_update: tff.Computation, metrics_aggregation: Any, counts: tuple[str, ...] = ()
+  client_update: tff.Computation,
+  metrics_aggregation: Any,
+  counts: tuple[str, ...] = (),
+  *,
+  secure_measurements: bool,
 ) -> tff.learning.templates.ClientWorkProcess:
   """Makes a stateless client work of what one client does.
 
@@ -112,12 +130,16 @@ def wire_client_work(
     client_update: <weights, data> -> (ClientResult, unfinalized metrics, non-finite flag, *counts).
     metrics_aggregation: Of the metrics.
     counts: Names of what else each client counts; measured as sums over the clients.
+    secure_measurements: See `build_client_work`; for all but the metrics.
 
   Returns:
     A work whose measurements are `OrderedDict(train, non_finite, **counts)`.
   """
   weights_type, data_type = client_update.type_signature.parameter
-  collect_flags = build_collect_from_clients(tff.types.TensorType(np.int32))
+  if secure_measurements:
+    collect_flags = functools.partial(federated_count, secure=True)
+  else:
+    collect_flags = build_collect_from_clients(tff.types.TensorType(np.int32))
 
   @tff.federated_computation
   def init_fn():
@@ -134,7 +156,7 @@ def wire_client_work(
       train=metrics_aggregation(metrics), non_finite=collect_flags(non_finite)
     )
     for name, count in zip(counts, counted, strict=True):
-      measurements[name] = tff.federated_sum(count)
+      measurements[name] = federated_count(count, secure_measurements)
     return tff.templates.MeasuredProcessOutput(state, result, tff.federated_zip(measurements))
 
   return tff.learning.templates.ClientWorkProcess(init_fn, next_fn)

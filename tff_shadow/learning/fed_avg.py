@@ -32,6 +32,7 @@ def build_weighted_fed_avg(
   metrics_aggregator: Callable[..., Any] | None = None,
   batch_norm_sharing: BatchNormSharing = 'aggregate',
   build_gradient_fn: BuildGradientFn = build_plain_gradient_fn,
+  secure_measurements: bool = False,
 ) -> tff.learning.templates.LearningProcess:
   """Builds FedAvg (McMahan et al. 2017) with a choice of what BatchNorm shares.
 
@@ -54,12 +55,16 @@ def build_weighted_fed_avg(
     model_distributor: Sends the weights to the clients; a plain broadcast by default.
     model_aggregator: Aggregates the updates; the weighted mean by default. With 'aggregate' and a
       model that has statistics the updates are `OrderedDict(trainable, non_trainable)`.
-    metrics_aggregator: As in TFF.
+    metrics_aggregator: As in TFF; see `build_client_work` for the default.
     batch_norm_sharing: See above.
     build_gradient_fn: See `build_client_work`.
+    secure_measurements: Whether all that is measured of clients, beside what `model_aggregator`
+      measures, is computed by secure summation. With `tff.learning.secure_aggregator()` for it the
+      server then sees nothing of single clients.
 
   Returns:
-    A `LearningProcess`; its client work reports `non_finite`, a flag per client.
+    A `LearningProcess`; its client work reports `non_finite`, a flag per client, or with
+    `secure_measurements` the number of clients that were dropped.
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`.
@@ -75,6 +80,7 @@ def build_weighted_fed_avg(
     metrics_aggregator=metrics_aggregator,
     batch_norm_sharing=batch_norm_sharing,
     build_gradient_fn=build_gradient_fn,
+    secure_measurements=secure_measurements,
   )(model_aggregator or tff.aggregators.MeanFactory())
 
 
@@ -88,6 +94,7 @@ def weighted_fed_avg_but_aggregation(
   metrics_aggregator: Callable[..., Any] | None = None,
   batch_norm_sharing: BatchNormSharing = 'aggregate',
   build_gradient_fn: BuildGradientFn = build_plain_gradient_fn,
+  secure_measurements: bool = False,
 ) -> ButAggregation:
   """`build_weighted_fed_avg`, to be finished with one aggregator after another.
 
@@ -101,6 +108,7 @@ def weighted_fed_avg_but_aggregation(
     share_statistics=share_statistics,
     metrics_aggregator=metrics_aggregator,
     build_gradient_fn=build_gradient_fn,
+    secure_measurements=secure_measurements,
   )
   return but_aggregation(
     model_fn,

@@ -8,7 +8,11 @@ import tensorflow_federated as tff
 
 from tff_shadow.aggregators import shadow_noise_factory, shaped_update_type
 from tff_shadow.data import Examples
-from tff_shadow.learning.client_work import ModelFn, wire_client_work
+from tff_shadow.learning.client_work import (
+  ModelFn,
+  default_metrics_aggregator,
+  wire_client_work,
+)
 from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.fed_avg import ButAggregation, but_aggregation, initial_weights
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
@@ -30,6 +34,7 @@ def build_shadow_fed_avg(
   metrics_aggregator: Callable[..., Any] | None = None,
   batch_norm_sharing: BatchNormSharing = 'aggregate',
   decoys: Examples | None = None,
+  secure_measurements: bool = False,
 ) -> tff.learning.templates.LearningProcess:
   """Builds FedAvg with shadow noise: `build_weighted_fed_avg` plus `noise` and `shadow_model_fn`.
 
@@ -41,7 +46,7 @@ def build_shadow_fed_avg(
 
   The sums of training loss and metrics are of the clean images and without noise. A server that
   sees them of each client can test guessed images with them; where it is not trusted with that, sum
-  them securely (`metrics_aggregator=tff.learning.metrics.secure_sum_then_finalize`).
+  them securely (`secure_measurements`).
 
   For unweighted averaging set `client_weighting=tff.learning.ClientWeighting.UNIFORM`.
 
@@ -55,14 +60,16 @@ def build_shadow_fed_avg(
     client_weighting: By number of examples by default.
     model_distributor: A plain broadcast by default.
     model_aggregator: Aggregates the noised updates; the weighted mean by default.
-    metrics_aggregator: As in TFF.
+    metrics_aggregator: As in TFF; see `build_client_work` for the default.
     batch_norm_sharing: See `build_weighted_fed_avg`.
     decoys: Public images of the modality with labels, for decoy noise; every client gets them with
       the computation, so a few hundred.
+    secure_measurements: See `build_weighted_fed_avg`.
 
   Returns:
-    A `LearningProcess`. Its client work also reports `maps_fell_back`, the number of images whose
-    region map could not be computed and was taken as the whole image.
+    A `LearningProcess` with the measurements of `build_weighted_fed_avg` and those of
+    `shadow_noise_factory`. Its client work also reports `maps_fell_back`, the number of images
+    whose region map could not be computed and was taken as the whole image.
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`, if 'per_step', 'image_ratio' or decoy noise
@@ -82,6 +89,7 @@ def build_shadow_fed_avg(
     metrics_aggregator=metrics_aggregator,
     batch_norm_sharing=batch_norm_sharing,
     decoys=decoys,
+    secure_measurements=secure_measurements,
   )(model_aggregator)
 
 
@@ -97,6 +105,7 @@ def shadow_fed_avg_but_aggregation(
   metrics_aggregator: Callable[..., Any] | None = None,
   batch_norm_sharing: BatchNormSharing = 'aggregate',
   decoys: Examples | None = None,
+  secure_measurements: bool = False,
 ) -> ButAggregation:
   """`build_shadow_fed_avg`, to be finished with one aggregator after another."""
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
@@ -130,8 +139,9 @@ def shadow_fed_avg_but_aggregation(
     initial_model_weights.type_signature.result,
     client_weighting,
     share_statistics,
-    metrics_aggregator or tff.learning.metrics.sum_then_finalize,
+    metrics_aggregator or default_metrics_aggregator(secure_measurements),
     decoy_batches(noise, decoys, shadow_model_fn()) if noise.needs_decoys else None,
+    secure_measurements,
   )
   complete = but_aggregation(
     model_fn,
@@ -143,7 +153,9 @@ def shadow_fed_avg_but_aggregation(
     share_statistics,
   )
   return lambda aggregator: complete(
-    shadow_noise_factory(*noise.added, aggregator, floor=noise.floor)
+    shadow_noise_factory(
+      *noise.added, aggregator, floor=noise.floor, secure_measurements=secure_measurements
+    )
   )
 
 
@@ -202,6 +214,7 @@ def _build_client_work(
   share_statistics,
   metrics_aggregator,
   decoys,
+  secure_measurements,
 ):
   """Returns the client work and the type of a plain update."""
   with tf.Graph().as_default():
@@ -232,4 +245,10 @@ def _build_client_work(
   expected = shaped_update_type(update_type, noise.added[0])
   if not expected.is_equivalent_to(result_type.update):
     raise AssertionError(f'{result_type.update} is not {expected}')
-  return wire_client_work(client_update, metrics_aggregation, ('maps_fell_back',)), update_type
+  client_work = wire_client_work(
+    client_update,
+    metrics_aggregation,
+    ('maps_fell_back',),
+    secure_measurements=secure_measurements,
+  )
+  return client_work, update_type
