@@ -88,7 +88,10 @@ class TestTypes:
     assert ours.get_model_weights.type_signature.result == (
       stock.get_model_weights.type_signature.result
     )
-    assert ours.next.type_signature.parameter[1] == stock.next.type_signature.parameter[1]
+    assert ours.initialize.type_signature == stock.initialize.type_signature
+    assert ours.next.type_signature.parameter == stock.next.type_signature.parameter
+    assert ours.get_hparams.type_signature == stock.get_hparams.type_signature
+    assert ours.set_hparams.type_signature == stock.set_hparams.type_signature
 
   @pytest.mark.parametrize(
     ('norm', 'sharing', 'sends_statistics'),
@@ -123,6 +126,11 @@ class TestTypes:
       with pytest.raises(TypeError, match=rf'Keras model .*from_keras_model\), found {found}$'):
         build_weighted_fed_avg(model_fn, optimizer)
 
+  @pytest.mark.parametrize('weighting', ['num_examples', None, lambda *_: 1.0])
+  def test_weighting_is_one_of_tff(self, weighting):
+    with pytest.raises(TypeError, match=r'client_weighting must be a tff\.learning\.Client'):
+      _process(_model(), client_weighting=weighting)
+
   def test_unknown_sharing(self):
     with pytest.raises(ValueError, match='batch_norm_sharing'):
       _process(_model(), 'sometimes')
@@ -146,6 +154,35 @@ class TestExecution:
     if norm == 'batch':
       initial = model_weights(_model(norm)).non_trainable
       assert not np.allclose(weights.non_trainable[0], initial[0])
+
+  @pytest.mark.parametrize('momentum', [0.0, 0.9])
+  def test_hyperparameters_are_set_as_in_stock(self, momentum):
+    clients = [_batches(1, num_batches=3), _batches(2)]
+    model_fn = keras_model_fn(_model(), _SHAPE)
+    set_later, set_first, stock = (
+      build(model_fn, tff.learning.optimizers.build_sgdm(rate, momentum))
+      for build, rate in (
+        (build_weighted_fed_avg, 0.5),
+        (build_weighted_fed_avg, _LEARNING_RATE),
+        (tff.learning.algorithms.build_weighted_fed_avg, 0.5),
+      )
+    )
+    results = []
+    for process in (set_later, set_first, stock):
+      state = process.set_model_weights(process.initialize(), model_weights(_model()))
+      hparams = process.get_hparams(state)
+      if process is not set_first:
+        assert hparams['client_work']['learning_rate'] == 0.5
+        hparams['client_work']['learning_rate'] = _LEARNING_RATE
+        state = process.set_hparams(state, hparams)
+      state = process.next(state, [_dataset(batches) for batches in clients]).state
+      assert process.get_hparams(state)['client_work'] == pytest.approx(
+        {'learning_rate': _LEARNING_RATE, **({'momentum': momentum} if momentum else {})}
+      )
+      results.append(state.global_model_weights.trainable)
+    for own, wanted, other in zip(*results, strict=True):
+      np.testing.assert_array_equal(own, wanted)
+      np.testing.assert_allclose(own, other, atol=2e-6)
 
   def test_local_statistics_stay_at_their_initial_values(self):
     output = _one_round(_process(_model('batch'), 'local'), _model('batch'), [_batches(1)])

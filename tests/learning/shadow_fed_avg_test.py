@@ -156,8 +156,9 @@ class _Client:
       decoy_batches(noise, decoys, shadow_model_fn()) if noise.needs_decoys else None,
     )
 
-  def result(self, dataset):
-    return self._work.run(self._weights, dataset, tff.learning.ClientWeighting.NUM_EXAMPLES)
+  def result(self, dataset, hparams=None):
+    weighting = tff.learning.ClientWeighting.NUM_EXAMPLES
+    return self._work.run(self._weights, dataset, weighting, hparams)
 
   def sends(self, dataset):
     """The noised update, flat."""
@@ -282,6 +283,10 @@ class TestArguments:
         shadow_model_fn=lambda: model_from_config(config),
         batch_norm_sharing='local',
       )
+
+  def test_weighting_is_one_of_tff(self):
+    with pytest.raises(TypeError, match=r'client_weighting must be a tff\.learning\.Client'):
+      _process(_model(), _noise('isotropic'), client_weighting='num_examples')
 
   def test_per_step_needs_plain_sgd(self):
     for optimizer in (
@@ -408,6 +413,37 @@ class TestExecution:
     np.testing.assert_array_equal(observation['weights'], [0.0, 4.0, 10.0])
     mean = np.average(sent, axis=0, weights=observation['weights'])
     np.testing.assert_allclose(_flat(observation['aggregate']), mean, atol=1e-6)
+
+  @pytest.mark.parametrize('settings', _ALL)
+  def test_all_of_a_client_follows_the_learning_rate_that_is_set(self, settings):
+    model, noise = _model(), _all_noise(*settings)
+    dataset = _dataset(_examples(10), ('x', 'y', 'noise_key', 'region'))
+    other = tff.learning.optimizers.build_sgdm(0.5)
+    set_first, set_later = (
+      _Client(model, noise, optimizer=optimizer, decoys=_public()) for optimizer in (_SGD, other)
+    )
+    hparams = collections.OrderedDict(learning_rate=tf.constant(_RATE))
+    expected, actual = (
+      tf.nest.flatten(result[0].update)
+      for result in (set_first.result(dataset), set_later.result(dataset, hparams))
+    )
+    for one, wanted in zip(actual, expected, strict=True):
+      np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-7)
+
+  def test_learning_rate_is_set_between_rounds(self):
+    weights, dataset = model_weights(_model()), _dataset(_examples(8))
+    results = []
+    for rate in (_RATE, 0.5):
+      optimizer = tff.learning.optimizers.build_sgdm(rate)
+      # Of an absolute strength, so that the noise is in proportion to the rate.
+      process = _process(_model(), _noise('correlated', kind='scale'), optimizer=optimizer)
+      state = process.set_model_weights(process.initialize(), weights)
+      hparams = process.get_hparams(state)
+      assert hparams['client_work']['learning_rate'] == np.float32(rate)
+      hparams['client_work']['learning_rate'] = _RATE
+      output = process.next(process.set_hparams(state, hparams), [dataset])
+      results.append(_flat(output.state.global_model_weights.trainable))
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-7)
 
   @pytest.mark.parametrize(
     ('shape', 'propagation'),

@@ -203,6 +203,22 @@ def test_a_round_cut_short_by_ctrl_c_is_not_counted(tiny_data, tmp_path, monkeyp
     np.testing.assert_allclose(actual, wanted, atol=1e-6)
 
 
+def test_learning_rate_drops_need_no_new_process(tiny_data, tmp_path):
+  settings = _settings(4, learning_rate_drops=(2,), observed_rounds=())
+  run = TrainingRun(tiny_data, _model(), settings, tmp_path)
+  assert run._process_of(1) is run._process_of(4)
+
+
+def test_hyperparameters_are_not_in_the_saved_state(tiny_data, tmp_path):
+  """They are the settings', so that what was saved before they were in the state is resumed."""
+  _train(tiny_data, tmp_path, _settings(1))
+  process = TrainingRun(tiny_data, _model(), _settings(1), tmp_path / 'other')._process_of(1)
+  state = process.initialize()
+  saved, _ = RunState(tmp_path / 'state').load_latest(state._replace(client_work=()))
+  assert saved.client_work == ()
+  assert list(state.client_work) == ['learning_rate']
+
+
 def test_learning_rate_drops_make_the_run_of_its_stages_by_hand(tiny_data, tmp_path):
   settings = _settings(4, learning_rate_drops=(2,), observed_rounds=(2, 3, 4))
   _train(tiny_data, tmp_path / 'whole', dataclasses.replace(settings, rounds=2))

@@ -55,12 +55,13 @@ def build_client_work(
 ) -> tff.learning.templates.ClientWorkProcess:
   """Builds the local training of FedAvg.
 
-  Differs from TFF's `build_model_delta_client_work` in two things. With `share_statistics` the
+  Differs from TFF's `build_model_delta_client_work` in three things. With `share_statistics` the
   update is `OrderedDict(trainable=[...], non_trainable=[...])` and holds the change of the
   BatchNorm statistics too, which the stock work never sends; without, it is the list of trainable
   differences, as in the stock work. And the measurements name the clients that were dropped:
   `non_finite` holds a 0 or 1 per client, in the order of the clients' data, or with
-  `secure_measurements` no more than the sum of these.
+  `secure_measurements` no more than the sum of these. And there is no `loop_implementation`, for
+  the batches are walked through by a loop of our own (`fold`).
 
   As in TFF, an update is *initial minus trained* weights. A client whose update is not finite
   sends zeros with weight 0, and its metrics are left out.
@@ -69,7 +70,7 @@ def build_client_work(
     model_fn: Builds the model anew at each call; for Keras models the one of
       `tff.learning.models.from_keras_model`.
     optimizer: The local optimiser.
-    client_weighting: Weight of a client in the mean.
+    client_weighting: Weight of a client in the mean; no function, as elsewhere in TFF.
     share_statistics: Whether floating-point non-trainable variables are in the update.
     metrics_aggregator: As in TFF; by default `tff.learning.metrics.sum_then_finalize`, or with
       `secure_measurements` `secure_sum_then_finalize`.
@@ -77,8 +78,14 @@ def build_client_work(
     secure_measurements: Whether all measurements are computed by secure summation.
 
   Returns:
-    A `ClientWorkProcess` without state.
+    A `ClientWorkProcess`. As in TFF, its state are the hyperparameters of `optimizer`, which
+    `set_hparams` of a learning process changes between rounds.
+
+  Raises:
+    TypeError: If `client_weighting` is no `tff.learning.ClientWeighting`, or `model_fn` is none
+      that builds a `VariableModel`.
   """
+  check_client_weighting(client_weighting)
   metrics_aggregator = metrics_aggregator or default_metrics_aggregator(secure_measurements)
   with tf.Graph().as_default():
     model = model_fn()
@@ -88,8 +95,10 @@ def build_client_work(
     data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(model.input_spec))
     weights_type = tff.learning.models.weights_type_from_model(model)
 
-  @tff.tensorflow.computation(weights_type, data_type)
-  def client_update(initial_weights, dataset):
+  start_hparams = hparams_computation(optimizer)
+
+  @tff.tensorflow.computation(start_hparams.type_signature.result, weights_type, data_type)
+  def client_update(hparams, initial_weights, dataset):
     local_model = model_fn()
     gradient_fn = build_gradient_fn(local_model)
 
@@ -98,17 +107,41 @@ def build_client_work(
       return num_examples, [gradients], ()
 
     @tf.function(autograph=False)
-    def train(initial_weights, dataset):
+    def train(hparams, initial_weights, dataset):
       (update,), num_examples, _ = train_locally(
-        [local_model], optimizer, initial_weights, dataset, one_copy, share_statistics
+        [local_model],
+        optimizer,
+        initial_weights,
+        dataset,
+        one_copy,
+        share_statistics,
+        hparams=hparams,
       )
       return client_result(local_model, update, num_examples, client_weighting)
 
-    return train(initial_weights, dataset)
+    return train(hparams, initial_weights, dataset)
 
   return wire_client_work(
-    client_update, metrics_aggregation, secure_measurements=secure_measurements
+    client_update, start_hparams, metrics_aggregation, secure_measurements=secure_measurements
   )
+
+
+def check_client_weighting(client_weighting: tff.learning.ClientWeighting) -> None:
+  """Raises TypeError, as TFF does, for a name or a function, or None."""
+  if not isinstance(client_weighting, tff.learning.ClientWeighting):
+    raise TypeError(
+      f'client_weighting must be a tff.learning.ClientWeighting, found {client_weighting!r}'
+    )
+
+
+def initial_hparams(optimizer: tff.learning.optimizers.Optimizer) -> collections.OrderedDict:
+  """The hyperparameters that the optimiser was built with."""
+  return optimizer.get_hparams(optimizer.initialize(tf.TensorSpec((), tf.float32)))
+
+
+def hparams_computation(optimizer: tff.learning.optimizers.Optimizer) -> tff.Computation:
+  """The computation of `initial_hparams`, whose result has their type."""
+  return tff.tensorflow.computation(lambda: initial_hparams(optimizer))
 
 
 def default_metrics_aggregator(secure_measurements: bool) -> Callable[..., Any]:
@@ -119,15 +152,18 @@ def default_metrics_aggregator(secure_measurements: bool) -> Callable[..., Any]:
 
 def wire_client_work(
   client_update: tff.Computation,
+  start_hparams: tff.Computation,
   metrics_aggregation: Any,
   counts: tuple[str, ...] = (),
   *,
   secure_measurements: bool,
 ) -> tff.learning.templates.ClientWorkProcess:
-  """Makes a stateless client work of what one client does.
+  """Makes a client work, whose state is the optimiser's hyperparameters, of what one client does.
 
   Args:
-    client_update: <weights, data> -> (ClientResult, unfinalized metrics, non-finite flag, *counts).
+    client_update: <hyperparameters, weights, data> -> (ClientResult, unfinalized metrics,
+      non-finite flag, *counts).
+    start_hparams: Of `hparams_computation`.
     metrics_aggregation: Of the metrics.
     counts: Names of what else each client counts; measured as sums over the clients.
     secure_measurements: See `build_client_work`; for all but the metrics.
@@ -135,7 +171,7 @@ def wire_client_work(
   Returns:
     A work whose measurements are `OrderedDict(train, non_finite, **counts)`.
   """
-  weights_type, data_type = client_update.type_signature.parameter
+  hparams_type, weights_type, data_type = client_update.type_signature.parameter
   if secure_measurements:
     collect_flags = functools.partial(federated_count, secure=True)
   else:
@@ -143,7 +179,16 @@ def wire_client_work(
 
   @tff.federated_computation
   def init_fn():
-    return tff.federated_value((), tff.SERVER)
+    return tff.federated_eval(start_hparams, tff.SERVER)
+
+  @tff.tensorflow.computation(hparams_type)
+  def get_hparams_fn(state):
+    return state
+
+  @tff.tensorflow.computation(hparams_type, hparams_type)
+  def set_hparams_fn(state, hparams):
+    del state
+    return hparams
 
   @tff.federated_computation(
     init_fn.type_signature.result,
@@ -151,7 +196,9 @@ def wire_client_work(
     tff.types.FederatedType(data_type, tff.CLIENTS),
   )
   def next_fn(state, weights, client_data):
-    result, metrics, non_finite, *counted = tff.federated_map(client_update, (weights, client_data))
+    result, metrics, non_finite, *counted = tff.federated_map(
+      client_update, (tff.federated_broadcast(state), weights, client_data)
+    )
     measurements = collections.OrderedDict(
       train=metrics_aggregation(metrics), non_finite=collect_flags(non_finite)
     )
@@ -159,7 +206,9 @@ def wire_client_work(
       measurements[name] = federated_count(count, secure_measurements)
     return tff.templates.MeasuredProcessOutput(state, result, tff.federated_zip(measurements))
 
-  return tff.learning.templates.ClientWorkProcess(init_fn, next_fn)
+  return tff.learning.templates.ClientWorkProcess(
+    init_fn, next_fn, get_hparams_fn=get_hparams_fn, set_hparams_fn=set_hparams_fn
+  )
 
 
 def train_locally(
@@ -170,6 +219,8 @@ def train_locally(
   gradient_fn: Callable[[Any], tuple[tf.Tensor, list[list[tf.Tensor]], tuple[tf.Tensor, ...]]],
   share_statistics: bool,
   accumulators: tuple[tf.Tensor, ...] = (),
+  *,
+  hparams: collections.OrderedDict | None = None,
 ) -> tuple[list[Any], tf.Tensor, tuple[tf.Tensor, ...]]:
   """Trains one or several copies of a model side by side on the same batches.
 
@@ -182,6 +233,7 @@ def train_locally(
       is to be added to `accumulators`.
     share_statistics: See `build_client_work`.
     accumulators: Where the sums start.
+    hparams: Hyperparameters of the optimiser; those it was built with by default.
 
   Returns:
     The update of each copy (initial minus trained), number of examples seen, and the sums.
@@ -205,11 +257,10 @@ def train_locally(
     sums = tuple(total + extra for total, extra in zip(sums, increments, strict=True))
     return num_examples + tf.cast(batch_size, tf.int64), tuple(new_states), sums
 
-  start = (
-    tf.constant(0, tf.int64),
-    tuple(optimizer.initialize(specs) for _ in models),
-    accumulators,
-  )
+  optimizer_states = tuple(optimizer.initialize(specs) for _ in models)
+  if hparams is not None:
+    optimizer_states = tuple(optimizer.set_hparams(state, hparams) for state in optimizer_states)
+  start = (tf.constant(0, tf.int64), optimizer_states, accumulators)
   num_examples, _, sums = fold(dataset, start, reduce_fn)
   updates = []
   for weights in all_weights:

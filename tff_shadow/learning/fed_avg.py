@@ -37,7 +37,9 @@ def build_weighted_fed_avg(
   """Builds FedAvg (McMahan et al. 2017) with a choice of what BatchNorm shares.
 
   Drop-in for `tff.learning.algorithms.build_weighted_fed_avg` with Keras models, and the same
-  algorithm for one without BatchNorm. A `FunctionalModel`, which that takes too, is refused.
+  algorithm for one without BatchNorm. A `FunctionalModel`, which that takes too, is refused, and
+  there is no `loop_implementation`: the loop over a client's batches is one of our own, and a
+  single one.
   `batch_norm_sharing` decides what is sent of the running statistics:
 
   * 'aggregate': clients send their change, the server adds the mean (plain FedAvg of all weights).
@@ -68,8 +70,9 @@ def build_weighted_fed_avg(
 
   Raises:
     ValueError: For an unknown `batch_norm_sharing`.
-    TypeError: If the aggregator changes the structure of the update, or is not weighted; or if
-      `model_fn` is none that builds a `VariableModel`.
+    TypeError: If the aggregator changes the structure of the update, or is not weighted; if
+      `client_weighting` is no `tff.learning.ClientWeighting`; or if `model_fn` is none that builds
+      a `VariableModel`.
   """
   return weighted_fed_avg_but_aggregation(
     model_fn,

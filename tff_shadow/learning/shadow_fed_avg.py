@@ -10,7 +10,9 @@ from tff_shadow.aggregators import shadow_noise_factory, shaped_update_type
 from tff_shadow.data import Examples
 from tff_shadow.learning.client_work import (
   ModelFn,
+  check_client_weighting,
   default_metrics_aggregator,
+  hparams_computation,
   wire_client_work,
 )
 from tff_shadow.learning.decoys import decoy_batches
@@ -76,7 +78,8 @@ def build_shadow_fed_avg(
       cannot be used with the optimiser or with the shared statistics, 'local_training' or
       'image_ratio' with a model that draws at random, or if decoy noise has no decoys, or such as
       do not fit the model.
-    TypeError: If the input of `model_fn`'s model has other types than `shadow_input_spec`.
+    TypeError: If `client_weighting` is no `tff.learning.ClientWeighting`; or if the input of
+      `model_fn`'s model has other types than `shadow_input_spec`.
   """
   return shadow_fed_avg_but_aggregation(
     model_fn,
@@ -108,6 +111,7 @@ def shadow_fed_avg_but_aggregation(
   secure_measurements: bool = False,
 ) -> ButAggregation:
   """`build_shadow_fed_avg`, to be finished with one aggregator after another."""
+  check_client_weighting(client_weighting)
   initial_model_weights, share_statistics = initial_weights(model_fn, batch_norm_sharing)
   if noise.needs_shadow and noise.propagation == 'per_step':
     _check_plain_sgd("propagation 'per_step'", "'local_training'", client_optimizer_fn)
@@ -231,14 +235,16 @@ def _build_client_work(
       )
   data_type = tff.types.SequenceType(tff.types.tensorflow_to_type(input_spec))
 
-  @tff.tensorflow.computation(weights_type, data_type)
-  def client_update(initial_weights, dataset):
+  start_hparams = hparams_computation(optimizer)
+
+  @tff.tensorflow.computation(start_hparams.type_signature.result, weights_type, data_type)
+  def client_update(hparams, initial_weights, dataset):
     work = ShadowWork(model_fn, shadow_model_fn, optimizer, noise, share_statistics, decoys)
 
-    def train(initial_weights, dataset):
-      return work.run(initial_weights, dataset, client_weighting)
+    def train(hparams, initial_weights, dataset):
+      return work.run(initial_weights, dataset, client_weighting, hparams)
 
-    return graph_function(train, shadow)(initial_weights, dataset)
+    return graph_function(train, shadow)(hparams, initial_weights, dataset)
 
   result_type = client_update.type_signature.result[0]
   update_type = result_type.update.update
@@ -247,6 +253,7 @@ def _build_client_work(
     raise AssertionError(f'{result_type.update} is not {expected}')
   client_work = wire_client_work(
     client_update,
+    start_hparams,
     metrics_aggregation,
     ('maps_fell_back',),
     secure_measurements=secure_measurements,

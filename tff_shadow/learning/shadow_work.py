@@ -8,7 +8,13 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_shadow.aggregators.shadow_noise import squared_norm
-from tff_shadow.learning.client_work import ModelFn, client_result, fold, train_locally
+from tff_shadow.learning.client_work import (
+  ModelFn,
+  client_result,
+  fold,
+  initial_hparams,
+  train_locally,
+)
 from tff_shadow.learning.decoys import DecoyBatches
 from tff_shadow.learning.noise_settings import ShadowNoise
 from tff_shadow.shadow import RegionMap, build_region_map
@@ -34,6 +40,7 @@ class ShadowWork:
   ):
     """Makes the variables; see `build_shadow_fed_avg` for the arguments, `decoys` as batches."""
     self._optimizer = optimizer
+    self._hparams = initial_hparams(optimizer)
     self._noise = noise
     self._share_statistics = share_statistics
     pairs = noise.training_draws if noise.propagation == 'local_training' else 0
@@ -54,13 +61,17 @@ class ShadowWork:
     initial_weights: tff.learning.models.ModelWeights,
     dataset: tf.data.Dataset,
     client_weighting: tff.learning.ClientWeighting,
+    hparams: collections.OrderedDict | None = None,
   ) -> tuple[tff.learning.templates.ClientResult, Any, tf.Tensor, tf.Tensor]:
     """Trains on `dataset`, batches of `shadow_input_spec`; to be called in a tf.function.
+
+    `hparams` are those of the optimiser, by default what it was built with.
 
     Returns:
       ClientResult of a shaped update (`shaped_update_type`), metrics, whether the update was not
       finite, and how many region maps fell back.
     """
+    self._hparams = hparams or initial_hparams(self._optimizer)
     if self._shadow is not None:
       variables = [*self._shadow.trainable_variables, *self._shadow.non_trainable_variables]
       values = [*initial_weights.trainable, *initial_weights.non_trainable]
@@ -84,6 +95,7 @@ class ShadowWork:
       self._gradients,
       self._share_statistics,
       sums,
+      hparams=self._hparams,
     )
     key, num_steps, energy, fourth_moment, fell_back, *direction = sums
     if self._noise.measures_images or self._noise.needs_decoys:
@@ -241,7 +253,7 @@ class ShadowWork:
 
   @property
   def _rate(self):
-    return self._optimizer.initialize(tf.TensorSpec((), tf.float32))['learning_rate']
+    return self._hparams['learning_rate']
 
   def _scale_in_images(self, maps):
     """Tau of every image [B, 1, 1, 1]; see `NoiseStrength`."""

@@ -92,8 +92,8 @@ class TrainingRun:
     if settings.batch_norm_sharing == 'frozen':
       freeze_batch_norm(model)
     self._initial_weights = model_weights(model)
-    self._processes: dict[tuple[bool, float], tff.learning.templates.LearningProcess] = {}
-    self._but_aggregation: dict[float, ButAggregation] = {}
+    self._processes: dict[bool, tff.learning.templates.LearningProcess] = {}
+    self._but_aggregation: ButAggregation | None = None
     self._process_of(1)  # The others differ in nothing that could be a mistake.
     self._shadows = self._build_shadows()
     self._validation_images = data.validation.float_images()
@@ -153,16 +153,15 @@ class TrainingRun:
   def _process_of(self, round_num: int) -> tff.learning.templates.LearningProcess:
     """The process of a round, made when it is first needed.
 
-    Neither the tap nor the clients' optimiser keeps any state, so all processes exchange theirs.
-    The updates of a round are collected only where they are logged.
+    The tap keeps no state, so all processes exchange theirs. The updates of a round are collected
+    only where they are logged.
     """
     observed = round_num in self._settings.observed_rounds
-    kind = (observed, self._settings.training_in(round_num).learning_rate)
-    if kind not in self._processes:
-      self._processes[kind] = self._build(*kind)
-    return self._processes[kind]
+    if observed not in self._processes:
+      self._processes[observed] = self._build(observed)
+    return self._processes[observed]
 
-  def _build(self, observed: bool, learning_rate: float) -> tff.learning.templates.LearningProcess:
+  def _build(self, observed: bool) -> tff.learning.templates.LearningProcess:
     settings = self._settings
     shadow, baseline = settings.shadow_defense, settings.baseline
     decoys = shadow.decoys if shadow else None
@@ -171,17 +170,17 @@ class TrainingRun:
       json.dumps(config),
       tuple(self._data.image_shape),
       settings.batch_norm_sharing,
-      (learning_rate, settings.client_training.momentum),
+      (settings.client_training.learning_rate, settings.client_training.momentum),
       (settings.server_learning_rate, settings.server_momentum),
       shadow.noise if shadow else None,
     )
     try:
       if baseline is None and decoys is None and _is_of_keras(config):
         return _shared_process(traced, observed)
-      if learning_rate not in self._but_aggregation:
+      if self._but_aggregation is None:
         gradients = {'build_gradient_fn': baseline.gradients(self._model)} if baseline else {}
-        self._but_aggregation[learning_rate] = _fed_avg(traced, decoys, **gradients)
-      return self._but_aggregation[learning_rate](self._aggregator(observed))
+        self._but_aggregation = _fed_avg(traced, decoys, **gradients)
+      return self._but_aggregation(self._aggregator(observed))
     except ValueError as error:
       if shadow is None and baseline is None:
         raise
@@ -197,10 +196,10 @@ class TrainingRun:
     process = self._process_of(1)
     state = process.initialize()
     if resume and run_state.any():
-      state, done = run_state.load_latest(state)
+      saved, done = run_state.load_latest(_without_hparams(state))
       if self._shadows:
         self._shadows.load(done)
-      return state, done
+      return saved._replace(client_work=state.client_work), done
     if resume:
       logging.warning('nothing was saved of this run yet; it begins with round 1')
     state = process.set_model_weights(state, self._initial_weights)
@@ -211,7 +210,13 @@ class TrainingRun:
     """The clients' part first: a round whose state is there has all it needs."""
     if self._shadows:
       self._shadows.save(round_num)
-    run_state.save(state, round_num)
+    run_state.save(_without_hparams(state), round_num)
+
+  def _with_learning_rate(self, state: Any, round_num: int) -> Any:
+    """The state with the clients' learning rate of a round."""
+    hparams = collections.OrderedDict(state.client_work)
+    hparams['learning_rate'] = np.float32(self._settings.training_in(round_num).learning_rate)
+    return state._replace(client_work=hparams)
 
   def _build_shadows(self) -> ClientShadows | None:
     settings = self._settings
@@ -238,6 +243,7 @@ class TrainingRun:
     tasks = self._sampler.sample(round_num)
     observed = round_num in self._settings.observed_rounds
     datasets, metrics = self._client_data(tasks, state, round_num)
+    state = self._with_learning_rate(state, round_num)
     output = self._process_of(round_num).next(state, datasets)
     work = output.metrics['client_work']
     flags = np.asarray(work['non_finite'])
@@ -381,6 +387,11 @@ def _is_of_keras(config: Any) -> bool:
     own = str(config.get('module', 'keras.')).startswith('keras.')
     return own and all(map(_is_of_keras, config.values()))
   return not isinstance(config, list) or all(map(_is_of_keras, config))
+
+
+def _without_hparams(state: Any) -> Any:
+  """What is saved: the clients' hyperparameters are those of the settings, not of the state."""
+  return state._replace(client_work=())
 
 
 def _tap(observed: bool) -> Callable[[Any], Any]:
