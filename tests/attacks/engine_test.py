@@ -438,6 +438,10 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
   assert 'orders' not in ' '.join(threat_model(several, _SHORT, labels_known=False))
   # Over rounds every order is another.
   assert warnings(several, several.clients, _SHORT, num_rounds=2) == []
+  layers = [small_model(), tf.keras.layers.Dropout(0.5, name='drops')]
+  drops = play_round(tf.keras.Sequential(layers), [(smooth_images(1), [1])])
+  (warning,) = warnings(drops, drops.clients, _SHORT)
+  assert "layer 'drops' of the model draws at random" in warning
   once = dataclasses.replace(
     shuffled,
     client_training=dataclasses.replace(training, local_epochs=1),

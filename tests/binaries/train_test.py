@@ -300,4 +300,3 @@ def test_user_mistake_is_one_line_and_exit_code_1(tmp_path):
   for ended, (_, message) in zip(run_all('train', runs), cases, strict=True):
     assert_one_error_line(ended, message)
   assert not (tmp_path / 'r').exists()
-  assert 'none' in ended.stderr

@@ -135,6 +135,15 @@ def freeze_batch_norm(model: tf.keras.Model) -> int:
   return len(layers)
 
 
+def random_layers(model: tf.keras.Model) -> list[str]:
+  """Names of the layers that draw at random in training, such as Dropout; nested ones included."""
+  return [
+    layer.name
+    for layer in model._flatten_layers()
+    if isinstance(layer, tf.keras.__internal__.layers.BaseRandomLayer)
+  ]
+
+
 def batch_norm_layers(model: tf.keras.Model) -> list[tf.keras.layers.BatchNormalization]:
   """All BatchNormalization layers, nested models included."""
   return [
