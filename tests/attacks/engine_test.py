@@ -209,6 +209,17 @@ def test_several_local_steps_are_simulated_exactly():
   assert quality['exact'] > max(25, quality['between'] + 3)
 
 
+def test_frozen_layers_stand_still_in_several_steps():
+  model = small_model()
+  model.layers[1].trainable = False
+  image = smooth_images(1, seed=5)
+  observation = play_round(model, [(image, [1])], steps=3, learning_rate=0.1)
+  config = AttackConfig(iterations=200, xla='off')
+  (result,) = attack_observation(observation, config)
+  found = psnr(result.reconstructions['attack'], image)
+  assert found > psnr(result.reconstructions['mean_image'], image) + 3
+
+
 def test_the_mean_is_searched_on_the_way_that_its_clients_went():
   """Of a single client it is that client's update, and the way there four steps long."""
   image = smooth_images(1)
