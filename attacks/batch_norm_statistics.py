@@ -10,6 +10,7 @@ from tff_shadow.models import (
   collect_statistics,
   inputs_of_layers,
   model_from_config,
+  sent_statistics,
   training_batch_norm_layers,
 )
 from tff_shadow.observations import AGGREGATE, ClientObservation, ClientTraining, Observation
@@ -96,8 +97,7 @@ def observed_statistics(
   check_running_statistics(model)
   variables = model.non_trainable_variables
   before = observation.global_weights.non_trainable
-  # Only floating-point ones are sent back; not the state of a random generator.
-  shared = [index for index, v in enumerate(variables) if v.dtype.is_floating]
+  shared = [index for index, is_sent in enumerate(sent_statistics(variables)) if is_sent]
   if len(before) != len(variables) or len(changes) != len(shared):
     raise UserError(
       f'observation: {len(before)} non-trainable arrays in the global weights and {len(changes)} in'

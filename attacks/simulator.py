@@ -95,6 +95,9 @@ class ClientSimulator:
         observation.global_weights.non_trainable,
         'non-trainable',
       )
+    for variable in self.model.non_trainable_variables:
+      # Weights of frozen layers: what is differentiated by recomputing must not have any besides.
+      variable._trainable = False
     self._loss = classification_loss(self.model)
     self._outputs_logits = outputs_logits(self.model)
     # After the loss: replacing the activations must not change what kind of output it sees.

@@ -8,6 +8,7 @@ from attacks.generators import GenerativePrior
 from attacks.initialization import MeanImageStart
 from attacks.local_steps import local_steps
 from attacks.matching import NoMatching
+from tff_shadow.models import model_from_config, random_layers
 from tff_shadow.observations import ClientObservation, Observation
 
 _PRIORS = {
@@ -87,6 +88,17 @@ def _batch_sizes(observation: Observation) -> str:
   return f'{min(sizes)} to {max(sizes)} (that of each client)'
 
 
+def random_training(observation: Observation) -> str | None:
+  """Why no simulation is that of the clients, whose model draws at random; None if it does not."""
+  random = random_layers(model_from_config(observation.model_config))
+  if not random:
+    return None
+  return (
+    f'layer {random[0]!r} of the model draws at random in training, and the attack does not know'
+    ' what the clients drew: it fits their updates less well than one that tries to find that out'
+  )
+
+
 def warnings(
   observation: Observation,
   clients: Sequence[ClientObservation],
@@ -102,17 +114,18 @@ def warnings(
     num_rounds: That are attacked jointly.
   """
   several = [client for client in clients if client.num_steps > 1]
+  found = [unlike] if (unlike := random_training(observation)) else []
   if config.simulation == 'between':
     if not several:
-      return []
+      return found
     return [
+      *found,
       f'{len(several)} of {len(clients)} clients took more than one local step'
       f' ({several[0].client_id} among them): one gradient between their old and new weights stands'
-      ' for all steps, which is not exact'
+      ' for all steps, which is not exact',
     ]
   steps = [local_steps(client, observation.client_training) for client in several]
   ordered = [client for client, own in zip(several, steps, strict=True) if own.is_ordered]
-  found = []
   if ordered:
     tries = config.tries_orders
     chosen = f'the best of up to {config.orders} is taken' if tries else 'one is assumed'

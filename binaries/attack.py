@@ -6,6 +6,7 @@ is not opened, unless --labels=truth, which reads the labels in it and nothing e
 
 import contextlib
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ _NOT_SETTINGS = (
 
 def main() -> None:
   """Attacks the round or rounds that the flags name."""
+  logging.getLogger('tensorflow').setLevel(logging.ERROR)  # Several solvers are traced.
   run_dir, observation_dirs = _directories()
   prior_weight = 0.0 if _ANALYTIC.value else attack_flags.public_prior()
   knowledge = knowledge_flags.knowledge(fits_prior=bool(prior_weight))
@@ -318,10 +320,10 @@ def _prepare(output: pathlib.Path, document: dict[str, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _leaving_nothing_of_a_refused_attack(output: pathlib.Path) -> Iterator[None]:
-  """On a `UserError`, frees the name of an attack of which nothing has been kept."""
+  """On an error, frees the name of an attack of which nothing has been kept."""
   try:
     yield
-  except UserError:
+  except Exception:
     if [path.name for path in output.iterdir()] == ['config.json']:
       (output / 'config.json').unlink()
       output.rmdir()

@@ -37,6 +37,7 @@ from attacks.audit.summary import (
 from attacks.report import findings, page
 from attacks.scoring.identification import Identification
 from attacks.threads import share_cores
+from attacks.threat_model import random_training
 from binaries import command, run_directory
 from binaries.audited_bounds import bounds_of
 from binaries.audited_run import AuditedRun, Seen
@@ -163,6 +164,7 @@ def main() -> None:
       'program': 'audit',
       'flags': command.flag_values(sys.modules[__name__]),
       **digests,
+      **audited.digests(),
     },
     resume=_RESUME.value,
     may_change=_MAY_CHANGE,
@@ -187,7 +189,7 @@ def main() -> None:
     'augment': _AUGMENT.value,
     'data_sha256': digests['data_sha256'],
   }
-  audit = _Audit(suite, output, settings, AuditCache(cache_directory), data.validation)
+  audit = _Audit(suite, budget, output, settings, AuditCache(cache_directory), data.validation)
   evidence = [audit.one_round(own) for own in separate]
   if len(audited.seen) > 1 and audited.recurring:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])
@@ -207,7 +209,11 @@ def main() -> None:
     defense=dict(audited.defense),
     training=audited.training,
     seed=_SEED.value,
-    budget={'name': _BUDGET.value, **dataclasses.asdict(budget), 'presets': list(budget.presets)},
+    budget={
+      'name': _BUDGET.value if budget == BUDGETS[_BUDGET.value] else f'{_BUDGET.value}, changed',
+      **dataclasses.asdict(budget),
+      'presets': list(budget.presets),
+    },
     tolerated=tolerated,
     guarantee=str(guarantee),
     epsilon=guarantee.epsilon,
@@ -231,12 +237,14 @@ class _Audit:
   def __init__(
     self,
     suite: Suite,
+    budget: Budget,
     output: pathlib.Path,
     settings: Mapping[str, Any],
     cache: AuditCache,
     public: Examples,
   ):
     self._suite = suite
+    self._budget = budget
     self._output = output
     self._settings = settings
     self._cache = cache
@@ -283,11 +291,17 @@ class _Audit:
     """All attacks on what the server saw: those made, those not made, and what else is missing."""
     attacked = self._suite.unaware(place, observations, clients)
     problems = []
+    if unlike := random_training(observations[0]):
+      problems.append(f'{unlike[0].upper()}{unlike[1:]}.')
     if observations[0].defense['name'] != 'none':
       adaptive = self._suite.adaptive(place, observations, truth, clients)
       attacked += adaptive
       if not adaptive:
         problems.append(_NO_ADAPTIVE)
+      elif less := self._budget.less_than(BUDGETS['default']):
+        problems.append(
+          f'The attacker who knows the defence was given less than by default: {", ".join(less)}.'
+        )
     return (*self._scored(attacked, truth), problems)
 
   def _recognized(

@@ -73,12 +73,18 @@ def bounds_of(
     {
       'name': 'Best linear estimate',
       'region_psnr': prior,
-      'holds_here': True,
+      'holds_here': noise.strength.kind == 'scale',
       'clients': list(clients),
       'rests_on': 'van Trees with a Gaussian prior fitted to public images, an ESTIMATE: attackers'
       ' who know the mean and covariance of images. Those who know more may exceed it, most on'
       ' smooth images.'
-      + (' Of decoy noise its covariance counts, from varied public images.' if decoys else ''),
+      + (' Of decoy noise its covariance counts, from varied public images.' if decoys else '')
+      + (
+        ''
+        if noise.strength.kind == 'scale'
+        else ' How loud the noise is tells of the update that it is relative to; that is not'
+        ' counted, so that the attacks above may exceed it.'
+      ),
     },
     {
       'name': 'Without bias',

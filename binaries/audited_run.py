@@ -1,6 +1,7 @@
 """What an audit reads of a run of tff-shadow-train."""
 
 import collections
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 from attacks.adaptive.attacker import named
 from attacks.local_steps import local_steps
 from attacks.scoring.results import read_json
+from attacks.sources import attacks_digest
 from binaries import run_directory
 from binaries.recorded_data import load_data_of
 from tff_shadow.data import FederatedData
@@ -96,6 +98,20 @@ class AuditedRun:
   def data(self) -> FederatedData:
     """Loads the data set again; UserError if it has changed."""
     return load_data_of(self._run_dir, self.config)
+
+  def digests(self) -> dict[str, Any]:
+    """What an audit that goes on must find as it was: the rounds, what was seen, what attacks."""
+    sha = hashlib.sha256()
+    for own in self.seen:
+      name = round_directory_name(own.observation.round_num)
+      paths = sorted((self._run_dir / 'observations' / name).iterdir())
+      for path in (*paths, self._run_dir / 'truth' / f'{name}.safetensors'):
+        sha.update(hashlib.sha256(path.read_bytes()).digest())
+    return {
+      'audited_rounds': [own.observation.round_num for own in self.seen],
+      'observations_sha256': sha.hexdigest(),
+      'attacks_sha256': attacks_digest(),
+    }
 
   def utility(self, undefended_dir: str | None) -> dict[str, Any]:
     """What test.json says of the run, and of an undefended one from the same start.
@@ -187,6 +203,13 @@ class AuditedRun:
       f' together: {why}.'
       for why, names in reasons.items()
     ]
+    missing = self.config['flags']['rounds'] - len(self.seen)
+    if missing > 0:
+      found.append(
+        f'{missing} of the {self.config["flags"]["rounds"]} rounds of the training were not audited'
+        ' (--observed_rounds of the training, --rounds): the server sees all of them, and may see'
+        ' more in them together.'
+      )
     attacked = {own.observation.round_num for own in separate}
     for own in self.seen:
       left = [name for name in own.clients if name not in self.recurring]

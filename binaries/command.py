@@ -81,6 +81,19 @@ def check_choices(name: str, given: Iterable[str], allowed: Iterable[str]) -> No
       raise UserError(f'--{name}={value}: use some of {", ".join(allowed)}')
 
 
+def check_unused(module: Any, needed: str, prefix: str = '') -> None:
+  """Raises `UserError` if a flag of `module` was given that has no use.
+
+  Args:
+    module: Defines the flags.
+    needed: What would make use of them, such as '--defense=shadow'.
+    prefix: Only of flags whose names begin so.
+  """
+  for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
+    if flag.present and flag.name.startswith(prefix):
+      raise UserError(f'--{flag.name}: needs {needed}')
+
+
 def flag_values(module: Any) -> dict[str, Any]:
   """The values of all flags that `module` defines, ready for JSON."""
   return {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)}

@@ -128,8 +128,13 @@ def _table_name(dataset: str) -> str:
 
 
 def _budget(audit: comparison.Audit) -> str:
+  """All that an audit's attacks had, in words."""
   budget = audit.summary['budget']
-  return f'{budget["name"]}, {budget["iterations"]} iterations'
+  return (
+    f'{budget["name"]}, {budget["iterations"]} iterations,'
+    f' {budget["calibration_clients"]} clients played, {budget["denoiser_steps"]} steps of the'
+    f' denoiser, {budget["inversion_clients"]} clients learned from'
+  )
 
 
 def _cell(value):

@@ -24,6 +24,9 @@ def load_recorded(values: Mapping[str, Any], *, seed: int) -> FederatedData:
     for name in MANIFESTS:
       if not values[name]:
         raise UserError(f'--{name} is required with --dataset=manifests')
+    for name in ('max_examples', 'data_dir'):
+      if values[name] is not None:
+        raise UserError(f'--{name}: has no use with --dataset=manifests')
     return load_manifests(
       *(values[name] for name in MANIFESTS),
       image_size=values['image_size'],

@@ -60,7 +60,8 @@ def claim(
   for name, value in config.items():
     if name != 'flags' and before.get(name) != value:
       raise UserError(
-        f'--resume: {name} of the run is {before.get(name)!r}, now it would be {value!r}'
+        f'--resume: {name} of the run is {before.get(name)!r}, now it would be {value!r}; start'
+        ' another'
       )
   _write(path, config)
 

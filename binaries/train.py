@@ -154,6 +154,7 @@ def main() -> None:
   if not _RESUME.value:
     run_directory.check_unclaimed(run_dir)  # Before minutes of loading data.
   observed_rounds = _parse_observed_rounds()
+  _check_defense_flags()
   logging.getLogger('tensorflow').setLevel(logging.ERROR)
   data = data_flags.load_data(seed=_SEED.value)
   batch_sizes = _parse_batch_sizes(list(data.clients))
@@ -251,6 +252,18 @@ def main() -> None:
     )
 
 
+def _check_defense_flags() -> None:
+  """Who has forgotten --defense would train without one."""
+  defense = _DEFENSE.value
+  if defense != 'shadow':
+    command.check_unused(shadow_flags, '--defense=shadow')
+  if defense != 'published':
+    command.check_unused(published_flags, '--defense=published')
+  for name in BASELINES:
+    if defense != name:
+      command.check_unused(baseline_flags, f'--defense={name}', prefix=f'{name}_')
+
+
 def _client_secrets(run_dir: pathlib.Path, client_ids: list[str]) -> dict[str, bytes]:
   path = run_dir / _SECRETS
   if _REPRODUCIBLE_NOISE.value:
@@ -265,6 +278,8 @@ def _build_model(data):
   arguments = {'image_shape': tuple(data.image_shape), 'num_classes': data.num_classes}
   if _MODEL.value in MODELS or '.' not in _MODEL.value:
     return build_model(_MODEL.value, norm=_NORM.value, seed=_SEED.value, **arguments)
+  if _NORM.present:
+    raise UserError(f'--norm: is for built-in models; {_MODEL.value} has its own layers')
   return load_keras_file(_MODEL.value, **arguments)
 
 

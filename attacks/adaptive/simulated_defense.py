@@ -17,7 +17,7 @@ from attacks.local_steps import LocalSteps, local_steps
 from attacks.simulator import ClientSimulator
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
-from tff_shadow.learning import ShadowNoise
+from tff_shadow.learning import ShadowNoise, estimate_batch_norm_statistics
 from tff_shadow.models import graph_function
 from tff_shadow.observations import ClientObservation, Observation, Truth, mean_update
 from tff_shadow.shadow import build_region_map
@@ -123,9 +123,14 @@ def region_map_of(observation: Observation) -> Callable[[Truth], np.ndarray]:
   noise = ShadowNoise.from_public_settings(observation.defense)
   if not noise.needs_shadow:
     return lambda truth: truth.regions
-  of_defense = build_region_map(noise.saliency, ClientSimulator(observation).model)
+  model = ClientSimulator(observation).model
+  keeps_statistics = observation.batch_norm_sharing == 'local'
+  of_defense = build_region_map(noise.saliency, model)
 
   def maps_of(truth: Truth) -> np.ndarray:
+    if keeps_statistics:
+      # The client's shadow has those of its own images.
+      estimate_batch_norm_statistics(model, truth.images)
     maps, _ = of_defense(*map(tf.constant, (truth.images, truth.labels, truth.regions)))
     return maps.numpy()
 

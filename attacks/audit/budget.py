@@ -23,6 +23,15 @@ class Budget:
   denoiser_steps: int
   inversion_clients: int
 
+  def less_than(self, other: 'Budget') -> list[str]:
+    """What the attacker who knows the defence has less of, as flags."""
+    names = ('calibration_clients', 'denoiser_steps', 'inversion_clients', 'iterations')
+    return [
+      f'--{name}={getattr(self, name)}'
+      for name in names
+      if getattr(self, name) < getattr(other, name)
+    ]
+
 
 BUDGETS = {
   'quick': Budget(('best',), 150, 0, 0, 0),

@@ -40,9 +40,18 @@ CONTROL_WORDS = {
 }
 
 
+_NOT_CLEARED = (
+  'this attack showed nothing beyond what could be guessed without the update. Whether it sees a'
+  ' leak where there is one, and what one that knows the defence sees, tff-shadow-audit tells'
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """The verdict on one attack (one of `VERDICTS`) and the sentences that state it."""
+  """The verdict on one attack and the sentences that state it.
+
+  It is one of `VERDICTS`, but not the last: one attack clears nothing; an audit may.
+  """
 
   verdict: str
   sentence: str
@@ -73,12 +82,6 @@ def headline(attacks: list[dict[str, Any]]) -> str:
   found = [entry for entry in attacks if entry['verdict'] == worst]
   names = ', '.join(dict.fromkeys(entry['dataset'] for entry in found))
   where = f'in {len(found)} of {len(attacks)} attacks ({names})' if len(attacks) > 1 else names
-  if worst == 'not_beyond_guess':
-    subject = 'The attack' if len(attacks) == 1 else f'None of the {len(attacks)} attacks'
-    nothing = 'nothing' if len(attacks) == 1 else 'anything'
-    return (
-      f'{subject} recovered {nothing} beyond what could be guessed without the update: {names}.'
-    )
   return {
     'leaked': f'Training images could be rebuilt from what a client sent, {where}.',
     'partly_leaked': f'What a client sent gave away something of its training images, {where}.',
@@ -201,10 +204,12 @@ def find(
     ended_early: Clients on which it diverged after it had found something.
   """
   verdict, reason = judge(scores, identification)
-  if ended_early and verdict == 'not_beyond_guess':
-    clients = len({row.target for row in scores})
+  if verdict == 'not_beyond_guess':
     verdict = 'inconclusive'
-    reason = f'the attack ended early on {ended_early} of {clients} clients'
+    reason = _NOT_CLEARED
+    if ended_early:
+      clients = len({row.target for row in scores})
+      reason = f'the attack ended early on {ended_early} of {clients} clients'
   count, total = leaked_images(scores), len(scores)
   subject = f'{config["dataset"]}, {defense_words(config["defense"])}'
   sentences = {
@@ -213,10 +218,6 @@ def find(
       f'update, {count} of {total} by 6 dB or more. They must be taken as disclosed.'
     ),
     'partly_leaked': (f'{subject}: the update disclosed part of what the images show: {reason}.'),
-    'not_beyond_guess': (
-      f'{subject}: on {total} images, this attack showed nothing of the pictures beyond what '
-      'could be guessed without the update. Another attack might.'
-    ),
     'inconclusive': f'{subject}: inconclusive ({reason}). This is no sign of protection.',
   }
   return Finding(verdict, sentences[verdict], _numbers(scores))

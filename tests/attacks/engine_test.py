@@ -209,6 +209,17 @@ def test_several_local_steps_are_simulated_exactly():
   assert quality['exact'] > max(25, quality['between'] + 3)
 
 
+def test_frozen_layers_stand_still_in_several_steps():
+  model = small_model()
+  model.layers[1].trainable = False
+  image = smooth_images(1, seed=5)
+  observation = play_round(model, [(image, [1])], steps=3, learning_rate=0.1)
+  config = AttackConfig(iterations=200, xla='off')
+  (result,) = attack_observation(observation, config)
+  found = psnr(result.reconstructions['attack'], image)
+  assert found > psnr(result.reconstructions['mean_image'], image) + 3
+
+
 def test_the_mean_is_searched_on_the_way_that_its_clients_went():
   """Of a single client it is that client's update, and the way there four steps long."""
   image = smooth_images(1)
@@ -438,6 +449,10 @@ def test_threat_model_and_warnings_follow_what_is_used(observation):
   assert 'orders' not in ' '.join(threat_model(several, _SHORT, labels_known=False))
   # Over rounds every order is another.
   assert warnings(several, several.clients, _SHORT, num_rounds=2) == []
+  layers = [small_model(), tf.keras.layers.Dropout(0.5, name='drops')]
+  drops = play_round(tf.keras.Sequential(layers), [(smooth_images(1), [1])])
+  (warning,) = warnings(drops, drops.clients, _SHORT)
+  assert "layer 'drops' of the model draws at random" in warning
   once = dataclasses.replace(
     shuffled,
     client_training=dataclasses.replace(training, local_epochs=1),

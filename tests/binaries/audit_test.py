@@ -143,6 +143,11 @@ def test_wrong_flags_end_in_one_line(run_dir, tmp_path):
   generator = tmp_path / 'generator'
   generator.mkdir()
   (generator / 'config.json').write_text(json.dumps({**config, 'program': 'train_shadow'}))
+  again = tmp_path / 'again'
+  shutil.copytree(run_dir, again)
+  shutil.copy(
+    again / 'truth' / 'round_00001.safetensors', again / 'truth' / 'round_00002.safetensors'
+  )
   empty = tmp_path / 'empty'
   empty.mkdir()
   at = f'--run_dir={run_dir}'
@@ -163,6 +168,7 @@ def test_wrong_flags_end_in_one_line(run_dir, tmp_path):
     ([at, '--resume', '--seed=5', *_AUDIT], '--seed'),
     ([at, '--name=b', f'--undefended_run_dir={run_dir}'], '--undefended_run_dir'),
     ([f'--run_dir={other}', '--name=b'], 'SHA-256'),
+    ([f'--run_dir={again}', '--resume', *_AUDIT], '--resume: observations_sha256'),
   ]
   results = run_all('audit', [arguments for arguments, _ in cases])
   for (arguments, part), ended in zip(cases, results, strict=True):

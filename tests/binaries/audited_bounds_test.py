@@ -52,6 +52,9 @@ def test_noise_without_a_shadow_is_bounded_whatever_the_shadow(shape, kind, monk
   found = _bounds(_noise(shape, kind))
   assert [bound['name'] for bound in found] == ['Best linear estimate', 'Without bias']
   assert found == _bounds(_noise(shape, kind, saliency='given'))
+  # How loud relative noise is tells of the update, and does not enter.
+  assert [bound['holds_here'] for bound in found] == [kind == 'scale', False]
+  assert ('How loud' in found[0]['rests_on']) == (kind != 'scale')
 
 
 @pytest.mark.parametrize('shape', ['diagonal', 'correlated'])

@@ -66,10 +66,11 @@ def played():
   return play_round(small_model(), sets)
 
 
-def _audited(run_dir, played, used, max_clients=16, **client):
+def _audited(run_dir, played, used, max_clients=16, rounds=None, **client):
   """A run whose rounds saw `used`, for each round from client to positions in `_POOL`."""
   (run_dir / 'truth').mkdir(parents=True)
-  (run_dir / 'config.json').write_text(json.dumps({'program': 'train', 'flags': {}}))
+  config = {'program': 'train', 'flags': {'rounds': rounds or len(used)}}
+  (run_dir / 'config.json').write_text(json.dumps(config))
   for number, own in enumerate(used, start=1):
     clients = tuple(
       dataclasses.replace(played.client(name), num_images=len(images), **client)
@@ -146,6 +147,31 @@ def test_clients_that_are_attacked_nowhere_are_told(tmp_path, played):
   assert audited.recurring == ['client_01']
   assert audited.apart(audited.seen) == []
   assert audited.apart(audited.seen[1:]) == ['Round 1 was not attacked for client_00.']
+
+
+def test_rounds_that_were_not_audited_are_told(tmp_path, played):
+  own = {'client_00': [0, 1, 2, 3]}
+  audited = _audited(tmp_path / 'run', played, [own, own], rounds=20)
+  (problem,) = audited.apart(audited.seen)
+  assert problem.startswith('18 of the 20 rounds of the training were not audited')
+  first = AuditedRun(tmp_path / 'run', ['1'], 16)
+  (problem,) = first.apart(first.seen)
+  assert problem.startswith('19 of the 20 rounds')
+
+
+def test_an_audit_that_goes_on_finds_other_observations(tmp_path, played):
+  own = {'client_00': [0, 1, 2, 3]}
+  audited = _audited(tmp_path / 'run', played, [own, own])
+  digests = audited.digests()
+  assert digests == AuditedRun(tmp_path / 'run', None, 16).digests()
+  one = AuditedRun(tmp_path / 'run', ['1'], 16).digests()
+  assert (digests['audited_rounds'], one['audited_rounds']) == ([1, 2], [1])
+  assert one['observations_sha256'] != digests['observations_sha256']
+  # A round that was trained again has other noise.
+  other = dataclasses.replace(audited.seen[1].observation, aggregate=played.clients[1].update)
+  write_observation(tmp_path / 'run' / 'observations' / 'round_00002', other)
+  changed = AuditedRun(tmp_path / 'run', None, 16).digests()
+  assert changed['observations_sha256'] != digests['observations_sha256']
 
 
 def test_rounds_that_share_no_image_need_no_joint_attack(tmp_path, played):

@@ -14,7 +14,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from binaries import train
-from tests.binaries.programs import ROOT, assert_one_error_line, run
+from binaries.recorded_data import MANIFESTS
+from tests.binaries.programs import ROOT, assert_one_error_line, run_all
 from tests.conftest import make_generator
 from tff_shadow.errors import UserError
 from tff_shadow.models import build_model
@@ -279,6 +280,23 @@ def test_ended_run_leaves_no_worker_and_resumes(tmp_path, end_with):
 
 
 def test_user_mistake_is_one_line_and_exit_code_1(tmp_path):
-  ended = run('train', f'--run_dir={tmp_path}/r', '--rounds=none')
-  assert_one_error_line(ended, '--rounds')
-  assert 'none' in ended.stderr
+  build_model('conv_small', image_shape=(32, 32, 1), num_classes=2, norm='none', seed=0).save(
+    tmp_path / 'own.keras'
+  )
+  manifests = [f'--{name}=x' for name in MANIFESTS]
+  cases = [
+    (['--rounds=none'], '--rounds'),
+    # Who has forgotten --defense sends updates as they are.
+    (['--noise_strength=3'], '--noise_strength: needs --defense=shadow'),
+    (['--defense=shadow', '--top_k_fraction=0.1'], '--top_k_fraction: needs --defense=top_k'),
+    (
+      ['--defense=top_k', '--published_amplitude=1'],
+      '--published_amplitude: needs --defense=published',
+    ),
+    ([f'--model={tmp_path}/own.keras', '--norm=batch'], '--norm: is for built-in models'),
+    (['--dataset=manifests', *manifests, '--max_examples=2'], '--max_examples: has no use'),
+  ]
+  runs = [[f'--run_dir={tmp_path}/r', *flags] for flags, _ in cases]
+  for ended, (_, message) in zip(run_all('train', runs), cases, strict=True):
+    assert_one_error_line(ended, message)
+  assert not (tmp_path / 'r').exists()

@@ -289,3 +289,25 @@ def test_odd_real_dicom_is_read_or_a_user_error(caplog, recwarn):
   # pydicom reports such files with tracebacks, which are not for the user.
   assert not caplog.records
   assert not recwarn.list
+
+
+@pytest.mark.parametrize(('suffix', 'frames'), [('tiff', 2), ('gif', 3), ('tiff', 1)])
+def test_a_stack_is_refused(suffix, frames, tmp_path):
+  path = tmp_path / f'a.{suffix}'
+  made = [Image.fromarray(np.full((20, 20), 40 * k, np.uint8)) for k in range(frames)]
+  made[0].save(path, save_all=True, append_images=made[1:])
+  if frames == 1:
+    assert images.read_image(path).shape == (20, 20, 1)
+    return
+  with pytest.raises(UserError, match=f'holds {frames} frames: export one image a file'):
+    images.read_image(path)
+
+
+def test_an_image_is_turned_as_it_says(tmp_path):
+  pixels = np.zeros((16, 24, 3), np.uint8)
+  pixels[:8, :8] = 255
+  exif = Image.Exif()
+  exif[0x0112] = 6  # To be shown turned by 90 degrees, clockwise.
+  Image.fromarray(pixels).save(tmp_path / 'a.png', exif=exif)
+  turned = images.read_image(tmp_path / 'a.png')
+  np.testing.assert_array_equal(turned, np.rot90(pixels, -1))

@@ -130,6 +130,7 @@ def test_a_label_map_of_several_classes_names_its_row(root):
     ('p08.png,,a', "label '' is not a whole number"),
     ('p08.png,0,', "client '' must be"),
     ('p08.png,0,a/b', "client 'a/b' must be"),
+    ('p08.png,0,aggregate', "client 'aggregate' is the name of the mean"),
     ('p08.png,0', '2 fields under 3 columns'),
     ('p08.png,0,a,x', '4 fields under 3 columns'),
     ('p01.png,0,a', r'p01\.png is already listed in .*train\.csv, row 2'),

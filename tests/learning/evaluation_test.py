@@ -57,3 +57,15 @@ def test_estimated_statistics_are_those_of_the_images():
   mean, variance = tf.nn.moments(features, axes=(0, 1, 2))
   np.testing.assert_allclose(layer.moving_mean, mean, atol=1e-5)
   np.testing.assert_allclose(layer.moving_variance, variance, rtol=0.02)
+
+
+def test_a_short_last_batch_counts_by_its_images():
+  model = build_model('conv_small', image_shape=(8, 8, 1), num_classes=2, norm='batch', seed=0)
+  images = np.random.default_rng(0).random((257, 8, 8, 1)).astype(np.float32)
+  images[-1] = 1.0
+  estimate_batch_norm_statistics(model, images)
+  features = model.get_layer('conv0')(model.get_layer('standardise')(images))
+  mean, variance = tf.nn.moments(features, axes=(0, 1, 2))
+  layer = model.get_layer('conv0_bn')
+  np.testing.assert_allclose(layer.moving_mean, mean, atol=1e-5)
+  np.testing.assert_allclose(layer.moving_variance, variance, rtol=0.05)

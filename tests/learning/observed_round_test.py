@@ -120,3 +120,31 @@ def test_what_does_not_fit_is_named():
     observation_of(seen, weights, other, _TRAINING, _CLIENTS)
   with pytest.raises(ValueError, match=r"seen\['updates'\]: of shapes"):
     observation_of(seen, model_weights(other), other, _TRAINING, _CLIENTS)
+  for names, message in ((['a', 'a'], 'same client_id'), (['a', 'aggregate'], 'mean of all')):
+    with pytest.raises(ValueError, match=f'participants: .*{message}'):
+      observation_of(seen, weights, model, _TRAINING, [Participant(name, 1) for name in names])
+
+
+def test_models_that_attacks_cannot_simulate_are_named():
+  for model, message in (
+    (small_model(num_classes=1), 'has 1 output; attacks simulate'),
+    (
+      tf.keras.Sequential([small_model(), tf.keras.layers.Activation('sigmoid')]),
+      'ends with a sigmoid',
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      observation_of(*_made_up(model), model, _TRAINING, _CLIENTS)
+
+
+@pytest.mark.parametrize(
+  ('weights', 'is_doubtful'),
+  [([8.0, 4.0], True), ([4.0, 8.0], False), ([12.0, 24.0], False), ([1.0, 1.0], False)],
+)
+def test_participants_in_another_order_are_doubted(weights, is_doubtful, caplog):
+  model = small_model()
+  seen, sent = _made_up(model)
+  seen = {**seen, 'weights': np.array(weights, np.float32), 'aggregate': seen['updates']}
+  participants = [Participant('north', 4), Participant('south', 8)]
+  observation_of(seen, sent, model, _TRAINING, participants)
+  assert ('in the order of the data?' in caplog.text) == is_doubtful

@@ -798,3 +798,47 @@ class TestExecution:
     clean = _update_in_plain_tf(model, model_weights(model), _examples())
     assert np.linalg.norm(sent - clean) == pytest.approx(0.3 * np.linalg.norm(clean), rel=0.1)
     assert output.metrics['client_work']['maps_fell_back'] < 8
+
+  def test_the_shadow_has_the_statistics_of_the_client_where_these_stay_there(self):
+    examples = _examples(num_examples=7)
+    model = _model('batch')
+    client = _Client(model, _noise('correlated', saliency=SaliencyConfig()))
+    client.result(_dataset(examples))
+    layer = client._work._shadow.get_layer('bn')
+    seen = [
+      tf.nn.moments(model.get_layer('conv')(examples['x'][part]), [0, 1, 2])
+      for part in (slice(4), slice(4, 7))
+    ]
+    mean, variance = (np.average(own, axis=0, weights=[4, 3]) for own in zip(*seen, strict=True))
+    np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-4)
+    np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-4)
+    # Frozen ones are as they were given.
+    freeze_batch_norm(model)
+    client = _Client(model, _noise('correlated', saliency=SaliencyConfig()), 'frozen')
+    client.result(_dataset(examples))
+    np.testing.assert_array_equal(client._work._shadow.get_layer('bn').moving_mean, np.zeros(3))
+
+  def test_weights_of_frozen_layers_stay_and_have_no_noise(self):
+    model = _model('batch')
+    model.get_layer('conv').trainable = False
+    noise = _noise('isotropic', value=1.0)
+    process = _process(model, noise, 'aggregate', tap=True)
+    weights = model_weights(model)
+    output = _one_round(process, weights, [_dataset(_examples())])
+    # A kernel and a bias, which are frozen, come before the statistics.
+    kernel, bias, mean, _ = output.state.global_model_weights.non_trainable
+    np.testing.assert_array_equal(kernel, weights.non_trainable[0])
+    np.testing.assert_array_equal(bias, weights.non_trainable[1])
+    assert np.abs(mean - weights.non_trainable[2]).min() > 0
+    _, observed = _sent(output)
+    assert [t.shape[1:] for t in observed['updates']['non_trainable']] == [(3,), (3,)]
+
+  def test_a_frozen_backbone_takes_none_of_the_noise(self):
+    model = _model()
+    model.get_layer('conv').trainable = False
+    clean, noised = (
+      _Client(model, _noise('isotropic', value=value), 'aggregate').sends(_dataset(_examples()))
+      for value in (0.0, 1.0)
+    )
+    assert len(clean) == sum(tf.size(v) for v in model.trainable_variables)
+    assert np.linalg.norm(noised - clean) == pytest.approx(np.linalg.norm(clean), rel=0.3)

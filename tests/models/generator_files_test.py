@@ -23,7 +23,7 @@ def test_unreadable_files(tmp_path):
   with pytest.raises(UserError, match=r'^--shadow_generator=.*no such file'):
     load_generator(str(tmp_path / 'none.keras'), _SHAPE, flag='--shadow_generator')
   (tmp_path / 'broken.keras').write_bytes(b'not a zip file')
-  with pytest.raises(UserError, match='cannot be loaded'):
+  with pytest.raises(UserError, match=r'not of the \.keras format'):
     load_generator(str(tmp_path / 'broken.keras'), _SHAPE)
 
 

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -97,8 +99,12 @@ def test_wrong_files(tmp_path):
   with pytest.raises(UserError, match=r'only the \.keras format'):
     _load(tmp_path / 'model.h5')
   (tmp_path / 'broken.keras').write_bytes(b'not a zip file')
-  with pytest.raises(UserError, match='cannot be loaded'):
+  with pytest.raises(UserError, match=r'not of the \.keras format'):
     _load(tmp_path / 'broken.keras')
+  with zipfile.ZipFile(tmp_path / 'empty.keras', 'w'):
+    pass
+  with pytest.raises(UserError, match='cannot be loaded'):
+    _load(tmp_path / 'empty.keras')
 
 
 def test_lambda_layers_are_not_run(tmp_path):
@@ -111,6 +117,36 @@ def test_lambda_layers_are_not_run(tmp_path):
   with pytest.raises(UserError, match=r'cannot be loaded|Lambda'):
     _load(tmp_path / 'lambda.keras')
   assert not (tmp_path / 'ran').exists()
+
+
+def test_another_format_by_that_name_runs_no_code(tmp_path):
+  marker = str(tmp_path / 'ran')
+  inputs = tf.keras.Input(_SHAPE)
+  x = tf.keras.layers.Lambda(lambda t: (open(marker, 'w'), t)[1])(inputs)  # noqa: SIM115
+  x = tf.keras.layers.Dense(2)(tf.keras.layers.Flatten()(x))
+  tf.keras.Model(inputs, x).save(tmp_path / 'lambda.h5')
+  (tmp_path / 'ran').unlink()  # Written while the model was built.
+  (tmp_path / 'lambda.h5').rename(tmp_path / 'lambda.keras')
+  with pytest.raises(UserError, match=r'not of the \.keras format'):
+    _load(tmp_path / 'lambda.keras')
+  assert not (tmp_path / 'ran').exists()
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+  model = _dense_model()
+  model.layers[-1].bias.assign([0.0, np.nan])
+  model.save(tmp_path / 'nan.keras')
+  with pytest.raises(UserError, match='bias:0 has values that are not finite'):
+    _load(tmp_path / 'nan.keras')
+
+
+def test_half_precision_is_refused(tmp_path):
+  x = inputs = tf.keras.Input(_SHAPE)
+  x = tf.keras.layers.Flatten()(x)
+  x = tf.keras.layers.Dense(2, dtype='mixed_float16', name='last')(x)
+  tf.keras.Model(inputs, x).save(tmp_path / 'half.keras')
+  with pytest.raises(UserError, match='layer last computes in float16'):
+    _load(tmp_path / 'half.keras')
 
 
 @pytest.mark.parametrize(

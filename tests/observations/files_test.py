@@ -14,9 +14,11 @@ from tff_shadow.observations import (
   Observation,
   Truth,
   WeightArrays,
+  load_tensors,
   read_observation,
   read_truth,
   round_directory_name,
+  save_tensors,
   write_observation,
   write_truth,
 )
@@ -148,6 +150,12 @@ def test_strided_arrays_are_written_as_they_read(tmp_path):
   again = read_truth(path)
   assert sorted(again) == ['a/b', 'client_00']
   np.testing.assert_array_equal(again['a/b'].images, images)
+
+
+def test_scalars_stay_scalars(tmp_path):
+  save_tensors(tmp_path / 'a.safetensors', {'count': np.float32(3.0), 'one': np.ones(1)})
+  again = load_tensors(tmp_path / 'a.safetensors')
+  assert (again['count'].shape, again['one'].shape) == ((), (1,))
 
 
 def test_truth_of_another_kind(tmp_path):

@@ -68,3 +68,16 @@ def test_values_stay_in_range():
 def test_unknown_name():
   with pytest.raises(UserError, match='--augment=flips: use a list of mirror'):
     check_augmentations(['mirror', 'flips'])
+
+
+def test_images_that_are_not_square_keep_their_shape():
+  images = _images(size=24)[:, :16]
+  varied = augment(images, list(AUGMENTATIONS), _seed())
+  assert varied.shape == images.shape
+  turned = augment(images, ['turns'], _seed())
+  halves = [images[0].numpy(), np.rot90(images[0].numpy(), 2)]
+  for one in turned.numpy():
+    assert min(np.abs(one - other).max() for other in halves) == 0
+  # Shifts are by shares of each side.
+  moved = augment(images, ['shifts'], _seed()).numpy()
+  assert 0 < np.abs(moved - images.numpy()).mean() < 0.1

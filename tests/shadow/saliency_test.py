@@ -593,3 +593,13 @@ class TestErrors:
 
 def test_kinds():
   assert set(KINDS) == {*_COMPUTED, 'given', 'uniform'}
+
+
+def test_models_that_it_cannot_explain():
+  inputs = tf.keras.Input((8, 8, 1))
+  features = tf.keras.layers.Flatten()(tf.keras.layers.Conv2D(3, 3)(inputs))
+  two, one = tf.keras.layers.Dense(2)(features), tf.keras.layers.Dense(1)(features)
+  with pytest.raises(UserError, match='1 inputs and 2 outputs'):
+    build_region_map(SaliencyConfig(), tf.keras.Model(inputs, [two, one]))
+  with pytest.raises(UserError, match='a single output, which is no score of a class'):
+    build_region_map(SaliencyConfig(), tf.keras.Model(inputs, one))

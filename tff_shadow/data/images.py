@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import PIL
 import scipy.ndimage
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tff_shadow.data import dicom
 from tff_shadow.errors import UserError
@@ -90,7 +90,10 @@ def _read_pixels(path, is_region=False):
     if path.suffix.lower() in dicom.SUFFIXES or dicom.is_dicom(path):
       return dicom.read_dicom(path)
     with Image.open(path) as opened:
-      opened.load()
+      if getattr(opened, 'n_frames', 1) > 1:
+        raise UserError(f'holds {opened.n_frames} frames: export one image a file')
+      # As viewers show it, and masks are drawn.
+      opened = ImageOps.exif_transpose(opened)
       if opened.mode[0] in 'IF':
         return np.asarray(opened, np.float64)[..., None]
       gray = opened.mode in ('1', 'L', 'LA')

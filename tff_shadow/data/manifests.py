@@ -12,6 +12,7 @@ import numpy as np
 
 from tff_shadow.data import images
 from tff_shadow.errors import UserError
+from tff_shadow.observations import AGGREGATE
 
 _CLIENT = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]*')
 _COLUMNS = {'train': ('img_path', 'label', 'client'), 'validation': ('img_path', 'label')}
@@ -116,6 +117,8 @@ def _parse_row(where, values, root, path_prefix):
   client = values.get('client', '')
   if 'client' in values and not _CLIENT.fullmatch(client):
     raise UserError(f"{where}: client {client!r} must be letters, digits, '.', '_' or '-'")
+  if client == AGGREGATE:
+    raise UserError(f'{where}: client {client!r} is the name of the mean of all: use another')
   region = values.get('region_path', '')
   return Row(
     where=where,

@@ -11,20 +11,13 @@ import tensorflow_federated as tff
 
 from tff_shadow.aggregators import build_collect_from_clients
 from tff_shadow.aggregators.measurements import federated_count
+from tff_shadow.models import sent_statistics
 
 ModelFn = Callable[[], tff.learning.models.VariableModel]
 # From a batch: number of examples, and the gradients of the trainable variables, as a list.
 GradientFn = Callable[[Any], tuple[tf.Tensor, list[tf.Tensor]]]
 # Made for the model that trains, where it trains, so it may make variables of its own.
 BuildGradientFn = Callable[[tff.learning.models.VariableModel], GradientFn]
-
-
-def is_shared_statistic(variable: Any) -> bool:
-  """Whether a non-trainable variable or its type is sent: floating point only.
-
-  Others (the int64 state of a random generator, a counter) have no mean over clients.
-  """
-  return tf.as_dtype(variable.dtype).is_floating
 
 
 def build_plain_gradient_fn(model: tff.learning.models.VariableModel) -> GradientFn:
@@ -71,7 +64,7 @@ def build_client_work(
       `tff.learning.models.from_keras_model`.
     optimizer: The local optimiser.
     client_weighting: Weight of a client in the mean; no function, as elsewhere in TFF.
-    share_statistics: Whether floating-point non-trainable variables are in the update.
+    share_statistics: Whether `sent_statistics` are in the update.
     metrics_aggregator: As in TFF; by default `tff.learning.metrics.sum_then_finalize`, or with
       `secure_measurements` `secure_sum_then_finalize`.
     build_gradient_fn: Of the gradients that the optimiser gets; the plain ones by default.
@@ -263,15 +256,16 @@ def train_locally(
   start = (tf.constant(0, tf.int64), optimizer_states, accumulators)
   num_examples, _, sums = fold(dataset, start, reduce_fn)
   updates = []
+  sent = sent_statistics(list(models[0].non_trainable_variables))
   for weights in all_weights:
     update = tf.nest.map_structure(tf.subtract, initial_weights.trainable, weights.trainable)
     if share_statistics:
       statistics = [
         initial - trained
-        for initial, trained in zip(
-          initial_weights.non_trainable, weights.non_trainable, strict=True
+        for initial, trained, is_sent in zip(
+          initial_weights.non_trainable, weights.non_trainable, sent, strict=True
         )
-        if is_shared_statistic(trained)
+        if is_sent
       ]
       update = collections.OrderedDict(trainable=update, non_trainable=statistics)
     updates.append(update)

@@ -60,8 +60,8 @@ def estimate_batch_norm_statistics(model: tf.keras.Model, images: np.ndarray) ->
   """Sets the BatchNorm statistics of `model` to those of `images` (AdaBN, Li et al. 2016).
 
   For `batch_norm_sharing='local'`, where the global model has none of its own: whoever uses it
-  estimates them on unlabelled images of their own. One pass; each layer gets the mean over batches
-  of the batch statistics that its own training mode computes.
+  estimates them on unlabelled images of their own. One pass; each layer gets the mean over batches,
+  weighted by their images, of the batch statistics that its own training mode computes.
 
   Args:
     model: Changed in place. Nothing happens without BatchNormalization layers.
@@ -72,12 +72,14 @@ def estimate_batch_norm_statistics(model: tf.keras.Model, images: np.ndarray) ->
     return
   momenta = [layer.momentum for layer in layers]
   try:
-    starts = range(0, len(images), _EVALUATION_BATCH)
-    for count, start in enumerate(starts):
-      # With momentum n/(n+1) the running statistics are the plain mean of the batches so far.
+    seen = 0
+    for start in range(0, len(images), _EVALUATION_BATCH):
+      batch = images[start : start + _EVALUATION_BATCH]
+      # The running statistics are then the mean over the images so far of those of their batches.
       for layer in layers:
-        layer.momentum = count / (count + 1)
-      model(images[start : start + _EVALUATION_BATCH], training=True)
+        layer.momentum = seen / (seen + len(batch))
+      model(batch, training=True)
+      seen += len(batch)
   finally:
     for layer, momentum in zip(layers, momenta, strict=True):
       layer.momentum = momentum

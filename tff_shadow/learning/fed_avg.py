@@ -11,8 +11,8 @@ from tff_shadow.learning.client_work import (
   ModelFn,
   build_client_work,
   build_plain_gradient_fn,
-  is_shared_statistic,
 )
+from tff_shadow.models import sent_statistics
 from tff_shadow.observations import BATCH_NORM_SHARING, BatchNormSharing
 
 # From an aggregator to the process that it completes.
@@ -149,10 +149,12 @@ def initial_weights(
       )
     return tff.learning.models.ModelWeights.from_model(model)
 
-  non_trainable = initial_model_weights.type_signature.result.non_trainable
-  return initial_model_weights, batch_norm_sharing == 'aggregate' and any(
-    is_shared_statistic(member) for member in non_trainable
-  )
+  return initial_model_weights, batch_norm_sharing == 'aggregate' and any(_sent(model_fn))
+
+
+def _sent(model_fn: ModelFn) -> list[bool]:
+  with tf.Graph().as_default():
+    return sent_statistics(list(model_fn().non_trainable_variables))
 
 
 def but_aggregation(
@@ -176,8 +178,11 @@ def but_aggregation(
   )
   if share_statistics:
     with tf.Graph().as_default():
-      names = [variable.name for variable in model_fn().non_trainable_variables]
-    finalizer = _with_statistics(finalizer, weights_type, update_type, names)
+      variables = list(model_fn().non_trainable_variables)
+    names = [variable.name for variable in variables]
+    finalizer = _with_statistics(
+      finalizer, weights_type, update_type, names, sent_statistics(variables)
+    )
   sent = client_work.next.type_signature.result.result.member
 
   def complete(model_aggregator):
@@ -200,6 +205,7 @@ def _with_statistics(
   weights_type: tff.types.StructType,
   update_type: tff.types.StructType,
   names: list[str],
+  sent: list[bool],
 ) -> tff.learning.templates.FinalizerProcess:
   """Extends a finalizer of trainable weights: statistics move by their mean change.
 
@@ -215,15 +221,15 @@ def _with_statistics(
     )
     changes = iter(update['non_trainable'])
 
-    def moved(name, statistic):
-      if not is_shared_statistic(statistic):
+    def moved(name, statistic, is_sent):
+      if not is_sent:
         return statistic
       new = statistic - next(changes)
       if 'moving_variance' in name:
         new = tf.maximum(new, 0.0)
       return tf.where(finite, new, statistic)
 
-    return [moved(name, statistic) for name, statistic in zip(names, statistics, strict=True)]
+    return list(map(moved, names, statistics, sent))
 
   @tff.federated_computation(
     finalizer.initialize.type_signature.result,

@@ -1,5 +1,6 @@
 """From what the tap logged of a round to the observation that attacks read."""
 
+import logging
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,8 +9,10 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_shadow.models import batch_norm_layers, model_to_config
+from tff_shadow.errors import UserError
+from tff_shadow.models import batch_norm_layers, check_model, model_to_config
 from tff_shadow.observations import (
+  AGGREGATE,
   BatchNormSharing,
   ClientObservation,
   ClientTraining,
@@ -85,14 +88,17 @@ def observation_of(
     no weights.
 
   Raises:
-    ValueError: If there are not as many participants as updates, weights or updates do not have the
-      shapes of the model, or the model does not tell the shape of its images.
+    ValueError: If there are not as many participants as updates, or two of a name or one named
+      'aggregate'; weights or updates do not have the shapes of the model; the model does not tell
+      the shape of its images, or attacks cannot simulate it, who take the clients' loss for the
+      sparse cross-entropy of one output per class.
   """
   _check_shapes('global_weights', global_weights.trainable, model)
   stacked = observed_update(seen['updates'])
   sent = len(stacked.trainable[0])
   if len(participants) != sent:
     raise ValueError(f'participants: {len(participants)} given, {sent} clients have sent an update')
+  _check_names([own.client_id for own in participants])
   updates = [
     WeightArrays(
       tuple(array[index] for array in stacked.trainable),
@@ -114,9 +120,11 @@ def observation_of(
     )
     for own, update, weight in zip(participants, updates, weights, strict=True)
   )
+  _warn_of_swapped(clients)
   image_shape = tuple(model.inputs[0].shape[1:] if image_shape is None else image_shape)
   if None in image_shape:
     raise ValueError(f'image_shape: must be given, for the model takes images of {image_shape}')
+  _check_can_be_simulated(model, image_shape)
   if class_names is None:
     class_names = [f'class {number}' for number in range(model.outputs[0].shape[-1])]
   if public_mean_image is None:
@@ -158,6 +166,42 @@ def _num_steps(own: Participant, training: ClientTraining) -> int:
   batch_size = training.batch_size if own.batch_size is None else own.batch_size
   steps = -(-own.num_images * training.local_epochs // batch_size)
   return steps if training.max_local_steps is None else min(steps, training.max_local_steps)
+
+
+def _check_names(names: Sequence[str]) -> None:
+  if AGGREGATE in names:
+    raise ValueError(f'participants: {AGGREGATE!r} is the name of the mean of all clients')
+  if len(set(names)) < len(names):
+    raise ValueError(f'participants: two have the same client_id among {", ".join(names)}')
+
+
+def _check_can_be_simulated(model: tf.keras.Model, image_shape: tuple[int, int, int]) -> None:
+  num_classes = model.outputs[0].shape[-1]
+  if num_classes is None or num_classes < 2:
+    raise ValueError(
+      f'model {model.name}: has {num_classes} output; attacks simulate the sparse cross-entropy of'
+      ' one output per class, so that two classes need two'
+    )
+  try:
+    check_model(
+      model, image_shape=image_shape, num_classes=num_classes, source=f'model {model.name}'
+    )
+  except UserError as error:
+    raise ValueError(str(error)) from error
+
+
+def _warn_of_swapped(clients: Sequence[ClientObservation]) -> None:
+  """TFF weighs clients by their images, or all alike."""
+  sent = [own for own in clients if not own.dropped and own.num_images > 0]
+  ratios = [own.weight / own.num_images for own in sent]
+  if np.ptp([own.weight for own in sent] or [0]) == 0 or np.ptp(ratios) <= 1e-6 * max(ratios):
+    return
+  logging.warning(
+    'observation_of: the weights of %s are not in proportion to the %s images of the participants:'
+    ' are these in the order of the data?',
+    ', '.join(f'{own.weight:g}' for own in sent[:3]),
+    ', '.join(str(own.num_images) for own in sent[:3]),
+  )
 
 
 def _batch_norm_sharing(model: tf.keras.Model, update: WeightArrays) -> BatchNormSharing:

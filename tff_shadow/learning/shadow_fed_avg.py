@@ -19,7 +19,7 @@ from tff_shadow.learning.decoys import decoy_batches
 from tff_shadow.learning.fed_avg import ButAggregation, but_aggregation, initial_weights
 from tff_shadow.learning.noise_settings import ShadowNoise, shadow_input_spec
 from tff_shadow.learning.shadow_work import ShadowWork
-from tff_shadow.models import graph_function
+from tff_shadow.models import graph_function, random_layers
 from tff_shadow.observations import BatchNormSharing
 
 
@@ -195,12 +195,7 @@ def _check_repeatable(
   shadow_model_fn: Callable[[], tf.keras.Model], comparison: str, instead: str
 ) -> None:
   with tf.Graph().as_default():
-    layers = list(shadow_model_fn()._flatten_layers())
-  random = [
-    layer.name
-    for layer in layers
-    if isinstance(layer, tf.keras.__internal__.layers.BaseRandomLayer)
-  ]
+    random = random_layers(shadow_model_fn())
   if random:
     raise ValueError(
       f'{comparison}, but layer {random[0]!r} draws anew in each; use {instead}, or a model without'

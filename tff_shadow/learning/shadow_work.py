@@ -17,6 +17,7 @@ from tff_shadow.learning.client_work import (
 )
 from tff_shadow.learning.decoys import DecoyBatches
 from tff_shadow.learning.noise_settings import ShadowNoise
+from tff_shadow.models import collect_statistics, sent_statistics, training_batch_norm_layers
 from tff_shadow.shadow import RegionMap, build_region_map
 from tff_shadow.shadow.noise_keys import NOISE_KEY
 from tff_shadow.shadow.region_maps import REGION
@@ -24,6 +25,8 @@ from tff_shadow.shadow.sensitivity import gradient_and_derivatives, region_noise
 
 # Of pixels beyond [0, 1], where images were resized or varied.
 _TOLERANCE = 0.05
+# Of a client, over which the statistics of its shadow are averaged.
+_STATISTICS_BATCHES = 32
 
 
 class ShadowWork:
@@ -45,6 +48,8 @@ class ShadowWork:
     self._share_statistics = share_statistics
     pairs = noise.training_draws if noise.propagation == 'local_training' else 0
     self._models = [model_fn() for _ in range(1 + 2 * pairs)]
+    # Not where BatchNorm is frozen.
+    self._has_statistics = any(sent_statistics(list(self._models[0].non_trainable_variables)))
     # Apart from the others, so that no batch counts twice in the metrics.
     probes = noise.probes_batches or noise.measures_images or noise.needs_decoys
     self._probe_model = model_fn() if probes else None
@@ -77,6 +82,8 @@ class ShadowWork:
       values = [*initial_weights.trainable, *initial_weights.non_trainable]
       for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+      if not self._share_statistics and self._has_statistics:
+        self._estimate_statistics(dataset)
     follows_steps = self._noise.propagation == 'per_step' and self._noise.training_draws
     # Key, steps, energies of the region, fall-backs, and for 'per_step' the sum of J(m v).
     sums = (
@@ -140,6 +147,28 @@ class ShadowWork:
       non_finite,
       fell_back,
     )
+
+  def _estimate_statistics(self, dataset):
+    """Gives the shadow the BatchNorm statistics of the client's own batches.
+
+    Where clients keep theirs the server has none to send, and a map of what a network sees without
+    them would be one of another network.
+    """
+    layers = training_batch_norm_layers(self._shadow)
+    variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
+
+    def reduce_fn(state, batch):
+      count, totals = state
+      with collect_statistics(self._shadow) as statistics:
+        self._shadow(batch['x'], training=True)
+      size = tf.cast(tf.shape(batch['x'])[0], tf.float32)
+      own = [part for pair in statistics for part in pair]
+      return count + size, tuple(t + size * s for t, s in zip(totals, own, strict=True))
+
+    start = (tf.zeros(()), tuple(tf.zeros_like(variable) for variable in variables))
+    count, totals = fold(dataset.take(_STATISTICS_BATCHES), start, reduce_fn)
+    for variable, total in zip(variables, totals, strict=True):
+      variable.assign(tf.where(count > 0.0, total / tf.maximum(count, 1.0), variable))
 
   def _differences(self, updates):
     """Central differences J(m v), one per draw, from the updates of the shifted copies."""

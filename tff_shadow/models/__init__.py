@@ -5,6 +5,7 @@ from tff_shadow.models.batch_norm import (
   check_running_statistics,
   collect_statistics,
   inputs_of_layers,
+  sent_statistics,
   training_batch_norm_layers,
 )
 from tff_shadow.models.generator_files import load_generator
@@ -17,6 +18,7 @@ from tff_shadow.models.keras_files import (
   load_keras_file,
   model_from_config,
   model_to_config,
+  random_layers,
   read_keras_file,
 )
 from tff_shadow.models.output_layers import (
@@ -49,6 +51,8 @@ __all__ = [
   'model_to_config',
   'output_layer',
   'outputs_logits',
+  'random_layers',
   'read_keras_file',
+  'sent_statistics',
   'training_batch_norm_layers',
 ]

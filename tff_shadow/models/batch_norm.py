@@ -1,7 +1,7 @@
 """What BatchNorm layers see in a forward pass."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -97,6 +97,23 @@ def training_batch_norm_layers(model: tf.keras.Model) -> list[tf.keras.layers.Ba
   A frozen one ignores the batch, and its running statistics stay.
   """
   return [layer for layer in batch_norm_layers(model) if layer.trainable]
+
+
+def sent_statistics(non_trainable: Sequence[Any]) -> list[bool]:
+  """Which of a model's non-trainable variables clients send: running statistics that change.
+
+  Those are the means and variances of BatchNorm layers that train. Weights of frozen layers stay
+  what they are, and others (counters, the states of random generators) have no mean over clients.
+
+  Args:
+    non_trainable: Variables in the order of the model, told apart by their names.
+  """
+  names = [variable.name.partition(':')[0].rpartition('/') for variable in non_trainable]
+  # A layer that trains has neither of these among what does not.
+  frozen = {layer for layer, _, leaf in names if leaf in ('gamma', 'beta')}
+  return [
+    leaf in ('moving_mean', 'moving_variance') and layer not in frozen for layer, _, leaf in names
+  ]
 
 
 def check_running_statistics(model: tf.keras.Model) -> None:

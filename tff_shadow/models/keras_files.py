@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import zipfile
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tff_shadow.errors import UserError
@@ -52,6 +54,9 @@ def read_keras_file(path: str, *, source: str) -> tf.keras.Model:
     raise UserError(f'{source}: only the .keras format is loaded; save with model.save()')
   if not pathlib.Path(path).is_file():
     raise UserError(f'{source}: no such file')
+  # Whatever else is called .keras Keras loads as HDF5, in which safe mode means nothing.
+  if not zipfile.is_zipfile(path):
+    raise UserError(f'{source}: not of the .keras format; save with model.save()')
   try:
     return tf.keras.models.load_model(path, compile=False, safe_mode=True)
   except Exception as error:  # Keras raises whatever the damaged part raises.
@@ -82,6 +87,15 @@ def check_model(
     )
   if not model.trainable_variables:
     raise UserError(f'{source}: has no trainable weights')
+  for layer in model._flatten_layers(include_self=False):
+    if layer.compute_dtype in ('float16', 'bfloat16') and layer.weights:
+      raise UserError(
+        f'{source}: layer {layer.name} computes in {layer.compute_dtype}; build the model with the'
+        " policy 'float32'"
+      )
+  for variable in model.variables:
+    if variable.dtype.is_floating and not np.isfinite(variable.numpy()).all():
+      raise UserError(f'{source}: {variable.name} has values that are not finite')
   # Weights are matched by position in updates and observations, which a repeated call would hide.
   if any(isinstance(layer, tf.keras.layers.Lambda) for layer in model._flatten_layers()):
     raise UserError(f'{source}: contains a Lambda layer, which is code and is not loaded')
@@ -119,6 +133,15 @@ def freeze_batch_norm(model: tf.keras.Model) -> int:
   for layer in layers:
     layer.trainable = False
   return len(layers)
+
+
+def random_layers(model: tf.keras.Model) -> list[str]:
+  """Names of the layers that draw at random in training, such as Dropout; nested ones included."""
+  return [
+    layer.name
+    for layer in model._flatten_layers()
+    if isinstance(layer, tf.keras.__internal__.layers.BaseRandomLayer)
+  ]
 
 
 def batch_norm_layers(model: tf.keras.Model) -> list[tf.keras.layers.BatchNormalization]:

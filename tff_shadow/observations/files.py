@@ -137,7 +137,7 @@ def save_tensors(
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
   # safetensors writes the buffer as it lies in memory, so a strided view would be scrambled.
-  contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+  contiguous = {name: np.asarray(value, order='C') for name, value in tensors.items()}
   save_file(contiguous, temporary, metadata=metadata)
   os.replace(temporary, path)
 

@@ -27,7 +27,7 @@ def augment(images: tf.Tensor, names: Sequence[str], seed: tf.Tensor) -> tf.Tens
   """Varies each image by itself; works in a graph.
 
   Args:
-    images: float32 [B, H, W, C] in [0, 1], square.
+    images: float32 [B, H, W, C] in [0, 1]; if they are not square, turns are half ones.
     names: Of `AUGMENTATIONS`, in any order.
     seed: int32 [2]; decides everything.
 
@@ -49,8 +49,9 @@ def augment(images: tf.Tensor, names: Sequence[str], seed: tf.Tensor) -> tf.Tens
     # With a mirror image at random this gives all eight, else the four turns.
     half = tf.reverse(images, [1, 2])
     images = tf.where(coin(1), half, images)
-    quarter = tf.reverse(tf.transpose(images, [0, 2, 1, 3]), [2])
-    images = tf.where(coin(2), quarter, images)
+    if images.shape[1] == images.shape[2]:
+      quarter = tf.reverse(tf.transpose(images, [0, 2, 1, 3]), [2])
+      images = tf.where(coin(2), quarter, images)
   if 'shifts' in names:
     images = _moved(images, uniform(3, _ZOOM), *tf.unstack(_pairs(batch, seeds[4]), axis=1))
   if 'brightness' in names:
@@ -67,17 +68,19 @@ def _pairs(batch: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 def _moved(images: tf.Tensor, zoom: tf.Tensor, down: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
   """Zoomed about the centre and shifted, by shares of the side in [-1, 1] times `_SHIFT`."""
-  size = images.shape[1]
+  height, width = images.shape[1:3]
   scale = 1 / (1 + zoom)
-  centre = (size - 1) / 2
-  x, y = (centre * (1 - scale) + _SHIFT * size * share for share in (right, down))
+  x, y = (
+    (size - 1) / 2 * (1 - scale) + _SHIFT * size * share
+    for size, share in ((width, right), (height, down))
+  )
   zero = tf.zeros_like(scale)
   # Rows of the matrix from output to input coordinates; x first.
   transforms = tf.stack([scale, zero, x, zero, scale, y, zero, zero], axis=1)
   moved = tf.raw_ops.ImageProjectiveTransformV3(
     images=images,
     transforms=transforms,
-    output_shape=tf.constant([size, size]),
+    output_shape=tf.constant([height, width]),
     fill_value=0.0,
     interpolation='BILINEAR',
     fill_mode='REFLECT',

@@ -164,7 +164,17 @@ def build_score_fn(config: SaliencyConfig, model: tf.keras.Model | None) -> Scor
     raise UserError(f"saliency kind '{config.kind}' has no scores")
   if model is None:
     raise UserError(f"saliency kind '{config.kind}' needs a model")
+  if len(model.inputs) != 1 or len(model.outputs) != 1:
+    raise UserError(
+      f"saliency kind '{config.kind}': model {model.name} has {len(model.inputs)} inputs and"
+      f' {len(model.outputs)} outputs; it must have one of each'
+    )
   num_classes = model.outputs[0].shape[-1]
+  if num_classes == 1 and isinstance(config.target, str):
+    raise UserError(
+      f"saliency target '{config.target}': model {model.name} has a single output, which is no"
+      " score of a class; use a model with one output per class, or saliency 'given' or 'uniform'"
+    )
   if not isinstance(config.target, str) and config.target >= num_classes:
     raise UserError(
       f'saliency target {config.target}: model {model.name} has classes 0 to {num_classes - 1}'

@@ -109,10 +109,13 @@ def test_recognisable_noise_is_not_called_protection():
   assert '9 of 16 reconstructions' in reason
 
 
-def test_an_attack_that_ended_early_clears_nothing():
+def test_one_attack_clears_nothing():
   rows = _of_clients([_row(10.0)] * 16)
   config = {'dataset': 'made up', 'defense': 'none'}
-  assert findings.find(rows, _UNIDENTIFIED, config).verdict == 'not_beyond_guess'
+  found = findings.find(rows, _UNIDENTIFIED, config)
+  assert found.verdict == 'inconclusive'
+  assert 'nothing beyond what could be guessed' in found.sentence
+  assert 'tff-shadow-audit' in found.sentence
   found = findings.find(rows, _UNIDENTIFIED, config, ended_early=2)
   assert found.verdict == 'inconclusive'
   assert 'ended early on 2 of 16 clients' in found.sentence
@@ -210,10 +213,10 @@ def test_headline_is_the_worst_verdict(tmp_path):
     synthetic_run.write_run(tmp_path / 'b', dataset='chest', size=16, channels=1, blind=True)
   )
   both = findings.summarise([blind, leaking], '')
-  assert [entry['verdict'] for entry in both['attacks']] == ['not_beyond_guess', 'leaked']
+  assert [entry['verdict'] for entry in both['attacks']] == ['inconclusive', 'leaked']
   assert both['headline'] == (
     'Training images could be rebuilt from what a client sent, in 1 of 2 attacks (retina).'
   )
   assert findings.summarise([blind], '')['headline'] == (
-    'The attack recovered nothing beyond what could be guessed without the update: chest.'
+    'Whether training images leaked is not settled, chest.'
   )
