@@ -18,6 +18,7 @@ from tff_shadow.models import (
   collect_statistics,
   freeze_batch_norm,
   model_from_config,
+  sent_statistics,
 )
 from tff_shadow.observations import WeightArrays
 
@@ -42,15 +43,18 @@ def _model(momentum=0.9):
   return tf.keras.Model(inputs, tf.keras.layers.Dense(2)(normalise(momentum=momentum)(x)))
 
 
+def _statistics_sent(model, observation):
+  """The changes of the statistics of layers that train."""
+  variables = model.non_trainable_variables
+  before = observation.global_weights.non_trainable
+  sent = sent_statistics(variables)
+  return tuple(v.numpy() - old for v, old, own in zip(variables, before, sent, strict=True) if own)
+
+
 def _round(model, images, *, batch_size=8, **kwargs):
   """One round of one client that shares its statistics."""
   observation = play_round(model, [(images, [k % 2 for k in range(len(images))])], **kwargs)
-  change = tuple(
-    v.numpy() - old
-    for v, old in zip(
-      model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
-    )
-  )
+  change = _statistics_sent(model, observation)
   client = observation.clients[0]
   client = dataclasses.replace(client, update=WeightArrays(client.update.trainable, change))
   training = dataclasses.replace(observation.client_training, batch_size=batch_size)
@@ -141,12 +145,7 @@ def test_several_steps_on_other_batches_give_their_weighted_mean():
   batches = images[:4], images[4:]
   for batch in batches:
     model(batch, training=True)
-  change = tuple(
-    v.numpy() - old
-    for v, old in zip(
-      model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
-    )
-  )
+  change = _statistics_sent(model, observation)
   client = dataclasses.replace(client, update=WeightArrays(client.update.trainable, change))
   observation = dataclasses.replace(
     observation, global_weights=_with_trainable(observation, model), clients=(client,)
