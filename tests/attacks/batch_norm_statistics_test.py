@@ -359,7 +359,7 @@ class TestAttack:
 
   @pytest.mark.parametrize(
     ('frozen', 'reason'),
-    [(False, 'no plain running mean'), (True, 'no BatchNorm layer that trains')],
+    [(False, 'no plain running mean'), (True, 'shared no BatchNorm statistics')],
   )
   def test_layers_that_tell_none(self, frozen, reason):
     model = small_model(norm='batch')
