@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ def attack_observation(
   targets: Sequence[str] | None = None,
   *,
   labels: Mapping[str, Sequence[int]] | None = None,
+  inferred: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
   weights: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
   covariances: Sequence[NoiseCovariance] = (),
   orders: Mapping[str, Sequence[int]] | None = None,
@@ -99,6 +101,8 @@ def attack_observation(
     targets: Client ids, or `observations.AGGREGATE` for the mean of all clients; all clients by
       default.
     labels: The labels of each target if the attacker was told them; inferred by default.
+    inferred: Labels that the attacker has inferred by a rule of its own, of some of the targets;
+      those of the others are inferred by `config.label_rule`.
     weights: For each target, per round and per trainable variable, what observed and simulated
       gradient are multiplied by before they are compared: 1 over the deviation of noise that was
       added to them, say. As they are by default.
@@ -134,7 +138,9 @@ def attack_observation(
     raise ValueError('covariances of the noise, one per round, go with plain squared errors alone')
   known = Targets(observations, config, shared.simulators)
   names = list(targets) if targets else known.default_names
-  chosen = [known.find(name, None if labels is None else labels[name]) for name in names]
+  chosen = [
+    known.find(name, None if labels is None else labels[name], inferred.get(name)) for name in names
+  ]
   attack = _Attack(
     known,
     config,

@@ -36,6 +36,7 @@ class Target(NamedTuple):
     steps: Local steps in each observed round.
     clients: What was observed of it in each round.
     told: Labels that the attacker was told, or None.
+    inferred: Labels that it has inferred by a rule of its own, or None.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Target(NamedTuple):
   steps: tuple[LocalSteps, ...]
   clients: tuple[ClientObservation, ...]
   told: tuple[int, ...] | None
+  inferred: tuple[int, ...] | None = None
 
 
 class TargetFailed(Exception):
@@ -88,8 +90,10 @@ class Targets:
     self.public_mean_image = first.public_mean_image
     self._inferences: dict[int, LabelInference] = {}
 
-  def find(self, name: str, told: Sequence[int] | None) -> Target:
-    """The target of that name.
+  def find(
+    self, name: str, told: Sequence[int] | None, inferred: Sequence[int] | None = None
+  ) -> Target:
+    """The target of that name; see `Target.told` and `Target.inferred`.
 
     Raises:
       UserError: If there is none, or the rounds do not show the same images of it.
@@ -120,7 +124,8 @@ class Targets:
         own = local_steps(client, seen.client_training)
       steps.append(own)
     told = None if told is None else tuple(told)
-    return Target(name, index, clients[0].num_images, tuple(steps), clients, told)
+    inferred = None if inferred is None else tuple(inferred)
+    return Target(name, index, clients[0].num_images, tuple(steps), clients, told, inferred)
 
   def _client(self, observation: Observation, name: str) -> ClientObservation:
     try:
@@ -162,11 +167,13 @@ class Targets:
     """Its labels, told or inferred from all rounds.
 
     Raises:
-      UserError: If told ones do not fit, or the model does not show any.
+      UserError: If given ones do not fit, or the model does not show any.
     """
-    if target.told is not None:
+    given = target.inferred if target.told is None else target.told
+    if given is not None:
       classes = len(self._observations[0].class_names)
-      return known_labels(target.told, target.num_images, classes, f'labels of {target.name}')
+      own = known_labels(given, target.num_images, classes, f'labels of {target.name}')
+      return own if target.told is not None else Labels(np.sort(own.values), 'inferred')
     inference = self.label_inference(target.num_images)
     gradients = self.gradients(target)
     return inference.labels([inference.shown(view, own) for view, own in enumerate(gradients)])

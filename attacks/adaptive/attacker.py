@@ -99,12 +99,14 @@ class Calibration(NamedTuple):
     num_played: Clients of public images on which they were tried.
     like: A client of the kind.
     others: Ids of clients of other kinds, attacked with these settings because no own were chosen.
+    reads_labels: Whether labels are told apart by updates as a whole.
   """
 
   trial: Trial
   num_played: int
   like: ClientObservation
   others: tuple[str, ...] = ()
+  reads_labels: bool = False
 
   def facts(self) -> list[str]:
     """What the attacker does with clients of the kind, in sentences."""
@@ -120,11 +122,18 @@ class Calibration(NamedTuple):
         f'It mixes in {self.trial.learned_share:.0%} of what a network makes of the update that was'
         ' trained on simulated updates of varied public images.'
       )
+    labels = []
+    if self.reads_labels:
+      labels.append(
+        'It infers labels by how updates of each differ, which was right more often on the clients'
+        ' that it has played than the gradient of the last layer.'
+      )
     return [
       f'It has played the round itself with {self.num_played} clients of public images, and'
       f' takes the settings that came closest there: {self.trial.candidate}.',
       denoised,
       learned,
+      *labels,
     ]
 
 
@@ -344,7 +353,8 @@ class AdaptiveAttacker:
               shared,
               covariances,
             )
-        calibration = Calibration(trial, count, like, group.others)
+        reads_labels = learned is not None and learned.reads_labels
+        calibration = Calibration(trial, count, like, group.others, reads_labels)
         made.append(AdaptiveAttack((calibration,), results))
         update(told + 1, str(trial.candidate))
     return made
@@ -472,7 +482,7 @@ class AdaptiveAttacker:
     if settings is None:
       return None
     targets = Targets(observations, self._config, shared.simulators)
-    # The rule that the attacked clients' labels are inferred by.
+    # The rule that the attacked clients' labels are inferred by, unless a better one is learned.
     inference = targets.label_inference(like.num_images)
 
     def shown(view: int, update: WeightArrays) -> np.ndarray:

@@ -8,7 +8,8 @@ decides nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import measure
 from attacks.scoring.results import OTHER_UPDATE
 from attacks.shared_solvers import SharedSolvers
-from tff_shadow.observations import Observation
+from tff_shadow.observations import Observation, WeightArrays
 
 # Deviations of noise that the denoiser is told, in image units; 0 leaves the images as they are.
 LEVELS = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5)
@@ -202,7 +203,8 @@ def calibrate(
       Gaussian prior is tried.
     denoiser: Takes out what noise is left in the images; None for none. It must not have been
       trained on images of `simulated`.
-    learned: Gives images from updates; None for none. As the denoiser.
+    learned: Gives images from updates, and labels where it reads them; None for none. As the
+      denoiser.
     candidates: `candidates_for` the round by default.
     progress: Called after each candidate with their number and the best trial so far.
     shared: Solvers for these rounds.
@@ -217,6 +219,8 @@ def calibrate(
   rounds = [simulated] if isinstance(simulated, SimulatedRound) else list(simulated)
   observations, simulated = [own.observation for own in rounds], rounds[0]
   shared = informed_solvers(observations, config.dtype, shared)
+  # As it infers those of the clients that it attacks, not the truth.
+  labels = _inferred_labels(observations, simulated.maps, learned)
   guesses: dict[str, np.ndarray] = {}
   trials: list[Trial] = []
   first: list[TargetResult] = []
@@ -236,7 +240,7 @@ def calibrate(
       maps = simulated.maps if knows_region else dict.fromkeys(simulated.maps, simulated.mean_map)
       if not results or candidate.needs_guess:
         results = _invert(
-          observations, candidate, config, first, maps, shared, covariances, controls=False
+          observations, candidate, config, first, maps, shared, covariances, labels, controls=False
         )
         guesses = guesses or _learned_images(observations, results, learned)
       for level in LEVELS if denoiser else LEVELS[:1]:
@@ -290,13 +294,16 @@ def attack_calibrated(
   earlier = {} if earlier is None else earlier
   observations = [observation] if isinstance(observation, Observation) else list(observation)
   shared = informed_solvers(observations, config.dtype, shared)
+  labels = _inferred_labels(observations, maps, learned)
 
   def invert(candidate: Candidate) -> list[TargetResult]:
     if candidate.needs_guess:
       first = invert(_in_proportion(CANDIDATES[0], config))
-      return _invert(observations, candidate, config, first, maps, shared, covariances)
+      return _invert(observations, candidate, config, first, maps, shared, covariances, labels)
     if candidate not in earlier:
-      earlier[candidate] = _invert(observations, candidate, config, [], maps, shared, covariances)
+      earlier[candidate] = _invert(
+        observations, candidate, config, [], maps, shared, covariances, labels
+      )
     return earlier[candidate]
 
   results = invert(trial.candidate)
@@ -337,6 +344,7 @@ def _invert(
   maps: Mapping[str, np.ndarray],
   shared: SharedSolvers,
   covariances: Sequence[NoiseCovariance] = (),
+  labels: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
   *,
   controls: bool = True,
 ) -> list[TargetResult]:
@@ -368,6 +376,7 @@ def _invert(
     observations,
     config,
     list(maps),
+    inferred=labels,
     weights=weights,
     covariances=covariances if candidate.knows_covariance else (),
     orders={own.target: own.order for own in first if own.order is not None},
@@ -385,6 +394,25 @@ def _denoised(result, level, denoiser, region_map) -> np.ndarray | None:
     return images
   regions = np.broadcast_to(region_map, (*images.shape[:3], 1))
   return denoiser(images, np.full(len(images), level, np.float32), regions)
+
+
+def _inferred_labels(
+  observations: Sequence[Observation], names: Iterable[str], learned: LearnedInversion | None
+) -> dict[str, tuple[int, ...]]:
+  """Labels of clients, as far as the learned inversion reads any."""
+  if learned is None or not learned.reads_labels:
+    return {}
+  found = {}
+  for name in names:
+    own = [seen.client(name) for seen in observations]
+    finite = all(np.isfinite(array).all() for one in own for array in _arrays(one.update))
+    if finite and all(map(learned.fits, own)):
+      found[name] = learned.labels([one.update for one in own])
+  return found
+
+
+def _arrays(update: WeightArrays) -> tuple[np.ndarray, ...]:
+  return (*update.trainable, *(update.non_trainable or ()))
 
 
 def _learned_images(

@@ -15,7 +15,8 @@ whose images it has not seen follows when it was at its best. What an image does
 depends on its label, most plainly by its sign, and the label is easily inferred: there is a linear
 estimate for each label, or combination of labels in a batch, to begin with. Strong noise hides
 labels too, so the network is trained with labels that are taken for others as often as those of
-simulated defended clients are.
+simulated defended clients are. Of clients with one image the same features tell the label too,
+where that is right more often than the reader: see `attacks.adaptive.label_inference`.
 """
 
 import dataclasses
@@ -27,8 +28,13 @@ import numpy as np
 import tensorflow as tf
 from sklearn.covariance import ledoit_wolf
 
+from attacks.adaptive.label_inference import LabelDiscriminant, PlayedLabels, chosen_rule
 from attacks.adaptive.players import NO_EQUIPMENT, Equipment
-from attacks.adaptive.simulated_updates import SimulatedClients, SimulatedUpdates
+from attacks.adaptive.simulated_updates import (
+  SimulatedClients,
+  SimulatedUpdates,
+  noise_moments,
+)
 from attacks.local_steps import local_steps
 from tff_shadow.data import Examples
 from tff_shadow.errors import UserError
@@ -121,7 +127,7 @@ class LearnedInversion:
       like: Whose numbers of images and steps the clients have.
       public: Images of the modality with labels and regions, of no attacked client.
       settings: See there.
-      reader: How the attacker infers labels; by default it is told them.
+      reader: How the attacker infers labels where they are not learned; by default it is told them.
       equipment: With which the defence is played.
       progress: Called with how far it is, from 0 to `settings.clients`, and with what it does.
 
@@ -170,16 +176,27 @@ class LearnedInversion:
     _, _, directions = np.linalg.svd(clean - self._mean, full_matrices=False)
     self._directions = directions[: settings.features].T.astype(np.float32)
     clean = (clean - self._mean) @ self._directions
+    loudness = np.mean([own.loudness for own in self._rounds], axis=0)
+    noise = noise @ self._directions / loudness[: len(noise), None]
     norms = np.concatenate([own.norms for own in self._rounds], axis=1)
     errors = np.concatenate([own.norm_errors[: len(noise)] for own in self._rounds], axis=1)
     # As large as what is seen best: they stand out of what is taken for chance.
     self._mean_norms = norms.mean(axis=0)
     self._norm_unit = (clean[:, 0].std() or 1.0) / norms.std(axis=0)
+    clean = np.concatenate([clean, (norms - self._mean_norms) * self._norm_unit], axis=1)
+    errors = errors * self._norm_unit
+    self._label_rule: LabelDiscriminant | None = None
+    if reader is not None and like.num_images == 1:
+      played = PlayedLabels(
+        clean, noise, errors, loudness, clients.labels[:, 0], clients.chosen[:, 0]
+      )
+      self._label_rule, best = chosen_rule(played, inferred[:, 0])
+      inferred = best[:, None]
     self._train(
-      np.concatenate([clean, (norms - self._mean_norms) * self._norm_unit], axis=1),
-      noise @ self._directions,
-      errors * self._norm_unit,
-      np.mean([own.loudness for own in self._rounds], axis=0),
+      clean,
+      noise,
+      errors,
+      loudness,
       clients.images(),
       self._kinds.as_inferred(clients.labels, inferred, settings.seed),
       clients.held_out,
@@ -198,19 +215,40 @@ class LearnedInversion:
       updates: What it sent in each round; of a client that `fits`.
       labels: Of its images, in any order, as far as they are known.
     """
-    sent = list(zip(self._rounds, updates, strict=True))
-    features = np.concatenate([own.features_of(update) for own, update in sent])
-    norms = np.concatenate([own.norms_of(update) for own, update in sent])
-    seen = np.concatenate(
-      [(features - self._mean) @ self._directions, (norms - self._mean_norms) * self._norm_unit]
-    )
     kind = self._kinds.index(labels)
-    seen = (seen - self._centers[kind]) / self._scale
+    seen = (self._seen(updates) - self._centers[kind]) / self._scale
     inputs = (tf.constant(seen[None], tf.float32), tf.constant([kind]))
     coefficients = self._network(inputs, training=False).numpy()[0]
     images = self._mean_images[kind] + coefficients @ self._components
     images = images.reshape(self._like.num_images, *self._image_shape)
     return np.clip(images, 0, 1).astype(np.float32)
+
+  @property
+  def reads_labels(self) -> bool:
+    """Whether `labels` are right more often than those of the reader, on simulated clients."""
+    return self._label_rule is not None
+
+  def labels(self, updates: Sequence[WeightArrays]) -> tuple[int, ...] | None:
+    """The labels of a client that `fits`, by what updates of each label have in common.
+
+    Args:
+      updates: What it sent in each round; finite.
+
+    Returns:
+      None unless it `reads_labels`.
+    """
+    if self._label_rule is None:
+      return None
+    return (int(self._label_rule(self._seen(updates)[None])[0]),)
+
+  def _seen(self, updates: Sequence[WeightArrays]) -> np.ndarray:
+    """[k + c], of what a client sent in each round."""
+    sent = list(zip(self._rounds, updates, strict=True))
+    features = np.concatenate([own.features_of(update) for own, update in sent])
+    norms = np.concatenate([own.norms_of(update) for own, update in sent])
+    return np.concatenate(
+      [(features - self._mean) @ self._directions, (norms - self._mean_norms) * self._norm_unit]
+    )
 
   def _train(self, clean, noise, norm_errors, loudness, images, kinds, held_out, progress) -> None:
     """Of N simulated clients.
@@ -218,7 +256,7 @@ class LearnedInversion:
     Args:
       clean: [N, k + c], what is seen of their undefended updates, and what the norms of defended
         ones are expected to be.
-      noise: [n, k], by how much the defended ones of the first n differ.
+      noise: [n, k], by how much the defended ones of the first n differ, in units of `loudness`.
       norm_errors: [n, c], by how much their norms do.
       loudness: [N], of the noise, not of the errors.
       images: [N, D].
@@ -227,18 +265,9 @@ class LearnedInversion:
       progress: Called with steps.
     """
     settings = self._settings
-    noise = noise / loudness[: len(noise), None]
-    num_norms = norm_errors.shape[1]
-    mean_noise = np.append(noise.mean(axis=0), np.zeros(num_norms))
-    covariance = np.zeros((clean.shape[1],) * 2)
-    if noise.any():
-      covariance[: noise.shape[1], : noise.shape[1]] = ledoit_wolf(noise)[0]
-    if num_norms:
-      covariance[-num_norms:, -num_norms:] = norm_errors.T @ norm_errors / len(norm_errors)
-    loudness = np.concatenate(
-      [np.repeat(loudness[:, None], noise.shape[1], axis=1), np.ones((len(clean), num_norms))],
-      axis=1,
-    )
+    mean_noise, covariance = noise_moments(noise, norm_errors)
+    exact = np.ones((len(clean), norm_errors.shape[1]))
+    loudness = np.concatenate([np.repeat(loudness[:, None], noise.shape[1], axis=1), exact], axis=1)
     own = [kinds == kind for kind in range(len(self._kinds))]
     # What is never inferred stands for nothing in particular.
     groups = [group if group.any() else np.ones_like(group) for group in own]

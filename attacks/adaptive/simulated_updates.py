@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from sklearn.covariance import ledoit_wolf
 
 from attacks.adaptive.players import Equipment, build_player, without_noise
 from attacks.adaptive.simulated_defense import noise_key, simulated_steps
@@ -43,6 +44,7 @@ class SimulatedClients:
 
   Attributes:
     labels: int32 [N, B], of each client's images.
+    chosen: int [N, B], which of the public images they are.
     held_out: bool [N], whether a client's images are none of those that the others have; the last
       fifth of the clients.
   """
@@ -69,19 +71,19 @@ class SimulatedClients:
     order = rng.permutation(len(public))
     num_held = int(_HELD_OUT_SHARE * len(public))
     self.held_out = np.arange(count) >= (1 - _HELD_OUT_SHARE * (num_held > 0)) * count
-    self._chosen = np.where(
+    self.chosen = np.where(
       self.held_out[:, None],
       order[rng.integers(0, max(num_held, 1), (count, like.num_images))],
       order[rng.integers(num_held, len(public), (count, like.num_images))],
     )
-    self.labels = public.labels[self._chosen]
+    self.labels = public.labels[self.chosen]
     self._augmentations = augmentations
     self.seed = seed
     entries = sum(array.size for array in like.update.trainable)
     self._chunk = min(_CHUNK, max(1, MAX_BASIS_ENTRIES // 8 // entries))
 
   def __len__(self) -> int:
-    return len(self._chosen)
+    return len(self.chosen)
 
   def images(self) -> np.ndarray:
     """float32 [N, B H W C], those of a client in an order that can be learned.
@@ -96,7 +98,7 @@ class SimulatedClients:
     for first in range(0, count, self._chunk):
       numbers = np.arange(first, min(first + self._chunk, count))
       # All of a chunk, so that a client is the same whether or not the others are asked for.
-      chosen = self._chosen[first : first + self._chunk]
+      chosen = self.chosen[first : first + self._chunk]
       flat = self._both[chosen.reshape(-1)]
       seed = tf.constant([self.seed, first])
       varied = augment(tf.constant(flat), self._augmentations, seed).numpy()
@@ -275,6 +277,21 @@ def inverse_deviations(noises: np.ndarray, norms: np.ndarray) -> np.ndarray:
   # The logarithm of a mean of N squares of a normal has the variance 2 / N.
   kept = max(0.0, 1 - 2 / len(noises) / max(logs.var(), 1e-12))
   return np.exp(-kept * logs / 2).astype(np.float32)
+
+
+def noise_moments(noise: np.ndarray, norm_errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean [k + c] and covariance of noise [n, k] and errors of norms [n, c], of which c are exact.
+
+  The errors are of mean zero, and far smaller than noise: its estimate is none of theirs.
+  """
+  count = noise.shape[1]
+  mean = np.append(noise.mean(axis=0), np.zeros(norm_errors.shape[1]))
+  covariance = np.zeros((len(mean),) * 2)
+  if noise.any():
+    covariance[:count, :count] = ledoit_wolf(noise)[0]
+  if norm_errors.shape[1]:
+    covariance[count:, count:] = norm_errors.T @ norm_errors / len(norm_errors)
+  return mean, covariance
 
 
 def explained(norms: np.ndarray, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

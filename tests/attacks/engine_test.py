@@ -349,6 +349,24 @@ def test_labels_are_inferred_from_all_rounds():
   assert found == [(0,), (1,)]
 
 
+def test_labels_that_the_attacker_has_inferred_by_itself(observation):
+  config = dataclasses.replace(_SHORT, iterations=1)
+  names = [client.client_id for client in observation.clients]
+  by_rule = attack_observation(observation, config, names, controls=False)
+  other = tuple(1 - label for label in by_rule[0].labels)
+  found = attack_observation(observation, config, names, inferred={names[0]: other}, controls=False)
+  assert found[0].labels == tuple(sorted(other))
+  assert [own.labels for own in found[1:]] == [own.labels for own in by_rule[1:]]
+  assert {own.labels_source for own in found} == {'inferred'}
+  told = {name: by_rule[k].labels for k, name in enumerate(names)}
+  known = attack_observation(
+    observation, config, names, labels=told, inferred={names[0]: other}, controls=False
+  )
+  assert (known[0].labels, known[0].labels_source) == (by_rule[0].labels, 'known')
+  with pytest.raises(UserError, match='labels of client_00: label 7 is not in'):
+    attack_observation(observation, config, names[:1], inferred={names[0]: [7] * len(other)})
+
+
 def test_the_mean_of_all_clients_is_attacked_as_one_batch():
   images = smooth_images(2, seed=3)
   model = small_model(num_classes=5)

@@ -38,7 +38,7 @@ def calls(monkeypatch):
   def attack_calibrated(
     observations, trial, config, denoiser, maps, learned, earlier, shared, covariances
   ):
-    own = learned and learned.num_images
+    own = learned and learned.like.num_images
     seen.attacked |= {name: (trial.learned_share, own) for name in maps}
     return [types.SimpleNamespace(target=name) for name in maps]
 
@@ -47,7 +47,11 @@ def calls(monkeypatch):
   monkeypatch.setattr(attacker, 'attack_calibrated', attack_calibrated)
   # In place of the network the client whose kind it is for.
   monkeypatch.setattr(
-    AdaptiveAttacker, '_trained_inversion', lambda self, observations, like, *rest: like
+    AdaptiveAttacker,
+    '_trained_inversion',
+    lambda self, observations, like, *rest: types.SimpleNamespace(
+      like=like, reads_labels=like.num_images == 1
+    ),
   )
   return seen
 
@@ -76,6 +80,8 @@ def test_settings_are_chosen_for_each_kind_of_clients(calls):
   knows = ' '.join(made.knows(observation))
   assert 'Clients of 1 image in 1 step: It has played the round itself with 6' in knows
   assert 'Clients of 3 images in 1 step: It has played the round itself with 2' in knows
+  assert 'Clients of 1 image in 1 step: It infers labels by how updates' in knows
+  assert 'Clients of 3 images in 1 step: It infers labels' not in knows
 
 
 def test_of_one_kind_nothing_is_said_of_kinds(calls):

@@ -104,16 +104,21 @@ def test_another_clients_update_shows_what_the_maps_alone_tell(simulated):
 class _Knowing:
   """Stands in for a learned inversion: gives grey images, by the client's first weights."""
 
-  def __init__(self, observation, grey):
+  def __init__(self, observation, grey, read=None):
+    self.reads_labels = read is not None
+    self._read = read
     self._names = {id(client.update): client.client_id for client in observation.clients}
     self._grey = grey
-    self.labels = []
+    self.told = []
 
   def fits(self, client):
     return client.client_id != 'public_02'
 
+  def labels(self, updates):
+    return self._read[self._names[id(updates[0])]]
+
   def __call__(self, updates, labels):
-    self.labels.append(tuple(labels))
+    self.told.append(tuple(labels))
     return np.full((1, 8, 8, 1), self._grey[self._names[id(updates[0])]], np.float32)
 
 
@@ -124,7 +129,7 @@ def test_what_was_learned_is_mixed_with_what_was_found(simulated):
   assert {trial.learned_share for trial in trials} == set(calibrated.SHARES)
   plain = attack_observation(simulated.observation, _CONFIG, list(simulated.maps))
   inferred = [result.labels for result in plain]
-  assert learned.labels == inferred[:2]
+  assert learned.told == inferred[:2]
   trial = calibrated.Trial(CANDIDATES[0], 0.0, 0.75, False, 0.0)
   found = attack_calibrated(simulated.observation, trial, _CONFIG, None, simulated.maps, learned)
   for own, before, grey in zip(found[:2], plain, (0.2, 0.8), strict=False):
@@ -133,6 +138,41 @@ def test_what_was_learned_is_mixed_with_what_was_found(simulated):
   # Of a client unlike those that were learned from, what was found alone.
   for own, before in zip(found[2:], plain[2:], strict=True):
     np.testing.assert_array_equal(own.reconstructions['attack'], before.reconstructions['attack'])
+
+
+def test_clients_are_attacked_with_labels_that_are_read_of_updates(simulated, monkeypatch):
+  truth = {name: int(own.labels[0]) for name, own in simulated.truth.items()}
+  # One that is right, one that is not, and of the last client, which does not fit, none.
+  read = {'public_00': (truth['public_00'],), 'public_01': (1 - truth['public_01'],)}
+  learned = _Knowing(simulated.observation, dict.fromkeys(read, 0.5), read)
+  attacks = []
+
+  def attack(*args, **settings):
+    attacks.append(attack_observation(*args, **settings))
+    return attacks[-1]
+
+  monkeypatch.setattr(calibrated, 'attack_observation', attack)
+  trials = calibrate(simulated, _CONFIG, None, learned, CANDIDATES[:2])
+  attack_calibrated(simulated.observation, trials[0], _CONFIG, None, simulated.maps, learned)
+  assert len(attacks) == 3
+  (plain,) = attack_observation(simulated.observation, _CONFIG, ['public_02'])
+  expected = [*read.values(), plain.labels]
+  for results in attacks:
+    assert [result.labels for result in results] == expected
+    assert {result.labels_source for result in results} == {'inferred'}
+  assert set(learned.told) == set(read.values())
+
+
+def test_updates_that_are_not_finite_are_not_read(simulated):
+  first, *others = simulated.observation.clients
+  nan = WeightArrays(tuple(np.full_like(array, np.nan) for array in first.update.trainable))
+  clients = (dataclasses.replace(first, update=nan), *others)
+  observation = dataclasses.replace(simulated.observation, clients=clients)
+  learned = _Knowing(simulated.observation, {}, {client.client_id: (0,) for client in others})
+  maps = {client.client_id: simulated.maps[client.client_id] for client in clients}
+  trial = calibrated.Trial(CANDIDATES[0], 0.0, 0.0, False, 0.0)
+  found = attack_calibrated(observation, trial, _CONFIG, None, maps, learned)
+  assert [result.status for result in found] == ['failed', 'ok', 'ok']
 
 
 def test_a_gaussian_prior_is_tried_where_there_is_one(simulated):
