@@ -1,6 +1,7 @@
 """Runs the attacks of an audit, each resumable, and keeps what they reconstruct."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.presets import PRESETS
+from attacks.priors import GaussianImages
 from attacks.public_prior import fitted_prior
 from attacks.report.page import write_whole
 from attacks.results import TargetResult, read_results, write_results
@@ -99,13 +101,17 @@ class Suite:
       watch=watch,
       directory=cache_directory or directory,
     )
-    self._public_prior = fitted_prior(
-      public.float_images(), augmentations, seed, value_weight=PRESETS['best_public'].public_prior
-    )
+    self._public, self._augmentations = public, tuple(augmentations)
     self._seed = seed
     self._lanes = lanes
     self.watch = watch
     self._shared: SharedSolvers | None = None
+
+  @functools.cached_property
+  def _public_prior(self) -> GaussianImages | None:
+    weight = PRESETS['best_public'].public_prior
+    images = self._public.float_images()
+    return fitted_prior(images, self._augmentations, self._seed, value_weight=weight)
 
   def unaware(
     self, place: str, observations: Sequence[Observation], clients: Sequence[str]
