@@ -146,13 +146,15 @@ def test_batches_are_attacked_with_what_public_images_say(tmp_path, monkeypatch)
   assert any('fitted to public images' in fact for fact in public.knows)
   # Where there are none to fit a prior to, without.
   same = dataclasses.replace(_public(), images=_public().images[:1].repeat(len(_public()), axis=0))
-  _, plain = _suite(tmp_path / 'b', public=same).unaware('here', [batch], ['client_00'])
-  assert (plain.name, used[-1].gaussian_images) == ('best_batch', None)
+  suite = _suite(tmp_path / 'b', public=same)
+  monkeypatch.setattr(suite, '_invert', lambda *arguments: [])
+  assert [own.name for own in suite.unaware('here', [batch], ['client_00'])] == [
+    'best',
+    'best_batch',
+  ]
   # One image of each client: as ever.
   one = play_round(small_model(), [(images[:1], [0])])
-  assert [own.name for own in _suite(tmp_path / 'c').unaware('here', [one], ['client_00'])] == [
-    'best'
-  ]
+  assert [own.name for own in suite.unaware('here', [one], ['client_00'])] == ['best']
 
 
 def test_no_budget_for_it_means_no_such_attacker(tmp_path, observation):
