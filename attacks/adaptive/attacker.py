@@ -312,13 +312,15 @@ class AdaptiveAttacker:
     ]
     learned = self._trained_inversion(observations, like, name, shared)
     covariances = self._covariances(observations, like, name)
-    total = len(candidates_for(observations[0], config))
+    candidates = candidates_for(observations[0], config)
+    total = len(candidates)
     with self._watch(f'{name}: {total} settings on public images', total) as update:
       trials = calibrate(
         simulated,
         config,
         denoiser,
         learned,
+        candidates,
         progress=lambda done, best: update(done, f'best {best.region_psnr:.1f} dB'),
         shared=shared,
         covariances=covariances,

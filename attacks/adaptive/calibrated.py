@@ -17,6 +17,7 @@ from attacks.adaptive.denoiser import RegionDenoiser
 from attacks.adaptive.learned_inversion import LearnedInversion
 from attacks.adaptive.players import example_clip_norm
 from attacks.adaptive.simulated_defense import SimulatedRound
+from attacks.adaptive.simulated_updates import flat
 from attacks.adaptive.weightings import WEIGHTINGS, weights_of
 from attacks.batch_norm_statistics import statistics_can_be_matched
 from attacks.config import AttackConfig
@@ -29,7 +30,7 @@ from attacks.scoring.assignment import in_order
 from attacks.scoring.metrics import measure
 from attacks.scoring.results import OTHER_UPDATE
 from attacks.shared_solvers import SharedSolvers
-from tff_shadow.observations import Observation, WeightArrays
+from tff_shadow.observations import Observation
 
 # Deviations of noise that the denoiser is told, in image units; 0 leaves the images as they are.
 LEVELS = (0.0, 0.03, 0.06, 0.12, 0.25, 0.5)
@@ -405,14 +406,10 @@ def _inferred_labels(
   found = {}
   for name in names:
     own = [seen.client(name) for seen in observations]
-    finite = all(np.isfinite(array).all() for one in own for array in _arrays(one.update))
+    finite = all(np.isfinite(flat(one.update)).all() for one in own)
     if finite and all(map(learned.fits, own)):
       found[name] = learned.labels([one.update for one in own])
   return found
-
-
-def _arrays(update: WeightArrays) -> tuple[np.ndarray, ...]:
-  return (*update.trainable, *(update.non_trainable or ()))
 
 
 def _learned_images(

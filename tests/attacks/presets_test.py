@@ -10,6 +10,7 @@ from attacks.generators import GenerativePrior
 from attacks.matching import NoMatching
 from attacks.presets import PRESETS
 from attacks.shared_solvers import SharedSolvers
+from tests.attacks.batch_norm_statistics_test import _statistics_sent
 from tests.attacks.observed_rounds import play_round, psnr, small_model, smooth_images
 from tff_shadow.observations import WeightArrays
 
@@ -53,14 +54,8 @@ def with_statistics():
   """A round of one client that shares its BatchNorm statistics."""
   model = small_model(_SHAPE, norm='batch')
   observation = play_round(model, [(smooth_images(2, _SHAPE), [0, 1])])
-  change = tuple(
-    v.numpy() - old
-    for v, old in zip(
-      model.non_trainable_variables, observation.global_weights.non_trainable, strict=True
-    )
-  )
   client = observation.clients[0]
-  update = WeightArrays(client.update.trainable, change)
+  update = WeightArrays(client.update.trainable, _statistics_sent(model, observation))
   return dataclasses.replace(observation, clients=(dataclasses.replace(client, update=update),))
 
 

@@ -138,6 +138,8 @@ def initial_weights(
       f'batch_norm_sharing must be one of {BATCH_NORM_SHARING}, found {batch_norm_sharing!r}'
     )
 
+  sent: list[bool] = []  # Told once, as the model is built for its weights.
+
   @tff.tensorflow.computation
   def initial_model_weights():
     is_functional = isinstance(model_fn, tff.learning.models.FunctionalModel)
@@ -147,14 +149,10 @@ def initial_weights(
         'model_fn must be a function that returns a VariableModel of a Keras model'
         f' (tff.learning.models.from_keras_model), found {type(model).__name__}'
       )
+    sent[:] = sent_statistics(list(model.non_trainable_variables))
     return tff.learning.models.ModelWeights.from_model(model)
 
-  return initial_model_weights, batch_norm_sharing == 'aggregate' and any(_sent(model_fn))
-
-
-def _sent(model_fn: ModelFn) -> list[bool]:
-  with tf.Graph().as_default():
-    return sent_statistics(list(model_fn().non_trainable_variables))
+  return initial_model_weights, batch_norm_sharing == 'aggregate' and any(sent)
 
 
 def but_aggregation(

@@ -30,7 +30,7 @@ def calls(monkeypatch):
     seen.played.append((like.num_images, num_clients))
     return types.SimpleNamespace(mean_map=np.ones((1, 8, 8, 1), np.float32))
 
-  def calibrate(simulated, config, denoiser, learned, **settings):
+  def calibrate(simulated, config, denoiser, learned, candidates, **settings):
     seen.configs.append(config)
     seen.covariances = settings['covariances']
     return _TRIALS
