@@ -214,6 +214,12 @@ PRESETS: dict[str, Preset] = {
     _best_batch,
     public_prior=0.03,
   ),
+  'best_public_strong': Preset(
+    'The same with ten times the weight: for images that are much alike, and several local steps,'
+    ' which lead a search astray.',
+    _best_batch,
+    public_prior=0.3,
+  ),
   'dlg': Preset(
     'Zhu, Liu and Han 2019, "Deep leakage from gradients": squared distance, L-BFGS, labels'
     ' optimised too. With a line search, which the paper does not have.',

@@ -9,8 +9,8 @@ class Budget:
 
   Attributes:
     presets: Attacks that do not know the defence; of `attacks.presets`. 'best' stands for
-      'best_batch' and 'best_public' too where clients trained on several images; for the latter
-      there must be enough public images to fit a prior to.
+      'best_batch', 'best_public' and 'best_public_strong' too where clients trained on several
+      images; for the latter two there must be enough public images to fit a prior to.
     iterations: Optimiser steps per restart of each attack.
     calibration_clients: Clients that the adaptive attacker plays itself; 0 for no such attacker.
     denoiser_steps: Of the training of its denoiser; 0 for none.

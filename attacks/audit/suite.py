@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from attacks.audit.budget import Budget
 from attacks.config import AttackConfig
 from attacks.engine import AttackProgress, attack_observation, planned_steps
 from attacks.presets import PRESETS
-from attacks.priors import GaussianImages
+from attacks.priors import GaussianImages, reweighted
 from attacks.public_prior import fitted_prior
 from attacks.report.page import write_whole
 from attacks.results import TargetResult, read_results, write_results
@@ -109,9 +110,7 @@ class Suite:
 
   @functools.cached_property
   def _public_prior(self) -> GaussianImages | None:
-    weight = PRESETS['best_public'].public_prior
-    images = self._public.float_images()
-    return fitted_prior(images, self._augmentations, self._seed, value_weight=weight)
+    return fitted_prior(self._public.float_images(), self._augmentations, self._seed)
 
   def unaware(
     self, place: str, observations: Sequence[Observation], clients: Sequence[str]
@@ -126,15 +125,19 @@ class Suite:
     several = any(observations[0].client(name).num_images > 1 for name in clients)
     presets = list(self._budget.presets)
     if several and 'best' in presets:
-      presets[1:1] = ['best_batch', 'best_public'] if self._public_prior else ['best_batch']
+      # Which weight of the prior is better depends on the modality.
+      informed = ['best_public', 'best_public_strong'] if self._public_prior else []
+      presets[1:1] = ['best_batch', *informed]
+    num_values = math.prod(observations[0].image_shape)
     attacked = []
     for preset in presets:
+      weight = PRESETS[preset].public_prior / num_values
       config = dataclasses.replace(
         PRESETS[preset].build(),
         iterations=self._budget.iterations,
         lanes=self._lanes,
         seed=self._seed,
-        gaussian_images=self._public_prior if PRESETS[preset].public_prior else None,
+        gaussian_images=reweighted(self._public_prior, weight) if weight else None,
       )
       knows = threat_model(
         observations[0], config, labels_known=False, num_rounds=len(observations)

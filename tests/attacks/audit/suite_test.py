@@ -139,9 +139,11 @@ def test_batches_are_attacked_with_what_public_images_say(tmp_path, monkeypatch)
 
   monkeypatch.setattr(suites, 'attack_observation', attack)
   attacked = _suite(tmp_path / 'a').unaware('here', [batch], ['client_00'])
-  assert [own.name for own in attacked] == ['best', 'best_batch', 'best_public']
+  names = ['best', 'best_batch', 'best_public', 'best_public_strong']
+  assert [own.name for own in attacked] == names
   assert used[0].gaussian_images is used[1].gaussian_images is None
-  assert used[2].gaussian_images.weight == pytest.approx(0.03 / 64)
+  weights = [config.gaussian_images.weight for config in used[2:]]
+  assert weights == pytest.approx([0.03 / 64, 0.3 / 64])
   public = attacked[-1]
   assert any('fitted to public images' in fact for fact in public.knows)
   # Where there are none to fit a prior to, without.
