@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -110,7 +109,8 @@ class Suite:
 
   @functools.cached_property
   def _public_prior(self) -> GaussianImages | None:
-    return fitted_prior(self._public.float_images(), self._augmentations, self._seed)
+    images = self._public.float_images()
+    return fitted_prior(images, self._augmentations, self._seed, value_weight=1.0)
 
   def unaware(
     self, place: str, observations: Sequence[Observation], clients: Sequence[str]
@@ -128,16 +128,17 @@ class Suite:
       # Which weight of the prior is better depends on the modality.
       informed = ['best_public', 'best_public_strong'] if self._public_prior else []
       presets[1:1] = ['best_batch', *informed]
-    num_values = math.prod(observations[0].image_shape)
     attacked = []
     for preset in presets:
-      weight = PRESETS[preset].public_prior / num_values
+      prior, factor = None, PRESETS[preset].public_prior
+      if factor:
+        prior = reweighted(self._public_prior, factor * self._public_prior.weight)
       config = dataclasses.replace(
         PRESETS[preset].build(),
         iterations=self._budget.iterations,
         lanes=self._lanes,
         seed=self._seed,
-        gaussian_images=reweighted(self._public_prior, weight) if weight else None,
+        gaussian_images=prior,
       )
       knows = threat_model(
         observations[0], config, labels_known=False, num_rounds=len(observations)

@@ -557,8 +557,12 @@ class TestExecution:
   def test_a_client_without_images_sends_no_decoys(self):
     noise = _noise('decoy', kind='scale', value=2.0, decoys=4)
     client = _Client(_model('batch'), noise, decoys=_public())
-    np.testing.assert_array_equal(client.sends(_dataset(_examples(4)).take(0)), 0.0)
-    assert np.abs(client.sends(_dataset(_examples(4)))).max() > 0
+    dataset = _dataset(_examples(4))
+    for own, weight in ((dataset.take(0), 0.0), (dataset, 4.0)):
+      sent = client.sends(own)
+      assert np.isfinite(sent).all()
+      assert bool(np.any(sent)) == bool(weight)
+      assert client.result(own)[0].update_weight == weight
 
   def test_correlated_noise_is_the_difference_of_two_trainings(self):
     model, examples, epsilon = _model(), _examples(), 0.2
