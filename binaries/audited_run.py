@@ -163,6 +163,9 @@ class AuditedRun:
         f' {training.batch_size}, {training.local_epochs} epochs'
       ),
       'BatchNorm statistics': observation.batch_norm_sharing,
+      'Losses, accuracies and counts of clients': (
+        'of single clients' if self._measures_single_clients() else 'secure sums over a round'
+      ),
       'Defence': defense_words(self.defense),
       'Seed of the training': str(self.config['flags']['seed']),
     }
@@ -203,6 +206,12 @@ class AuditedRun:
       f' together: {why}.'
       for why, names in reasons.items()
     ]
+    if self._measures_single_clients():
+      found.append(
+        'The server also saw the training loss and accuracy of single clients, on their images'
+        ' without noise, and no attack used them (--secure_measurements of the training, with'
+        ' several clients a round).'
+      )
     missing = self.config['flags']['rounds'] - len(self.seen)
     if missing > 0:
       found.append(
@@ -216,6 +225,12 @@ class AuditedRun:
       if left and own.observation.round_num not in attacked:
         found.append(f'Round {own.observation.round_num} was not attacked for {named(left)}.')
     return found
+
+  def _measures_single_clients(self) -> bool:
+    """Whether what is measured of a client is seen without that of others."""
+    # Runs from before there was the flag have none.
+    secure = self.config['flags'].get('secure_measurements', False)
+    return not secure or any(len(own.observation.clients) < 2 for own in self.seen)
 
   def _numbers(self, rounds: Sequence[str] | None) -> list[int]:
     known = sorted(

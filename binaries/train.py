@@ -100,6 +100,13 @@ _SEED = flags.DEFINE_integer(
   'Decides the initial weights, the partition, client sampling and batch order.',
   lower_bound=0,
 )
+_SECURE_MEASUREMENTS = flags.DEFINE_bool(
+  'secure_measurements',
+  True,
+  'The server sees losses, accuracies and counts of the clients only as secure sums over those of a'
+  ' round. Of single clients they pick known images out, whatever noise is on the updates; without'
+  ' them it is also told in every round whose update was not finite.',
+)
 _EVALUATE_EVERY_ROUNDS = flags.DEFINE_integer(
   'evaluate_every_rounds', 1, 'Rounds between two evaluations on validation.', lower_bound=1
 )
@@ -187,6 +194,7 @@ def main() -> None:
     learning_rate_drops=_parse_drops(),
     learning_rate_drop_factor=_CLIENT_LEARNING_RATE_DROP_FACTOR.value,
     client_batch_sizes=batch_sizes,
+    secure_measurements=_SECURE_MEASUREMENTS.value,
   )
   secrets = None
   if noise or (published and published.map_kind == 'white'):

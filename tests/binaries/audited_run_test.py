@@ -66,10 +66,11 @@ def played():
   return play_round(small_model(), sets)
 
 
-def _audited(run_dir, played, used, max_clients=16, rounds=None, **client):
+def _audited(run_dir, played, used, max_clients=16, rounds=None, flags=None, **client):
   """A run whose rounds saw `used`, for each round from client to positions in `_POOL`."""
   (run_dir / 'truth').mkdir(parents=True)
-  config = {'program': 'train', 'flags': {'rounds': rounds or len(used)}}
+  flags = {'secure_measurements': True} if flags is None else flags
+  config = {'program': 'train', 'flags': {'rounds': rounds or len(used), **flags}}
   (run_dir / 'config.json').write_text(json.dumps(config))
   for number, own in enumerate(used, start=1):
     clients = tuple(
@@ -100,7 +101,7 @@ def test_clients_recur_in_whatever_order_their_images_were_first_used(tmp_path, 
 @pytest.mark.parametrize(
   ('other', 'why'),
   [
-    ({'client_01': [4, 5, 6, 7]}, 'no part in round 2'),
+    ({'client_01': [4, 5, 6, 7], 'client_02': [8, 9, 10, 11]}, 'no part in round 2'),
     ({'client_00': [0, 1, 2, 8], 'client_01': [4, 5, 6, 7]}, 'other images in some of the rounds'),
     ({'client_00': [0, 1], 'client_01': [4, 5, 6, 7]}, 'other images in some of the rounds'),
   ],
@@ -114,6 +115,17 @@ def test_images_that_were_not_attacked_jointly_are_told(tmp_path, played, other,
     'Several rounds show the same images of client_00, and these rounds were not attacked together:'
     f' {why}.'
   )
+
+
+@pytest.mark.parametrize(
+  ('flags', 'clients'),
+  [({}, 2), ({'secure_measurements': False}, 2), ({'secure_measurements': True}, 1)],
+)
+def test_measurements_of_single_clients_are_a_doubt(tmp_path, played, flags, clients):
+  own = {f'client_{k:02d}': [k] for k in range(clients)}
+  audited = _audited(tmp_path / 'run', played, [own], flags=flags)
+  (problem,) = audited.apart(audited.seen)
+  assert 'training loss and accuracy of single clients' in problem
 
 
 def test_steps_on_parts_of_the_images_are_not_attacked_jointly(tmp_path, played):
@@ -150,7 +162,7 @@ def test_clients_that_are_attacked_nowhere_are_told(tmp_path, played):
 
 
 def test_rounds_that_were_not_audited_are_told(tmp_path, played):
-  own = {'client_00': [0, 1, 2, 3]}
+  own = {'client_00': [0, 1, 2, 3], 'client_01': [4, 5, 6, 7]}
   audited = _audited(tmp_path / 'run', played, [own, own], rounds=20)
   (problem,) = audited.apart(audited.seen)
   assert problem.startswith('18 of the 20 rounds of the training were not audited')
@@ -175,5 +187,6 @@ def test_an_audit_that_goes_on_finds_other_observations(tmp_path, played):
 
 
 def test_rounds_that_share_no_image_need_no_joint_attack(tmp_path, played):
-  audited = _audited(tmp_path / 'run', played, [{'client_00': [0]}, {'client_00': [1]}])
+  used = [{'client_00': [0], 'client_01': [4]}, {'client_00': [1], 'client_01': [5]}]
+  audited = _audited(tmp_path / 'run', played, used)
   assert (audited.recurring, audited.apart(audited.seen)) == ([], [])

@@ -287,7 +287,10 @@ def test_no_readable_state_is_one_clear_line(tiny_data, tmp_path):
     _train(tiny_data, tmp_path, _settings(2), resume=True)
 
 
-def test_dropped_client_is_reported_by_name(tiny_data, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(('secure', 'rounds'), [(False, 1), (True, 2)])
+def test_dropped_client_is_reported_by_name(
+  tiny_data, tmp_path, monkeypatch, caplog, secure, rounds
+):
   sample = RoundSampler.sample
 
   def with_one_bad_client(self, round_num):
@@ -297,11 +300,16 @@ def test_dropped_client_is_reported_by_name(tiny_data, tmp_path, monkeypatch, ca
 
   monkeypatch.setattr(RoundSampler, 'sample', with_one_bad_client)
   reports = []
+  settings = _settings(rounds, secure_measurements=secure)
   with caplog.at_level(logging.WARNING):
-    model = _train(tiny_data, tmp_path, _settings(1), report=reports.append)
+    model = _train(tiny_data, tmp_path, settings, report=reports.append)
   assert reports[0].dropped == ('client_01',)
-  assert 'client_01' in caplog.text
-  assert float(_rows(tmp_path)[0]['train/dropped_clients']) == 1
+  assert 'round 1: the update of client_01' in caplog.text
+  assert [float(row['train/dropped_clients']) for row in _rows(tmp_path)] == [1] * rounds
+  if rounds > 1:
+    # Nobody sees the updates of the second round.
+    assert reports[1].dropped == ()
+    assert 'round 2: 1 of 3 updates were not finite' in caplog.text
   observation = read_observation(tmp_path / 'observations' / 'round_00001')
   assert [client.dropped for client in observation.clients] == [False, True, False]
   assert all(np.isfinite(weight).all() for weight in model.get_weights())

@@ -47,6 +47,9 @@ class TrainingSettings:
       `learning_rate_drop_factor`: with (40, 80), rounds 1 to 40 have the full one.
     learning_rate_drop_factor: See above.
     client_batch_sizes: By client id, where its batches are not of the size in `client_training`.
+    secure_measurements: Whether the server sees losses, accuracies and counts of the clients only
+      as secure sums (`build_weighted_fed_avg`), so that it is not told which client was dropped but
+      by an update of zeros. 'distortion' of a baseline stays a plain mean.
     server_learning_rate: Of the server's SGD on the mean update; 1 is plain FedAvg.
     server_momentum: Its momentum, 0 for none.
     batch_norm_sharing: See `build_weighted_fed_avg`.
@@ -67,6 +70,7 @@ class TrainingSettings:
   learning_rate_drops: tuple[int, ...] = ()
   learning_rate_drop_factor: float = 0.1
   client_batch_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+  secure_measurements: bool = False
 
   def __post_init__(self):
     """Raises `UserError` for a schedule of learning rates or a batch size that is none."""

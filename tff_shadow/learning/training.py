@@ -37,6 +37,9 @@ from tff_shadow.observations import (
 )
 from tff_shadow.published import ClientShadows, PublishedDefense
 
+# What TFF's secure metrics say of their sums: bounds, and how many clients were clipped to them.
+_SECURE_SUMS = 'secure_sum_measurements'
+
 
 @dataclasses.dataclass(frozen=True)
 class RoundReport:
@@ -46,7 +49,7 @@ class RoundReport:
     round_num: The round, from 1.
     seconds: Wall time of the round, evaluation and saving included.
     metrics: As written to metrics.csv.
-    dropped: Ids of clients whose update was not finite.
+    dropped: Ids of clients whose update was not finite; none where the server was not told whose.
   """
 
   round_num: int
@@ -173,6 +176,7 @@ class TrainingRun:
       (settings.client_training.learning_rate, settings.client_training.momentum),
       (settings.server_learning_rate, settings.server_momentum),
       shadow.noise if shadow else None,
+      settings.secure_measurements,
     )
     try:
       if baseline is None and decoys is None and _is_of_keras(config):
@@ -246,19 +250,30 @@ class TrainingRun:
     state = self._with_learning_rate(state, round_num)
     output = self._process_of(round_num).next(state, datasets)
     work = output.metrics['client_work']
-    flags = np.asarray(work['non_finite'])
-    dropped = tuple(t.client_id for t, flag in zip(tasks, flags, strict=True) if flag)
-    if len(dropped) == len(tasks):
+    num_dropped = int(np.sum(work['non_finite']))
+    if num_dropped == len(tasks):
       raise UserError(
         f'round {round_num}: the updates of all {len(tasks)} clients were not finite;'
         ' lower --client_learning_rate'
       )
+    seen = self._observed(output.metrics['aggregator']) if observed else None
+    flags = _dropped(work['non_finite'], seen, len(tasks))
+    dropped = tuple(t.client_id for t, flag in zip(tasks, flags, strict=True) if flag)
     for client_id in dropped:
       logging.warning('round %d: the update of %s was not finite; dropped it', round_num, client_id)
+    if num_dropped and not dropped:
+      logging.warning(
+        'round %d: %d of %d updates were not finite; dropped them (whose they were is told of'
+        ' observed rounds, and without secure measurements)',
+        round_num,
+        num_dropped,
+        len(tasks),
+      )
     if observed:
-      self._log(round_num, state, tasks, flags, self._observed(output.metrics['aggregator']))
-    metrics.update((f'train/{name}', float(value)) for name, value in sorted(work['train'].items()))
-    metrics['train/dropped_clients'] = float(len(dropped))
+      self._log(round_num, state, tasks, flags, seen)
+    figures = {name: value for name, value in work['train'].items() if name != _SECURE_SUMS}
+    metrics.update((f'train/{name}', float(value)) for name, value in sorted(figures.items()))
+    metrics['train/dropped_clients'] = float(num_dropped)
     if self._settings.shadow_defense is not None:
       metrics['noise/maps_fell_back'] = float(work['maps_fell_back'])
       for name in ('sent_norm', 'fell_back'):
@@ -353,6 +368,23 @@ class _Traced(NamedTuple):
   local_sgd: tuple[float, float]
   server_sgd: tuple[float, float]
   noise: ShadowNoise | None
+  secure_measurements: bool
+
+
+def _dropped(non_finite: Any, seen: Any, num_clients: int) -> np.ndarray:
+  """Which clients were dropped, as far as the server can tell: flags [num_clients].
+
+  Args:
+    non_finite: Of the client work: a flag per client, or how many were dropped.
+    seen: What the tap saw of the round; None where it was not there.
+    num_clients: In the round.
+  """
+  if np.ndim(non_finite):
+    return np.asarray(non_finite)
+  if not non_finite or seen is None:
+    return np.zeros(num_clients, np.int32)
+  sent = tf.nest.flatten(seen['updates'])
+  return 1 - np.any([np.any(array.reshape(num_clients, -1), axis=1) for array in sent], axis=0)
 
 
 def _fed_avg(
@@ -367,6 +399,7 @@ def _fed_avg(
     'client_optimizer_fn': build_sgdm(*traced.local_sgd),
     'server_optimizer_fn': build_sgdm(*traced.server_sgd),
     'batch_norm_sharing': traced.batch_norm_sharing,
+    'secure_measurements': traced.secure_measurements,
   }
   if traced.noise is not None:
     built = shadow_fed_avg_but_aggregation(
