@@ -32,7 +32,9 @@ from tff_shadow.observations import (
   round_directory_name,
 )
 
-_RUN_DIR = flags.DEFINE_string('run_dir', None, 'Run directory of tff-shadow-train.')
+_RUN_DIR = flags.DEFINE_string(
+  'run_dir', None, 'Run directory of tff-shadow-train, or of rounds that record_round wrote.'
+)
 _ROUND = flags.DEFINE_integer('round', 1, 'Round of --run_dir to attack.', lower_bound=1)
 _OBSERVATION = flags.DEFINE_string(
   'observation', None, 'Directory of an observation, RUN/observations/ROUND; instead of --run_dir.'
@@ -164,18 +166,18 @@ def main() -> None:
 
 
 def _public_prior(run_dir: pathlib.Path, value_weight: float) -> GaussianImages:
-  """Fitted to the validation split of the run."""
+  """Fitted to the public images of the run."""
   # They take seconds to import, and other attacks do without.
   from attacks.public_prior import fitted_prior
   from binaries.recorded_data import load_data_of
 
   data = load_data_of(run_dir, run_directory.read_config(run_dir))
-  images = data.validation.float_images()
+  images = data.public.float_images()
   seed = attack_flags.seed()
   prior = fitted_prior(images, knowledge_flags.augmentations(), seed, value_weight=value_weight)
   if prior is None:
     raise UserError(
-      f'--public_prior: the {len(images)} validation images of {run_dir} are too few to fit a prior'
+      f'--public_prior: the {len(images)} public images of {run_dir} are too few to fit a prior'
       ' to, or all the same; use --public_prior=0'
     )
   return prior

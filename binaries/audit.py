@@ -49,7 +49,9 @@ from tff_shadow.observations import Observation, Truth, round_directory_name
 from tff_shadow.privacy import guarantee_of
 from tff_shadow.shadow.augmentation import AUGMENTATIONS
 
-_RUN_DIR = flags.DEFINE_string('run_dir', None, 'Run directory of tff-shadow-train.')
+_RUN_DIR = flags.DEFINE_string(
+  'run_dir', None, 'Run directory of tff-shadow-train, or of rounds that record_round wrote.'
+)
 _ROUNDS = flags.DEFINE_list('rounds', None, 'Observed rounds to audit; all by default.')
 _SEPARATE_ROUNDS = flags.DEFINE_list(
   'separate_rounds',
@@ -154,8 +156,8 @@ def main() -> None:
   shadow = None
   if _GENERATOR.value:
     shadow = AttackersShadow.fitted(
-      load_generator(_GENERATOR.value, tuple(data.image_shape)),
-      data.validation.float_images(),
+      load_generator(_GENERATOR.value, data.image_shape),
+      data.public.float_images(),
       audited.config['flags']['rounds'],
     )
   run_directory.claim(
@@ -177,7 +179,7 @@ def main() -> None:
     output,
     shadow=shadow,
     cache_directory=cache_directory,
-    public=data.validation,
+    public=data.public,
     augmentations=_AUGMENT.value,
     seed=_SEED.value,
     lanes=_LANES.value,
@@ -189,7 +191,7 @@ def main() -> None:
     'augment': _AUGMENT.value,
     'data_sha256': digests['data_sha256'],
   }
-  audit = _Audit(suite, budget, output, settings, AuditCache(cache_directory), data.validation)
+  audit = _Audit(suite, budget, output, settings, AuditCache(cache_directory), data.public)
   evidence = [audit.one_round(own) for own in separate]
   if len(audited.seen) > 1 and audited.recurring:
     control = evidence[0].control if evidence else audit.control(audited.seen[0], [])

@@ -1,4 +1,4 @@
-"""What an audit reads of a run of tff-shadow-train."""
+"""What an audit reads of a run of tff-shadow-train, or of rounds of another program."""
 
 import collections
 import hashlib
@@ -11,8 +11,8 @@ from attacks.local_steps import local_steps
 from attacks.scoring.results import read_json
 from attacks.sources import attacks_digest
 from binaries import run_directory
-from binaries.recorded_data import load_data_of
-from tff_shadow.data import FederatedData
+from binaries.recorded_data import RunData, load_data_of
+from tff_shadow.data.recorded import RECORDED
 from tff_shadow.errors import UserError
 from tff_shadow.learning import ShadowNoise
 from tff_shadow.observations import (
@@ -76,8 +76,10 @@ class AuditedRun:
     """
     self._run_dir = run_dir
     self.config = run_directory.read_config(run_dir)
-    if self.config.get('program') != 'train':
-      raise UserError(f'--run_dir={run_dir}: is not a run of tff-shadow-train')
+    if self.config.get('program') not in ('train', RECORDED):
+      raise UserError(
+        f'--run_dir={run_dir}: is neither a run of tff-shadow-train nor one of recorded rounds'
+      )
     self.seen = [self._read(number, max_clients) for number in self._numbers(rounds)]
     self.defense = self.seen[0].observation.defense
     attacked = dict.fromkeys(name for own in self.seen for name in own.clients)
@@ -95,7 +97,7 @@ class AuditedRun:
     """What runs that are compared by their usefulness have in common."""
     return {name: self.config['flags'].get(name) for name in _TRAINING_FLAGS}
 
-  def data(self) -> FederatedData:
+  def data(self) -> RunData:
     """Loads the data set again; UserError if it has changed."""
     return load_data_of(self._run_dir, self.config)
 
@@ -124,20 +126,20 @@ class AuditedRun:
       other = self._undefended_test(pathlib.Path(undefended_dir))
     return {'test': own, 'undefended': other}
 
-  def participation(self, data: FederatedData) -> Participation:
+  def participation(self, data: RunData) -> Participation:
     """How often an image is used at most."""
     values, training = self.config['flags'], self.seen[0].observation.client_training
     # Any client may be drawn, not only those of the rounds that were kept.
-    batch_sizes = [training.batch_size] * len(data.clients)
+    batch_sizes = [training.batch_size] * len(data.client_images)
     if values.get('client_batch_sizes'):
       batch_sizes = [int(size) for size in values['client_batch_sizes'].split('/')]
     return Participation(
       rounds=values['rounds'],
-      clients_per_round=values['clients_per_round'] or len(data.clients),
-      num_clients=len(data.clients),
+      clients_per_round=values['clients_per_round'] or len(data.client_images),
+      num_clients=len(data.client_images),
       uses=max(
-        example_uses(len(own), size, training.local_epochs, training.max_local_steps)
-        for own, size in zip(data.clients.values(), batch_sizes, strict=True)
+        example_uses(images, size, training.local_epochs, training.max_local_steps)
+        for images, size in zip(data.client_images.values(), batch_sizes, strict=True)
       ),
     )
 
@@ -167,7 +169,7 @@ class AuditedRun:
         'of single clients' if self._measures_single_clients() else 'secure sums over a round'
       ),
       'Defence': defense_words(self.defense),
-      'Seed of the training': str(self.config['flags']['seed']),
+      'Seed of the training': str(self.config['flags'].get('seed', 'not recorded')),
     }
 
   def separate(self, rounds: Sequence[str] | None) -> list[Seen]:

@@ -1,4 +1,4 @@
-"""The attack of someone who knows the defence, on a run of tff-shadow-train."""
+"""The attack of someone who knows the defence, on a run directory."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ def adaptive_attack(
   """The attack; all that it needs is read before it is called.
 
   Args:
-    run_dir: Of tff-shadow-train.
+    run_dir: Of tff-shadow-train or `record_round`.
     observations: Its rounds, attacked jointly.
     targets: Client ids.
     config: All settings that are not tried.
@@ -48,12 +48,12 @@ def adaptive_attack(
   shadow = None
   if generator:
     shadow = AttackersShadow.fitted(
-      load_generator(generator, tuple(data.image_shape)),
-      data.validation.float_images(),
+      load_generator(generator, data.image_shape),
+      data.public.float_images(),
       recorded['flags']['rounds'],
     )
   attacker = AdaptiveAttacker(
-    data.validation,
+    data.public,
     config,
     Effort(
       knowledge.calibration_clients,

@@ -1,10 +1,12 @@
 """Loads the data that flags name: those of this program, or those that a config.json recorded."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from tff_shadow.data import FederatedData, Partition, load, load_manifests
+from tff_shadow.data import Examples, FederatedData, Partition, load, load_manifests
+from tff_shadow.data.recorded import RECORDED, read_public, recorded_digest
 from tff_shadow.errors import UserError
 
 MANIFESTS = ('train_manifest', 'validation_manifest', 'test_manifest', 'image_root')
@@ -48,7 +50,24 @@ def load_recorded(values: Mapping[str, Any], *, seed: int) -> FederatedData:
   )
 
 
-def load_data_of(run_dir: pathlib.Path, config: Mapping[str, Any]) -> FederatedData:
+@dataclasses.dataclass(frozen=True)
+class RunData:
+  """What attacks and audits take of the data of a run.
+
+  Attributes:
+    name: Of the data set.
+    image_shape: (H, W, C).
+    public: Images that no client trained on: the validation split.
+    client_images: By client, how many it has.
+  """
+
+  name: str
+  image_shape: tuple[int, int, int]
+  public: Examples
+  client_images: dict[str, int]
+
+
+def load_data_of(run_dir: pathlib.Path, config: Mapping[str, Any]) -> RunData:
   """Loads the data of a run again.
 
   Args:
@@ -58,9 +77,17 @@ def load_data_of(run_dir: pathlib.Path, config: Mapping[str, Any]) -> FederatedD
   Raises:
     UserError: If they have changed, or cannot be loaded.
   """
-  data = load_recorded(config['flags'], seed=config['flags']['seed'])
-  if data.digest() != config['data_sha256']:
+  if config['program'] == RECORDED:
+    public, client_images = read_public(run_dir), config['client_images']
+    digest = recorded_digest(public, client_images)
+    found = RunData(config['dataset'], public.images.shape[1:], public, client_images)
+  else:
+    data = load_recorded(config['flags'], seed=config['flags']['seed'])
+    digest = data.digest()
+    client_images = {name: len(own) for name, own in data.clients.items()}
+    found = RunData(data.name, tuple(data.image_shape), data.validation, client_images)
+  if digest != config['data_sha256']:
     raise UserError(
       f'--run_dir={run_dir}: the data are not those of the run any more (other SHA-256)'
     )
-  return data
+  return found

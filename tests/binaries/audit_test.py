@@ -5,10 +5,15 @@ import math
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from attacks.audit.comparison import compare, read_audit
+from tests.attacks.observed_rounds import play_round, small_model, smooth_images
 from tests.binaries.programs import Running, assert_one_error_line, run, run_all
+from tff_shadow.data import Examples
+from tff_shadow.learning import record_round
+from tff_shadow.observations import Truth
 
 _TRAIN = [
   '--dataset=chest_phantom',
@@ -93,6 +98,30 @@ def test_a_run_that_cannot_be_attacked_has_a_report_that_says_so(run_dir, tmp_pa
   assert "'adam'" in reason
   assert 'positive control could not be made' in (path.parent / 'report.html').read_text()
   assert compare([read_audit(path)])
+
+
+def test_rounds_of_another_program_are_audited(tmp_path):
+  images = smooth_images(8)
+  labels, regions = np.array([0, 1], np.int32), np.ones((2, 8, 8, 1), np.float32)
+  clients = {
+    f'client_{k:02d}': Truth(images[k : k + 1], labels[k:][:1], regions[:1]) for k in (0, 1)
+  }
+  observation = play_round(small_model(), [(own.images, own.labels) for own in clients.values()])
+  public = np.round(255 * images[2:]).astype(np.uint8)
+  record_round(
+    tmp_path / 'own',
+    observation,
+    clients,
+    public=Examples(public, np.tile(labels, 3), np.full_like(public, 255)),
+    client_images=dict.fromkeys(clients, 1),
+    rounds=1,
+  )
+  done = run('audit', f'--run_dir={tmp_path / "own"}', '--budget=quick', '--iterations=4')
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'own' / 'audits' / 'audit' / 'summary.json').read_text())
+  assert found['scope']['Clients attacked'].startswith('2 of 2')
+  assert found['utility'] == {'test': None, 'undefended': None}
+  assert found['rounds'][0]['images'] == 2
 
 
 def test_who_knows_the_defence_may_attack_alone(run_dir):

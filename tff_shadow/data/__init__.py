@@ -2,7 +2,7 @@
 
 from tff_shadow.data.catalog import EMBEDDED, load, load_manifests
 from tff_shadow.data.examples import Examples
-from tff_shadow.data.federated import FederatedData
+from tff_shadow.data.federated import FederatedData, digest_of
 from tff_shadow.data.images import COLORS, MIN_IMAGE_SIZE
 from tff_shadow.data.local_training import client_dataset, local_training_order, most_repeats
 from tff_shadow.data.partition import Partition, partition_indices
@@ -17,6 +17,7 @@ __all__ = [
   'FederatedData',
   'Partition',
   'client_dataset',
+  'digest_of',
   'load',
   'load_manifests',
   'load_published',

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -54,15 +55,20 @@ class FederatedData:
 
   def digest(self) -> str:
     """Returns the SHA-256 (hex) of every id, image, label and region: names the data in reports."""
-    sha = hashlib.sha256()
-    for split, examples in self._splits():
-      for part in (split, 'images', 'labels', 'regions'):
-        # Length-prefixed: no two sets may run together into the same bytes.
-        payload = part.encode()
-        if part != split:
-          array = np.ascontiguousarray(getattr(examples, part))
-          sha.update(f'{part}{array.dtype.str}{array.shape}'.encode())
-          payload = array.tobytes()
-        sha.update(len(payload).to_bytes(8, 'little'))
-        sha.update(payload)
-    return sha.hexdigest()
+    return digest_of(self._splits())
+
+
+def digest_of(splits: Iterable[tuple[str, Examples]]) -> str:
+  """Returns the SHA-256 (hex) of examples and the names of their splits."""
+  sha = hashlib.sha256()
+  for split, examples in splits:
+    for part in (split, 'images', 'labels', 'regions'):
+      # Length-prefixed: no two sets may run together into the same bytes.
+      payload = part.encode()
+      if part != split:
+        array = np.ascontiguousarray(getattr(examples, part))
+        sha.update(f'{part}{array.dtype.str}{array.shape}'.encode())
+        payload = array.tobytes()
+      sha.update(len(payload).to_bytes(8, 'little'))
+      sha.update(payload)
+  return sha.hexdigest()

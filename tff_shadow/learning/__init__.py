@@ -17,6 +17,7 @@ from tff_shadow.learning.fed_avg import build_weighted_fed_avg
 from tff_shadow.learning.keras_task import input_spec, keras_model_fn, model_weights
 from tff_shadow.learning.noise_settings import PROPAGATIONS, ShadowNoise, shadow_input_spec
 from tff_shadow.learning.observed_round import Participant, observation_of
+from tff_shadow.learning.recorded_round import record_round
 from tff_shadow.learning.round_sampler import RoundSampler
 from tff_shadow.learning.settings import ShadowDefense, TrainingSettings
 from tff_shadow.learning.shadow_fed_avg import build_shadow_fed_avg
@@ -52,5 +53,6 @@ __all__ = [
   'keras_model_fn',
   'model_weights',
   'observation_of',
+  'record_round',
   'shadow_input_spec',
 ]

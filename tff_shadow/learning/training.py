@@ -29,12 +29,7 @@ from tff_shadow.learning.run_state import RunState
 from tff_shadow.learning.settings import TrainingSettings
 from tff_shadow.learning.shadow_fed_avg import shadow_fed_avg_but_aggregation
 from tff_shadow.models import freeze_batch_norm, model_from_config, model_to_config
-from tff_shadow.observations import (
-  BatchNormSharing,
-  round_directory_name,
-  write_observation,
-  write_truth,
-)
+from tff_shadow.observations import BatchNormSharing, write_round
 from tff_shadow.published import ClientShadows, PublishedDefense
 
 # What TFF's secure metrics say of their sums: bounds, and how many clients were clipped to them.
@@ -350,13 +345,7 @@ class TrainingRun:
       defense=settings.defense.public_settings() if settings.defense else {'name': 'none'},
       public_mean_image=self._public_mean_image,
     )
-    name = round_directory_name(round_num)
-    write_truth(
-      self._run_dir / 'truth' / f'{name}.safetensors',
-      round_num,
-      {task.client_id: task.truth for task in tasks},
-    )
-    write_observation(self._run_dir / 'observations' / name, observation)
+    write_round(self._run_dir, observation, {task.client_id: task.truth for task in tasks})
 
 
 class _Traced(NamedTuple):

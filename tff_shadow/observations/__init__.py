@@ -7,6 +7,7 @@ from tff_shadow.observations.files import (
   save_tensors,
   write_observation,
 )
+from tff_shadow.observations.rounds import write_round
 from tff_shadow.observations.schema import (
   AGGREGATE,
   BATCH_NORM_SHARING,
@@ -35,5 +36,6 @@ __all__ = [
   'round_directory_name',
   'save_tensors',
   'write_observation',
+  'write_round',
   'write_truth',
 ]
