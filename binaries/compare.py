@@ -2,8 +2,8 @@
 
 tff-shadow-compare --run_dir=runs/none --run_dir=runs/noise --output_dir=runs/compared
 
-Runs of one defence that differ in their seed make one row. Writes comparison.csv, comparison.tex
-and comparison.html.
+Runs of one defence that differ in their seed make one row. Writes comparison.csv, .tex, .md and
+.html.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_federated as tff
 from absl import flags
 
-from attacks.audit import comparison, comparison_page
+from attacks.audit import comparison, comparison_page, comparison_tables
 from attacks.report.page import write_whole
 from binaries import attacked_rounds, command
 from binaries.small_federation import IMAGE_SIZE, is_usual
@@ -30,7 +30,7 @@ _SUMMARIES = flags.DEFINE_multi_string(
 _NAMES = flags.DEFINE_list(
   'name', ['audit'], 'Names of the audits in the run directories, each of other rounds.'
 )
-_OUTPUT_DIR = flags.DEFINE_string('output_dir', None, 'Where the three files go.')
+_OUTPUT_DIR = flags.DEFINE_string('output_dir', None, 'Where the four files go.')
 _REFERENCE = flags.DEFINE_string(
   'reference', None, 'Defence that the others are compared with, as "correlated ratio 0.3".'
 )
@@ -45,7 +45,7 @@ _UTILITY_TABLE = flags.DEFINE_string(
 _TITLE = flags.DEFINE_string('title', 'Defences compared', "The page's title.")
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a comparison that is already there.')
 
-_FILES = ('comparison.csv', 'comparison.tex', 'comparison.html')
+_FILES = ('comparison.csv', 'comparison.tex', 'comparison.md', 'comparison.html')
 
 
 def main() -> None:
@@ -81,7 +81,9 @@ def main() -> None:
   )
   table = [{name: _cell(value) for name, value in row.items()} for row in rows]
   write_table(output / _FILES[0], comparison.COLUMNS, table)
-  write_whole(output, {_FILES[1]: comparison.as_latex(rows), _FILES[2]: page})
+  markdown = comparison_tables.as_markdown(rows, _REFERENCE.value)
+  texts = (comparison_tables.as_latex(rows), markdown, page)
+  write_whole(output, dict(zip(_FILES[1:], texts, strict=True)))
   print(f'{len(audits)} audits, {len(rows)} rows; wrote {", ".join(_FILES)} to {output}')
 
 

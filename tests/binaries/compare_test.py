@@ -61,7 +61,7 @@ def test_a_comparison_is_written_once_and_mistakes_get_one_line(run_dir, tmp_pat
     ],
   )
   assert written.returncode == 0, written.stderr
-  names = {'comparison.csv', 'comparison.tex', 'comparison.html'}
+  names = {'comparison.csv', 'comparison.tex', 'comparison.md', 'comparison.html'}
   assert {path.name for path in output.iterdir()} == names
   assert with_utility.returncode == 0, with_utility.stderr
   with (tmp_path / 'utility' / 'comparison.csv').open() as file:

@@ -166,18 +166,13 @@ def test_images_of_a_client_are_one_draw(audits):
   assert row['images'] == COUNT
 
 
-def test_the_page_and_the_table_show_all_defences(rows):
+def test_the_page_shows_all_defences(rows):
   page = comparison_page.render(
     rows, title='A <title>', reference='correlated ratio 0.3', budgets='Here.', command='compare'
   )
   assert 'A &lt;title&gt;' in page
   for words in ('top_k fraction 0.1', 'correlated ratio 0.3', 'data:image/png'):
     assert words in page
-  latex = comparison.as_latex(rows)
-  assert latex.count('\\\\') == 1 + 3
-  assert 'top\\_k' in latex
-  columns = len(latex.splitlines()[0].partition('{tabular}{')[2].rstrip('}'))
-  assert {line.count(' & ') for line in latex.splitlines() if '&' in line} == {columns - 1}
 
 
 def test_what_cannot_be_compared_is_told(audits, tmp_path):

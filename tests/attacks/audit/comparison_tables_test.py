@@ -1,0 +1,88 @@
+"""Tables of hand-made rows, as `compare` gives them and as its CSV file holds them."""
+
+import re
+
+import pytest
+
+from attacks.audit.comparison import COLUMNS
+from attacks.audit.comparison_tables import as_latex, as_markdown
+
+_GUESS = 15.0
+
+
+def _rows(dataset, defense, psnr, low, high, **changes):
+  """What all defences and one that knows its own reach."""
+  strongest = dict.fromkeys(COLUMNS, '') | {
+    'dataset': dataset,
+    'defense': defense,
+    'strength': 'fraction 0.1' if defense == 'top_k' else '',
+    'rounds': '1',
+    'attack': 'strongest',
+    'psnr': psnr + 0.5,
+    'ssim': 0.456,
+    'region_psnr': psnr,
+    'control_region_psnr': _GUESS,
+    'class_region_psnr': 15.5,
+    'ci95_low': low,
+    'ci95_high': high,
+    'verdict': 'partly_leaked',
+    'images': 18,
+    **changes,
+  }
+  unaware = strongest | {'attack': 'best', 'knows_noise': 'no', 'region_psnr': psnr - 3}
+  worse = unaware | {'attack': 'best_batch', 'region_psnr': psnr - 4}
+  knowing = strongest | {'attack': 'adaptive', 'knows_noise': 'yes', 'region_psnr': psnr - 1}
+  return [strongest, worse, unaware, knowing]
+
+
+_ROWS = [
+  *_rows('b', 'none', 30.0, 14.0, 16.0),
+  *_rows(
+    'b',
+    'top_k',
+    25.04,
+    9.0,
+    11.0,
+    region_psnr_change=-5.0,
+    change_ci95_low=-6.0,
+    change_ci95_high=-4.0,
+    over_reference=2.0,
+    reference_ci95_low=1.0,
+    reference_ci95_high=3.0,
+    bound_region_psnr=26.0,
+    f1=0.8,
+    f1_undefended=0.825,
+    recognized=0.5,
+  ),
+  *_rows('a', 'none', 29.0, 13.0, 15.0),
+]
+
+
+@pytest.mark.parametrize('as_csv', [False, True])
+def test_who_gives_away_least_comes_first(as_csv):
+  rows = [{name: str(value) for name, value in row.items()} for row in _ROWS] if as_csv else _ROWS
+  heads, rule, *lines = as_markdown(rows, 'decoy scale 3').splitlines()
+  assert '| Change | More than decoy scale 3 |' in heads
+  assert len(re.findall(r'\|', rule)) == len(re.findall(r'\|', heads)) == 14
+  assert lines[0].startswith(
+    '| a | none | 26.0 | 29.0 | 14.0 (13.0 to 15.0) | -- | -- | 29.5, 0.46 |'
+  )
+  assert lines[1] == (
+    '| b | top_k fraction 0.1 | 22.0 | 25.0 | 10.0 (9.0 to 11.0) | -5.0 (-6.0 to -4.0)'
+    ' | 2.0 (1.0 to 3.0) | 25.5, 0.46 | 50% | 26.0 | -0.025 | 18 | partly leaked |'
+  )
+  assert lines[2].startswith('| b | none | 27.0 | 30.0 |')
+
+
+def test_without_a_reference_there_is_no_column_for_it():
+  heads, rule, *lines = as_markdown(_ROWS).splitlines()
+  assert 'More than' not in heads
+  assert {line.count('|') for line in (heads, rule, *lines)} == {13}
+
+
+def test_latex_has_a_line_for_each_defence():
+  latex = as_latex(_ROWS)
+  assert latex.count('\\\\') == 1 + 3
+  assert 'top\\_k' in latex
+  columns = len(latex.splitlines()[0].partition('{tabular}{')[2].rstrip('}'))
+  assert {line.count(' & ') for line in latex.splitlines() if '&' in line} == {columns - 1}
