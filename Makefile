@@ -130,6 +130,7 @@ define compare-found
 	$(BIN)/tff-shadow-compare $(1:%=--summary=$(FOUND)%.json) --output_dir=runs/audited/compared_$(2) \
 	  --reference="decoy scale 3, floor $(3), fresh" --utility_table=results/frontier.csv --overwrite
 	cp runs/audited/compared_$(2)/comparison.csv results/$(2).csv
+	$(BIN)/python -m binaries.docs_tables
 endef
 
 audit-table: $(STAMP) $(AUDITED:%=$(FOUND)%.json)

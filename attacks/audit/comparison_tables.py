@@ -73,7 +73,7 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
   yield '--' if row['recognized'] == '' else f'{row["recognized"]:.0%}'
   yield _number(row['bound_region_psnr'], 1)
   measured = '' not in (row['f1'], row['f1_undefended'])
-  yield f'{row["f1"] - row["f1_undefended"]:+.3f}' if measured else '--'
+  yield f'{_rounded(row["f1"] - row["f1_undefended"], 3):+.3f}' if measured else '--'
   yield f'{row["images"]:.0f}'
   yield VERDICT_WORDS[row['verdict']].lower()
 
@@ -94,7 +94,8 @@ def _spread(row: Mapping[str, Any], mean: str, interval: str) -> str:
   """A mean with its interval."""
   if row[mean] == '' or row[f'{interval}_low'] == '':
     return _number(row[mean], 1)
-  return f'{row[mean]:.1f} ({row[f"{interval}_low"]:.1f} to {row[f"{interval}_high"]:.1f})'
+  low, high = (_number(row[f'{interval}_{end}'], 1) for end in ('low', 'high'))
+  return f'{_number(row[mean], 1)} ({low} to {high})'
 
 
 def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -125,7 +126,12 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _number(value: float | str, digits: int) -> str:
-  return '--' if value == '' else f'{value:.{digits}f}'
+  return '--' if value == '' else f'{_rounded(value, digits):.{digits}f}'
+
+
+def _rounded(value: float, digits: int) -> float:
+  """Not -0.0."""
+  return round(value, digits) + 0.0
 
 
 def _escaped(text: str) -> str:

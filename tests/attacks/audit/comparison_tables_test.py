@@ -47,7 +47,7 @@ _ROWS = [
     change_ci95_low=-6.0,
     change_ci95_high=-4.0,
     over_reference=2.0,
-    reference_ci95_low=1.0,
+    reference_ci95_low=-0.04,
     reference_ci95_high=3.0,
     bound_region_psnr=26.0,
     f1=0.8,
@@ -69,7 +69,7 @@ def test_who_gives_away_least_comes_first(as_csv):
   )
   assert lines[1] == (
     '| b | top_k fraction 0.1 | 22.0 | 25.0 | 10.0 (9.0 to 11.0) | -5.0 (-6.0 to -4.0)'
-    ' | 2.0 (1.0 to 3.0) | 25.5, 0.46 | 50% | 26.0 | -0.025 | 18 | partly leaked |'
+    ' | 2.0 (0.0 to 3.0) | 25.5, 0.46 | 50% | 26.0 | -0.025 | 18 | partly leaked |'
   )
   assert lines[2].startswith('| b | none | 27.0 | 30.0 |')
 
