@@ -77,8 +77,8 @@ def load_data_of(run_dir: pathlib.Path, config: Mapping[str, Any]) -> RunData:
   Raises:
     UserError: If they have changed, or cannot be loaded.
   """
-  if config['program'] == RECORDED:
-    public, client_images = read_public(run_dir), config['client_images']
+  if config.get('program') == RECORDED:
+    public, client_images = read_public(run_dir), config.get('client_images', {})
     digest = recorded_digest(public, client_images)
     found = RunData(config['dataset'], public.images.shape[1:], public, client_images)
   else:
