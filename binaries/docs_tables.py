@@ -12,7 +12,6 @@ import re
 from absl import flags
 
 from attacks.audit.comparison_tables import as_markdown
-from attacks.report.page import write_whole
 from binaries import command
 from binaries.tables import read_rows
 from tff_shadow.errors import UserError
@@ -28,7 +27,7 @@ def main() -> None:
   path = pathlib.Path(_PAGE.value)
   if not path.is_file():
     raise UserError(f'--page={path}: no such file')
-  write_whole(path.parent, {path.name: with_tables(path.read_text())})
+  path.write_text(with_tables(path.read_text()))
 
 
 def with_tables(page: str) -> str:

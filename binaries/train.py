@@ -6,7 +6,6 @@ split.
 """
 
 import dataclasses
-import hashlib
 import logging
 import math
 import pathlib
@@ -36,7 +35,14 @@ from tff_shadow.learning import (
 )
 from tff_shadow.learning.client_secrets import read_client_secrets, write_client_secrets
 from tff_shadow.learning.run_state import has_state, newest_round
-from tff_shadow.models import MODELS, NORMS, build_model, load_keras_file, model_to_config
+from tff_shadow.models import (
+  MODELS,
+  NORMS,
+  build_model,
+  load_keras_file,
+  model_digest,
+  model_to_config,
+)
 from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining, round_directory_name
 from tff_shadow.shadow import build_region_map
 from tff_shadow.shadow.noise_keys import draw_secret, experiment_secret
@@ -224,7 +230,7 @@ def main() -> None:
     },
     'dataset': data.name,
     'data_sha256': data.digest(),
-    'model_sha256': _model_digest(model),
+    'model_sha256': model_digest(model_to_config(model), model.get_weights()),
   }
   # The published schedules run over all rounds.
   may_change = _MAY_CHANGE - {'rounds'} if published else _MAY_CHANGE
@@ -349,13 +355,6 @@ def _positive(flag: flags.FlagHolder) -> float:
   if not 0 < flag.value < float('inf'):
     raise UserError(f'--{flag.name}={flag.value}: must be a positive number')
   return flag.value
-
-
-def _model_digest(model) -> str:
-  digest = hashlib.sha256(repr(model_to_config(model)).encode())
-  for weight in model.get_weights():
-    digest.update(weight.tobytes())
-  return digest.hexdigest()
 
 
 def _figures(metrics: dict[str, float]) -> str:

@@ -45,8 +45,9 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], reference: str | None = None)
   by_set = itertools.groupby(sorted(rows, key=_place), key=_place)
   for _, group in by_set:
     own = list(group)
-    strongest = [row for row in own if row['attack'] == STRONGEST and row['region_psnr'] != '']
-    for row in sorted(strongest, key=lambda row: row['region_psnr'] - row['control_region_psnr']):
+    strongest = [{**row, 'beyond': _beyond(row)} for row in own if row['attack'] == STRONGEST]
+    # What no attack could be made on gives nothing to rank it by.
+    for row in sorted(strongest, key=lambda row: (row['beyond'] == '', row['beyond'])):
       cells = list(_cells(row, own))
       if reference is not None:
         cells.insert(6, _spread(row, 'over_reference', 'reference_ci95'))
@@ -66,8 +67,7 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
   yield label_of(row['defense'], row['strength'])
   yield _number(max(unaware, default=''), 1)
   yield _number(row['region_psnr'], 1)
-  beyond = {**row, 'beyond': row['region_psnr'] - row['control_region_psnr']}
-  yield _spread(beyond, 'beyond', 'ci95')
+  yield _spread(row, 'beyond', 'ci95')
   yield _spread(row, 'region_psnr_change', 'change_ci95')
   yield f'{_number(row["psnr"], 1)}, {_number(row["ssim"], 2)}'
   yield '--' if row['recognized'] == '' else f'{row["recognized"]:.0%}'
@@ -76,6 +76,11 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
   yield f'{_rounded(row["f1"] - row["f1_undefended"], 3):+.3f}' if measured else '--'
   yield f'{row["images"]:.0f}'
   yield VERDICT_WORDS[row['verdict']].lower()
+
+
+def _beyond(row: Mapping[str, Any]) -> float | str:
+  psnr, guess = row['region_psnr'], row['control_region_psnr']
+  return '' if '' in (psnr, guess) else psnr - guess
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -107,16 +112,13 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
   lines = ['\\begin{tabular}{llrrrrrrr}', '\\toprule', head]
   for row in rows:
     if row['attack'] == STRONGEST:
-      change = _number(row['region_psnr_change'], 1)
-      if row['change_ci95_low'] != '':
-        change += f' ({row["change_ci95_low"]:.1f} to {row["change_ci95_high"]:.1f})'
       cells = [
         _escaped(row['dataset']),
         _escaped(label_of(row['defense'], row['strength'])),
         _number(row['region_psnr'], 1),
         _number(row['control_region_psnr'], 1),
         _number(row['class_region_psnr'], 1),
-        change,
+        _spread(row, 'region_psnr_change', 'change_ci95'),
         _number(row['f1'], 3),
         _number(row['f1_undefended'], 3),
         _number(row['bound_region_psnr'], 1),

@@ -1,9 +1,7 @@
 """Rounds of any TFF program as a run directory, for attacks, reports and audits."""
 
 import dataclasses
-import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +11,8 @@ import numpy as np
 from tff_shadow.data import Examples
 from tff_shadow.data.recorded import RECORDED, recorded_digest, write_public
 from tff_shadow.errors import UserError
-from tff_shadow.observations import Observation, Truth, write_round
+from tff_shadow.models import model_digest
+from tff_shadow.observations import Observation, Truth, save_json, write_round
 
 _CONFIG = 'config.json'
 _LEAST_PUBLIC = 3
@@ -63,7 +62,7 @@ def record_round(
     raise ValueError(f'rounds: {rounds}, but this is round {observation.round_num}')
   if clients_per_round is not None and not 1 <= clients_per_round <= len(client_images):
     raise ValueError(f'clients_per_round: {clients_per_round} of {len(client_images)} clients')
-  training = observation.client_training
+  training, weights = observation.client_training, observation.global_weights
   sizes = [batch_sizes.get(name, training.batch_size) for name in client_images]
   config = {
     'program': RECORDED,
@@ -83,7 +82,9 @@ def record_round(
     },
     'dataset': observation.dataset,
     'data_sha256': recorded_digest(public, client_images),
-    'model_sha256': _model_digest(observation),
+    'model_sha256': model_digest(
+      observation.model_config, (*weights.trainable, *weights.non_trainable)
+    ),
     'client_images': dict(client_images),
   }
   _claim(pathlib.Path(run_dir), config, public)
@@ -98,9 +99,7 @@ def _claim(run_dir: pathlib.Path, config: dict[str, Any], public: Examples) -> N
     if run_dir.exists() and any(run_dir.iterdir()):
       raise UserError(f'{run_dir}: exists, and is no run of recorded rounds; name another')
     write_public(run_dir, public)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(config, indent=1) + '\n')
-    os.replace(temporary, path)
+    save_json(path, config)
     return
   try:
     before = json.loads(path.read_text())
@@ -114,14 +113,6 @@ def _claim(run_dir: pathlib.Path, config: dict[str, Any], public: Examples) -> N
         f'{run_dir}: its rounds were recorded with {name} {old.get(name)!r}, now it is'
         f' {new[name]!r}; name another'
       )
-
-
-def _model_digest(observation: Observation) -> str:
-  sha = hashlib.sha256(repr(observation.model_config).encode())
-  weights = observation.global_weights
-  for array in (*weights.trainable, *weights.non_trainable):
-    sha.update(np.ascontiguousarray(array).tobytes())
-  return sha.hexdigest()
 
 
 def _check_public(public: Examples, observation: Observation) -> None:

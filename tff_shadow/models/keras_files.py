@@ -1,8 +1,10 @@
 """Models as data: a user's own `.keras` file, and the JSON form that observations carry."""
 
+import hashlib
 import json
 import pathlib
 import zipfile
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -109,6 +111,14 @@ def classification_loss(model: tf.keras.Model) -> tf.keras.losses.Loss:
 def model_to_config(model: tf.keras.Model) -> dict[str, Any]:
   """The architecture as plain JSON values, without weights."""
   return json.loads(json.dumps(tf.keras.saving.serialize_keras_object(model)))
+
+
+def model_digest(config: dict[str, Any], weights: Iterable[np.ndarray]) -> str:
+  """SHA-256 (hex) of an architecture (`model_to_config`) and weights, which names the model."""
+  digest = hashlib.sha256(repr(config).encode())
+  for weight in weights:
+    digest.update(weight.tobytes())
+  return digest.hexdigest()
 
 
 def model_from_config(config: dict[str, Any]) -> tf.keras.Model:

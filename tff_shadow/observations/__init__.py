@@ -4,6 +4,7 @@ from tff_shadow.observations.files import (
   load_tensors,
   read_observation,
   round_directory_name,
+  save_json,
   save_tensors,
   write_observation,
 )
@@ -34,6 +35,7 @@ __all__ = [
   'read_observation',
   'read_truth',
   'round_directory_name',
+  'save_json',
   'save_tensors',
   'write_observation',
   'write_round',

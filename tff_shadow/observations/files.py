@@ -66,9 +66,7 @@ def write_observation(directory: pathlib.Path, observation: Observation) -> None
       for client in observation.clients
     ],
   }
-  temporary = directory / (_JSON + '.tmp')
-  temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + '\n')
-  os.replace(temporary, directory / _JSON)
+  save_json(directory / _JSON, document)
 
 
 def read_observation(directory: pathlib.Path) -> Observation:
@@ -128,6 +126,13 @@ def _from_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
   if observation.public_mean_image.shape != observation.image_shape:
     raise ValueError('public/mean_image does not have the shape of the images')
   return observation
+
+
+def save_json(path: pathlib.Path, document: dict[str, Any]) -> None:
+  """Writes a JSON file so that a reader sees either the old file or the whole new one."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + '\n')
+  os.replace(temporary, path)
 
 
 def save_tensors(

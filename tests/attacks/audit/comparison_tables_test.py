@@ -74,6 +74,17 @@ def test_who_gives_away_least_comes_first(as_csv):
   assert lines[2].startswith('| b | none | 27.0 | 30.0 |')
 
 
+def test_a_defence_without_results_comes_last_and_is_there():
+  failed = dict.fromkeys(_ROWS[0], '') | {
+    name: _ROWS[0][name] for name in ('dataset', 'rounds', 'attack', 'verdict', 'images')
+  }
+  *_, first, last = as_markdown(
+    [{**failed, 'defense': 'failed'}, *_rows('b', 'none', 30.0, 14.0, 16.0)]
+  ).splitlines()
+  assert first.startswith('| b | none |')
+  assert last.startswith('| b | failed | -- | -- | -- |')
+
+
 def test_without_a_reference_there_is_no_column_for_it():
   heads, rule, *lines = as_markdown(_ROWS).splitlines()
   assert 'More than' not in heads
