@@ -9,6 +9,7 @@ A table stands between <!-- table: FILE, against REFERENCE --> and <!-- end of t
 import pathlib
 import re
 
+import tensorflow_federated as tff
 from absl import flags
 
 from attacks.audit.comparison_tables import as_markdown
@@ -45,6 +46,7 @@ def with_tables(page: str) -> str:
 
 def run() -> None:
   """Console script."""
+  tff.test.set_no_default_context()
   command.run(main)
 
 

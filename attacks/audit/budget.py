@@ -32,6 +32,10 @@ class Budget:
       if getattr(self, name) < getattr(other, name)
     ]
 
+  def includes(self, other: 'Budget') -> bool:
+    """Whether it has as much of everything, and all of the attacks."""
+    return not self.less_than(other) and set(other.presets) <= set(self.presets)
+
 
 BUDGETS = {
   'quick': Budget(('best',), 150, 0, 0, 0),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attacks.audit.budget import Budget
 from attacks.audit.summary import GUESS, METRICS, STRONGEST, UNDEFENDED, round_ranges
 from attacks.report.findings import VERDICTS
 from attacks.scoring.results import CLASS_MEAN, read_json
@@ -32,6 +33,8 @@ COLUMNS = (
   'class_region_psnr',
   'ci95_low',
   'ci95_high',
+  'class_ci95_low',
+  'class_ci95_high',
   'region_psnr_change',
   'change_ci95_low',
   'change_ci95_high',
@@ -71,6 +74,13 @@ class Audit(NamedTuple):
     return label_of(self.defense, self.strength)
 
   @property
+  def budget(self) -> Budget:
+    """What it was attacked with."""
+    given = self.summary['budget']
+    names = [field.name for field in dataclasses.fields(Budget) if field.name != 'presets']
+    return Budget(tuple(given['presets']), *(int(given[name]) for name in names))
+
+  @property
   def start(self) -> str:
     """What runs that are compared share: data, start model, seed and local training."""
     return json.dumps([self.summary['digests'], self.summary['training']], sort_keys=True)
@@ -93,7 +103,8 @@ def read_audit(path: pathlib.Path) -> Audit:
   try:
     defense, strength = defense_names(summary['defense'])
     audit = Audit(path, summary, defense, strength)
-    _ = audit.start, summary['dataset'], summary['epsilon'], summary['utility']['test']
+    _ = audit.start, audit.budget, summary['dataset'], summary['epsilon']
+    _ = summary['utility']['test']
     for entry in summary['rounds']:
       _check_round(entry)
   except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -116,10 +127,12 @@ def compare(
     that came closest.
   class_region_psnr: Of the mean public image of each image's class.
   ci95_low, ci95_high: Of region_psnr minus control_region_psnr, paired by image.
+  class_ci95_low, class_ci95_high: Of region_psnr minus class_region_psnr, likewise.
   region_psnr_change: Against the same rounds without the defence and under the strongest attack,
     with its interval, of 'strongest' alone.
   over_reference: How many dB less of the region the reference gives away, paired by image, with its
-    interval; of 'strongest' alone, over the seeds on which both were audited to the same budget.
+    interval; of 'strongest' alone, over the seeds on which both were audited, the reference to the
+    same budget or a larger one.
   bound_region_psnr: Of attackers who know what images look like; mean over the seeds that have it.
   recognized: Share of images that updates pick out of known ones; of 'strongest' alone, where all
     audits tried it.
@@ -244,18 +257,19 @@ def _rows(dataset, rounds, own, against, f1) -> Iterator[dict[str, Any]]:
     found = [entry for _, entry in own if name in entry['per_image']['values']]
     pooled = {metric: _pooled(found, name, metric) for metric in METRICS}
     control, owners = _pooled(found, GUESS, 'region_psnr'), _owners(found)
+    class_mean = _pooled(found, CLASS_MEAN, 'region_psnr')
     row = dict.fromkeys(COLUMNS, '') | shared
     row |= {metric: _mean(values, owners) for metric, values in pooled.items()}
     row |= {
       'attack': name,
       'knows_noise': 'yes' if name.startswith(_KNOWING) else 'no',
       'control_region_psnr': _mean(control, owners),
-      'class_region_psnr': _mean(_pooled(found, CLASS_MEAN, 'region_psnr'), owners),
+      'class_region_psnr': _mean(class_mean, owners),
       'images': len(pooled['psnr']),
     }
-    row |= _interval(
-      paired_differences(pooled['region_psnr'], control), owners, 'ci95_low', 'ci95_high'
-    )
+    for prefix, guess in (('ci95', control), ('class_ci95', class_mean)):
+      beyond = paired_differences(pooled['region_psnr'], guess)
+      row |= _interval(beyond, owners, f'{prefix}_low', f'{prefix}_high')
     if name == STRONGEST:
       row['knows_noise'], row['verdict'] = '', worst
       row['recognized'] = _recognized(found)
@@ -319,8 +333,8 @@ def _over_reference(own, against) -> tuple[list[float | None], list[tuple[int, s
   owners: list[tuple[int, str]] = []
   for seed, (audit, entry) in enumerate(own):
     for other, theirs in against:
-      same_budget = other.summary['budget'] == audit.summary['budget']
-      if other.start == audit.start and same_budget:
+      # One that was attacked less might look better for that alone.
+      if other.start == audit.start and other.budget.includes(audit.budget):
         values = [
           dict(
             zip(one['per_image']['images'], _pooled([one], STRONGEST, 'region_psnr'), strict=True)

@@ -14,6 +14,7 @@ _HEADS = (
   'Unaware attack',
   'Strongest',
   'Beyond a guess',
+  'Beyond its class',
   'Change',
   'Whole image',
   'Known images',
@@ -22,13 +23,16 @@ _HEADS = (
   'Images',
   'Verdict',
 )
+_AFTER_CHANGE = _HEADS.index('Change') + 1
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], reference: str | None = None) -> str:
   """A table in Markdown of the strongest attacks, who gives away least first.
 
   Region PSNR in dB: of the best attack that does not know the defence, of the strongest, of this
-  minus a guess, and its change against the same round without the defence, with 95 % intervals;
+  minus a guess and minus the mean public image of each image's class, which tells no more of an
+  update than the label, and its change against the same round without the defence, with 95 %
+  intervals;
   PSNR and SSIM of the whole image; share of images that are picked out of known ones; bound; change
   of F1; images.
 
@@ -40,17 +44,25 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], reference: str | None = None)
   rows = [{name: _value(value) for name, value in row.items()} for row in rows]
   heads = list(_HEADS)
   if reference is not None:
-    heads.insert(6, f'More than {reference}')
+    heads.insert(_AFTER_CHANGE, f'More than {reference}')
   lines = [heads, ['---'] * len(heads)]
   by_set = itertools.groupby(sorted(rows, key=_place), key=_place)
   for _, group in by_set:
     own = list(group)
-    strongest = [{**row, 'beyond': _beyond(row)} for row in own if row['attack'] == STRONGEST]
+    strongest = [
+      row
+      | {
+        'beyond': _minus(row, 'control_region_psnr'),
+        'over_class': _minus(row, 'class_region_psnr'),
+      }
+      for row in own
+      if row['attack'] == STRONGEST
+    ]
     # What no attack could be made on gives nothing to rank it by.
     for row in sorted(strongest, key=lambda row: (row['beyond'] == '', row['beyond'])):
       cells = list(_cells(row, own))
       if reference is not None:
-        cells.insert(6, _spread(row, 'over_reference', 'reference_ci95'))
+        cells.insert(_AFTER_CHANGE, _spread(row, 'over_reference', 'reference_ci95'))
       lines.append(cells)
   return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 
@@ -68,6 +80,7 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
   yield _number(max(unaware, default=''), 1)
   yield _number(row['region_psnr'], 1)
   yield _spread(row, 'beyond', 'ci95')
+  yield _spread(row, 'over_class', 'class_ci95')
   yield _spread(row, 'region_psnr_change', 'change_ci95')
   yield f'{_number(row["psnr"], 1)}, {_number(row["ssim"], 2)}'
   yield '--' if row['recognized'] == '' else f'{row["recognized"]:.0%}'
@@ -78,9 +91,8 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
   yield VERDICT_WORDS[row['verdict']].lower()
 
 
-def _beyond(row: Mapping[str, Any]) -> float | str:
-  psnr, guess = row['region_psnr'], row['control_region_psnr']
-  return '' if '' in (psnr, guess) else psnr - guess
+def _minus(row: Mapping[str, Any], guess: str) -> float | str:
+  return '' if '' in (row['region_psnr'], row[guess]) else row['region_psnr'] - row[guess]
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -25,6 +25,8 @@ def _rows(dataset, defense, psnr, low, high, **changes):
     'class_region_psnr': 15.5,
     'ci95_low': low,
     'ci95_high': high,
+    'class_ci95_low': low - 0.5,
+    'class_ci95_high': high - 0.5,
     'verdict': 'partly_leaked',
     'images': 18,
     **changes,
@@ -63,13 +65,14 @@ def test_who_gives_away_least_comes_first(as_csv):
   rows = [{name: str(value) for name, value in row.items()} for row in _ROWS] if as_csv else _ROWS
   heads, rule, *lines = as_markdown(rows, 'decoy scale 3').splitlines()
   assert '| Change | More than decoy scale 3 |' in heads
-  assert len(re.findall(r'\|', rule)) == len(re.findall(r'\|', heads)) == 14
+  assert len(re.findall(r'\|', rule)) == len(re.findall(r'\|', heads)) == 15
   assert lines[0].startswith(
-    '| a | none | 26.0 | 29.0 | 14.0 (13.0 to 15.0) | -- | -- | 29.5, 0.46 |'
+    '| a | none | 26.0 | 29.0 | 14.0 (13.0 to 15.0) | 13.5 (12.5 to 14.5) | -- | -- | 29.5, 0.46 |'
   )
   assert lines[1] == (
-    '| b | top_k fraction 0.1 | 22.0 | 25.0 | 10.0 (9.0 to 11.0) | -5.0 (-6.0 to -4.0)'
-    ' | 2.0 (0.0 to 3.0) | 25.5, 0.46 | 50% | 26.0 | -0.025 | 18 | partly leaked |'
+    '| b | top_k fraction 0.1 | 22.0 | 25.0 | 10.0 (9.0 to 11.0) | 9.5 (8.5 to 10.5)'
+    ' | -5.0 (-6.0 to -4.0) | 2.0 (0.0 to 3.0) | 25.5, 0.46 | 50% | 26.0 | -0.025 | 18 |'
+    ' partly leaked |'
   )
   assert lines[2].startswith('| b | none | 27.0 | 30.0 |')
 
@@ -88,7 +91,7 @@ def test_a_defence_without_results_comes_last_and_is_there():
 def test_without_a_reference_there_is_no_column_for_it():
   heads, rule, *lines = as_markdown(_ROWS).splitlines()
   assert 'More than' not in heads
-  assert {line.count('|') for line in (heads, rule, *lines)} == {13}
+  assert {line.count('|') for line in (heads, rule, *lines)} == {14}
 
 
 def test_latex_has_a_line_for_each_defence():

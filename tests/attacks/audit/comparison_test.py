@@ -152,6 +152,30 @@ def test_the_reference_is_compared_image_by_image(audits, rows):
   assert own['over_reference'] == ''
 
 
+def _budget(audit, **changes):
+  return audit._replace(summary=audit.summary | {'budget': audit.summary['budget'] | changes})
+
+
+@pytest.mark.parametrize(('clients', 'paired'), [(200, False), (2000, True), (4000, True)])
+def test_a_reference_that_was_attacked_less_tells_nothing(audits, clients, paired):
+  other = _budget(audits[4], inversion_clients=2000)
+  reference = _budget(audits[2], inversion_clients=clients)
+  rows = comparison.compare([other, reference], reference.label)
+  (row,) = (row for row in rows if (row['defense'], row['attack']) == ('top_k', 'strongest'))
+  assert (row['over_reference'] != '') == paired
+
+
+def test_the_mean_of_the_class_is_another_guess(rows, audits):
+  (row,) = (row for row in rows if (row['defense'], row['attack']) == ('top_k', 'strongest'))
+  values = audits[4].summary['rounds'][0]['per_image']['values']
+  beyond = np.subtract(values['strongest']['region_psnr'], values['class_mean']['region_psnr'])
+  expected = mean_interval(beyond)
+  interval = row['class_ci95_low'], row['class_ci95_high']
+  assert interval == pytest.approx((expected.low, expected.high))
+  (row,) = (row for row in rows if (row['defense'], row['attack']) == ('none', 'strongest'))
+  assert row['class_region_psnr'] == row['class_ci95_low'] == ''
+
+
 def test_images_of_a_client_are_one_draw(audits):
   summary = json.loads(json.dumps(audits[2].summary))
   per_image = summary['rounds'][0]['per_image']
