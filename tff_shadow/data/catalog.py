@@ -137,7 +137,7 @@ def _read_split(builder, split, image_size, color, max_examples):
     if 'region' in builder.info.features:
       regions.append(images.fit_region(_region(builder, split, len(regions), example), image_size))
   pictures = images.stack(pictures, color)
-  regions = np.stack(regions) if regions else np.full_like(pictures[..., :1], 255)
+  regions = np.stack(regions) if regions else None
   return Examples(pictures, np.asarray(labels, np.int32), regions)
 
 

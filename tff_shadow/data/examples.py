@@ -12,8 +12,8 @@ class Examples:
   Attributes:
     images: uint8 [N, H, W, C], C = 1 or 3.
     labels: int32 [N].
-    regions: uint8 [N, H, W, 1], 255 = fully inside the sensitive region; all 255 where the set
-      names no region, so that the whole image counts as sensitive.
+    regions: uint8 [N, H, W, 1], 255 = fully inside the sensitive region. All 255 if None is given,
+      or where the set names no region, so that the whole image counts as sensitive.
 
   Raises:
     ValueError: an array has another dtype or shape.
@@ -21,7 +21,7 @@ class Examples:
 
   images: np.ndarray
   labels: np.ndarray
-  regions: np.ndarray
+  regions: np.ndarray = None
 
   def __post_init__(self):
     if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] not in (1, 3):
@@ -33,6 +33,8 @@ class Examples:
       raise ValueError(
         f'labels must be int32 [{count}], got {self.labels.dtype} {list(self.labels.shape)}'
       )
+    if self.regions is None:
+      object.__setattr__(self, 'regions', np.full((count, height, width, 1), 255, np.uint8))
     if self.regions.dtype != np.uint8 or self.regions.shape != (count, height, width, 1):
       raise ValueError(
         f'regions must be uint8 {[count, height, width, 1]}, got '
