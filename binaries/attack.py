@@ -27,9 +27,10 @@ from tff_shadow.errors import UserError
 from tff_shadow.observations import (
   AGGREGATE,
   Observation,
+  observation_path,
   read_observation,
   read_truth,
-  round_directory_name,
+  truth_path,
 )
 
 _RUN_DIR = flags.DEFINE_string(
@@ -223,7 +224,7 @@ def _directories() -> tuple[pathlib.Path, list[pathlib.Path]]:
     run_dir = pathlib.Path(_RUN_DIR.value)
     if not run_dir.is_dir():
       raise UserError(f'--run_dir={run_dir}: no such directory')
-    return run_dir, [run_dir / 'observations' / round_directory_name(r) for r in _round_numbers()]
+    return run_dir, [observation_path(run_dir, number) for number in _round_numbers()]
   if _ROUNDS.value is not None:
     raise UserError('--rounds: needs --run_dir')
   # Resolved, so that `--observation=.` has parents.
@@ -264,7 +265,7 @@ def _labels(
   if _LABELS.value == 'infer':
     return None
   if _LABELS.value == 'truth':
-    path = run_dir / 'truth' / f'{round_directory_name(observation.round_num)}.safetensors'
+    path = truth_path(run_dir, observation.round_num)
     truth = read_truth(path)
     needed = [target for target in targets if target != AGGREGATE]
     needed += [client.client_id for client in observation.clients if AGGREGATE in targets]

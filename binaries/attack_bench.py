@@ -46,9 +46,7 @@ from tff_shadow.observations import (
   BATCH_NORM_SHARING,
   ClientTraining,
   Truth,
-  read_observation,
-  read_truth,
-  round_directory_name,
+  read_round,
 )
 
 _OUTPUT = flags.DEFINE_string('output', 'results/attacks.csv', 'CSV file to write or continue.')
@@ -158,13 +156,10 @@ def _round(dataset: str, norm: str, sharing: str, batch: int, steps: str):
     seed=_SEED.value,
     batch_norm_sharing=sharing or 'aggregate',
   )
-  name = round_directory_name(1)
   with tempfile.TemporaryDirectory() as directory:
     run_dir = pathlib.Path(directory)
     TrainingRun(data, model, settings, run_dir, save_every_rounds=1).train(resume=False)
-    observation = read_observation(run_dir / 'observations' / name)
-    truth = read_truth(run_dir / 'truth' / f'{name}.safetensors')
-    return observation, truth, data.validation.float_images()
+    return *read_round(run_dir, 1), data.validation.float_images()
 
 
 def _config(preset: str) -> AttackConfig:

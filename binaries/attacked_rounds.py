@@ -37,9 +37,7 @@ from tff_shadow.observations import (
   Truth,
   WeightArrays,
   mean_update,
-  read_observation,
-  read_truth,
-  round_directory_name,
+  read_round,
 )
 from tff_shadow.shadow import SaliencyConfig
 from tff_shadow.shadow.noise_keys import experiment_secret
@@ -248,9 +246,8 @@ class AttackedRounds:
     with tempfile.TemporaryDirectory() as name:
       run_dir = pathlib.Path(name)
       train(self.data, model, settings, defense, run_dir, frozen=self.rounds == 1)
-      names = [round_directory_name(number) for number in numbers]
-      observations = [read_observation(run_dir / 'observations' / own) for own in names]
-      return observations, read_truth(run_dir / 'truth' / f'{names[0]}.safetensors')
+      rounds = [read_round(run_dir, number) for number in numbers]
+      return [observation for observation, _ in rounds], rounds[0][1]
 
 
 def missing_cells(

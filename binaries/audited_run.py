@@ -18,9 +18,10 @@ from tff_shadow.learning import ShadowNoise
 from tff_shadow.observations import (
   Observation,
   Truth,
-  read_observation,
-  read_truth,
-  round_directory_name,
+  observation_path,
+  observed_rounds,
+  read_round,
+  truth_path,
 )
 from tff_shadow.privacy import Participation, example_uses
 from tff_shadow.published.client_state import image_digests
@@ -105,9 +106,9 @@ class AuditedRun:
     """What an audit that goes on must find as it was: the rounds, what was seen, what attacks."""
     sha = hashlib.sha256()
     for own in self.seen:
-      name = round_directory_name(own.observation.round_num)
-      paths = sorted((self._run_dir / 'observations' / name).iterdir())
-      for path in (*paths, self._run_dir / 'truth' / f'{name}.safetensors'):
+      number = own.observation.round_num
+      paths = sorted(observation_path(self._run_dir, number).iterdir())
+      for path in (*paths, truth_path(self._run_dir, number)):
         sha.update(hashlib.sha256(path.read_bytes()).digest())
     return {
       'audited_rounds': [own.observation.round_num for own in self.seen],
@@ -235,9 +236,7 @@ class AuditedRun:
     return not secure or any(len(own.observation.clients) < 2 for own in self.seen)
 
   def _numbers(self, rounds: Sequence[str] | None) -> list[int]:
-    known = sorted(
-      int(path.name.rpartition('_')[2]) for path in (self._run_dir / 'observations').glob('round_*')
-    )
+    known = observed_rounds(self._run_dir)
     if not known:
       raise UserError(f'--run_dir={self._run_dir}: no observed round; train with --observed_rounds')
     return _chosen('rounds', rounds, known)
@@ -256,9 +255,7 @@ class AuditedRun:
     return ''
 
   def _read(self, number: int, max_clients: int) -> Seen:
-    name = round_directory_name(number)
-    observation = read_observation(self._run_dir / 'observations' / name)
-    truth = read_truth(self._run_dir / 'truth' / f'{name}.safetensors')
+    observation, truth = read_round(self._run_dir, number)
     # The smallest clients are the worst off.
     known = sorted(
       (client for client in observation.clients if client.client_id in truth),

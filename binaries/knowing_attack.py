@@ -16,7 +16,7 @@ from binaries.progress import watch
 from binaries.recorded_data import load_data_of
 from tff_shadow.errors import UserError
 from tff_shadow.models import load_generator
-from tff_shadow.observations import AGGREGATE, Observation, read_truth, round_directory_name
+from tff_shadow.observations import AGGREGATE, Observation, read_truth, truth_path
 
 
 def adaptive_attack(
@@ -71,7 +71,7 @@ def adaptive_attack(
 def _told_maps(
   run_dir: pathlib.Path, observation: Observation, targets: Sequence[str]
 ) -> Mapping[str, np.ndarray]:
-  path = run_dir / 'truth' / f'{round_directory_name(observation.round_num)}.safetensors'
+  path = truth_path(run_dir, observation.round_num)
   truth = read_truth(path)
   for name in targets:
     if name not in truth:

@@ -56,9 +56,7 @@ from tff_shadow.execution import local_worker_context
 from tff_shadow.learning import RoundReport, TrainingRun, TrainingSettings
 from tff_shadow.models import load_generator
 from tff_shadow.observations import (
-  read_observation,
-  read_truth,
-  round_directory_name,
+  read_round,
 )
 from tff_shadow.published import PublishedDefense, PublishedSettings, standardization
 from tff_shadow.shadow.latents import LatentFit
@@ -319,8 +317,7 @@ def _observe(dataset, seed, norm, variant):
   with tempfile.TemporaryDirectory() as name:
     run_dir = pathlib.Path(name)
     _run(data, small_model(data, seed, norm), settings, run_dir)
-    observation = read_observation(run_dir / 'observations' / round_directory_name(1))
-    return observation, read_truth(run_dir / 'truth' / f'{round_directory_name(1)}.safetensors')
+    return read_round(run_dir, 1)
 
 
 def _run(

@@ -42,9 +42,11 @@ from tff_shadow.observations import (
   ClientTraining,
   Observation,
   WeightArrays,
+  observation_path,
   read_observation,
   read_truth,
   round_directory_name,
+  truth_path,
 )
 
 
@@ -130,9 +132,8 @@ def train(plan: Plan, data: FederatedData, defense: str, run_dir: pathlib.Path) 
 
 def attack(plan: Plan, name: str, round_num: int, run_dir: pathlib.Path) -> pathlib.Path:
   """Attacks a round, from where an earlier call was interrupted; returns where it is."""
-  round_name = round_directory_name(round_num)
   directory = _attack_directory(run_dir, name, round_num)
-  observation = read_observation(run_dir / 'observations' / round_name)
+  observation = read_observation(observation_path(run_dir, round_num))
   seen = _seen_by(plan, name, observation)
   finished = read_results(directory)
   if len(finished) == len(seen.clients):
@@ -140,7 +141,7 @@ def attack(plan: Plan, name: str, round_num: int, run_dir: pathlib.Path) -> path
   config = attack_config(plan, name, tuple(observation.image_shape))
   labels = None
   if name != OWN_ATTACK:
-    truth = read_truth(run_dir / 'truth' / f'{round_name}.safetensors')
+    truth = read_truth(truth_path(run_dir, round_num))
     labels = {
       client.client_id: truth[client.client_id].labels[: client.num_images].tolist()
       for client in seen.clients

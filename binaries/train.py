@@ -43,7 +43,7 @@ from tff_shadow.models import (
   model_digest,
   model_to_config,
 )
-from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining, round_directory_name
+from tff_shadow.observations import BATCH_NORM_SHARING, ClientTraining, observation_path
 from tff_shadow.shadow import build_region_map
 from tff_shadow.shadow.noise_keys import draw_secret, experiment_secret
 
@@ -334,7 +334,7 @@ def _check_not_past(run_dir: pathlib.Path, observed_rounds: tuple[int, ...]) -> 
   if _ROUNDS.value < done:
     raise UserError(f'--rounds={_ROUNDS.value}: {done} rounds are done already')
   for number in observed_rounds:
-    if number <= done and not (run_dir / 'observations' / round_directory_name(number)).exists():
+    if number <= done and not observation_path(run_dir, number).exists():
       raise UserError(f'--observed_rounds: round {number} is done already, and was not observed')
 
 

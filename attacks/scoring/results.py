@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from attacks.scoring.metrics import SSIM_WINDOW
 from tff_shadow.errors import UserError
-from tff_shadow.observations import AGGREGATE
+from tff_shadow.observations import AGGREGATE, truth_path
 
 ATTACK = 'attack'
 # Of every attack.
@@ -91,13 +91,13 @@ def load_attack(run_dir: str | pathlib.Path, attack_name: str) -> AttackResult:
   if len(set(map(str, names))) < len(names):
     raise UserError(f'{directory / "result.json"}: each target must be listed once, found {names}')
   reconstructions, _ = _read_tensors(directory / 'reconstructions.safetensors')
-  truth_path = run_dir / 'truth' / f'round_{config["round"]:05d}.safetensors'
-  truth, metadata = _read_tensors(truth_path)
-  _check_format(truth_path, metadata, 'tff-shadow-truth')
+  true_path = truth_path(run_dir, config['round'])
+  truth, metadata = _read_tensors(true_path)
+  _check_format(true_path, metadata, 'tff-shadow-truth')
   if AGGREGATE in names:
     truth |= _together(truth)
   targets = tuple(
-    _target(directory, record, reconstructions, truth_path, truth) for record in records
+    _target(directory, record, reconstructions, true_path, truth) for record in records
   )
   return AttackResult(run_dir, attack_name, config, targets)
 
@@ -149,7 +149,7 @@ def _target(
   directory: pathlib.Path,
   record: dict[str, Any],
   reconstructions: dict[str, np.ndarray],
-  truth_path: pathlib.Path,
+  true_path: pathlib.Path,
   truth: dict[str, np.ndarray],
 ) -> Target:
   result_path = directory / 'result.json'
@@ -164,7 +164,7 @@ def _target(
   # An attack that failed before it had labels has no source of them.
   if record['status'] == 'ok' or record.get('labels_source') is not None:
     _check_keys(result_path, record, {'labels_source': str})
-  images, labels, regions = _target_truth(truth_path, truth, name)
+  images, labels, regions = _target_truth(true_path, truth, name)
   sets = {}
   for set_name in (ATTACK, *GUESSES):
     key = f'{name}/{set_name}'

@@ -26,11 +26,6 @@ _JSON = 'observation.json'
 _TENSORS = 'tensors.safetensors'
 
 
-def round_directory_name(round_num: int) -> str:
-  """Name of a round's directory below `observations/`."""
-  return f'round_{round_num:05d}'
-
-
 def write_observation(directory: pathlib.Path, observation: Observation) -> None:
   """Writes `observation` into `directory`; the JSON comes last, so a half-written one is unseen."""
   directory.mkdir(parents=True, exist_ok=True)
