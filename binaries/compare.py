@@ -81,7 +81,9 @@ def main() -> None:
   )
   table = [{name: _cell(value) for name, value in row.items()} for row in rows]
   write_table(output / _FILES[0], comparison.COLUMNS, table)
-  markdown = comparison_tables.as_markdown(rows, _REFERENCE.value)
+  markdown = '\n'.join(
+    [comparison_tables.as_overview(rows), comparison_tables.as_markdown(rows, _REFERENCE.value)]
+  )
   texts = (comparison_tables.as_latex(rows), markdown, page)
   write_whole(output, dict(zip(_FILES[1:], texts, strict=True)))
   print(f'{len(audits)} audits, {len(rows)} rows; wrote {", ".join(_FILES)} to {output}')

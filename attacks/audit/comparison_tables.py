@@ -1,7 +1,7 @@
 """The rows of a comparison as tables for papers and pages."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attacks.audit.comparison import label_of
@@ -41,7 +41,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], reference: str | None = None)
     reference: The defence that all were compared with, for a column of how much more they give
       away; none without it.
   """
-  rows = [{name: _value(value) for name, value in row.items()} for row in rows]
+  rows = _values(rows)
   heads = list(_HEADS)
   if reference is not None:
     heads.insert(_AFTER_CHANGE, f'More than {reference}')
@@ -49,21 +49,65 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], reference: str | None = None)
   by_set = itertools.groupby(sorted(rows, key=_place), key=_place)
   for _, group in by_set:
     own = list(group)
-    strongest = [
-      row
-      | {
-        'beyond': _minus(row, 'control_region_psnr'),
-        'over_class': _minus(row, 'class_region_psnr'),
-      }
-      for row in own
-      if row['attack'] == STRONGEST
-    ]
     # What no attack could be made on gives nothing to rank it by.
-    for row in sorted(strongest, key=lambda row: (row['beyond'] == '', row['beyond'])):
+    for row in sorted(_strongest(own), key=lambda row: (row['beyond'] == '', row['beyond'])):
       cells = list(_cells(row, own))
       if reference is not None:
         cells.insert(_AFTER_CHANGE, _spread(row, 'over_reference', 'reference_ci95'))
       lines.append(cells)
+  return _markdown(lines)
+
+
+def as_overview(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A table in Markdown with a line for each defence, who gives away least on all sets first.
+
+  On each data set region PSNR in dB of the strongest attack minus a guess, with its 95 % interval,
+  the change of F1, and how many images were attacked.
+
+  Args:
+    rows: See `as_markdown`; of several audited rounds each has lines of its own.
+  """
+  rows = list(_strongest(_values(rows)))
+  datasets = sorted({row['dataset'] for row in rows})
+  several = len({row['rounds'] for row in rows}) > 1
+  lines: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+  for row in rows:
+    key = label_of(row['defense'], row['strength']), row['rounds']
+    lines.setdefault(key, {})[row['dataset']] = row
+  names = [dataset.partition('/')[0] for dataset in datasets]
+  heads = ['Defence', *(datasets if len(set(names)) < len(names) else names), 'F1', 'Images']
+  table = []
+  for (label, rounds), found in lines.items():
+    own = [found.get(dataset) for dataset in datasets]
+    beyond = [row['beyond'] for row in own if row and row['beyond'] != '']
+    cells = [f'{label}, rounds {rounds}' if several else label]
+    cells += [_spread(row, 'beyond', 'ci95') if row else '--' for row in own]
+    cells += [_together(f(row) if row else '--' for row in own) for f in (_f1_change, _images)]
+    table.append((sum(beyond) / len(beyond) if beyond else float('inf'), cells))
+  ordered = [cells for _, cells in sorted(table, key=lambda line: line[0])]
+  return _markdown([heads, ['---'] * len(heads), *ordered])
+
+
+def _together(texts: Iterable[str]) -> str:
+  """What all have, or the text of each."""
+  texts = list(texts)
+  return texts[0] if len(set(texts)) == 1 else ', '.join(texts)
+
+
+def _images(row: Mapping[str, Any]) -> str:
+  return f'{row["images"]:.0f}'
+
+
+def _strongest(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+  for row in rows:
+    if row['attack'] == STRONGEST:
+      yield row | {
+        'beyond': _minus(row, 'control_region_psnr'),
+        'over_class': _minus(row, 'class_region_psnr'),
+      }
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
   return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 
 
@@ -85,10 +129,15 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
   yield f'{_number(row["psnr"], 1)}, {_number(row["ssim"], 2)}'
   yield '--' if row['recognized'] == '' else f'{row["recognized"]:.0%}'
   yield _number(row['bound_region_psnr'], 1)
-  measured = '' not in (row['f1'], row['f1_undefended'])
-  yield f'{_rounded(row["f1"] - row["f1_undefended"], 3):+.3f}' if measured else '--'
-  yield f'{row["images"]:.0f}'
+  yield _f1_change(row)
+  yield _images(row)
   yield VERDICT_WORDS[row['verdict']].lower()
+
+
+def _f1_change(row: Mapping[str, Any]) -> str:
+  if '' in (row['f1'], row['f1_undefended']):
+    return '--'
+  return f'{_rounded(row["f1"] - row["f1_undefended"], 3):+.3f}'
 
 
 def _minus(row: Mapping[str, Any], guess: str) -> float | str:
@@ -96,11 +145,19 @@ def _minus(row: Mapping[str, Any], guess: str) -> float | str:
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str]:
-  return row['dataset'], str(row['rounds'])
+  return row['dataset'], row['rounds']
+
+
+def _values(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """As `compare` gave them, also of those of a CSV file."""
+  texts = ('rounds',)  # '1' names a round.
+  return [
+    {name: str(value) if name in texts else _value(value) for name, value in row.items()}
+    for row in rows
+  ]
 
 
 def _value(text: Any) -> Any:
-  """A cell of a CSV file as `compare` gave it."""
   try:
     return float(text)
   except ValueError:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from attacks.audit.comparison import COLUMNS
-from attacks.audit.comparison_tables import as_latex, as_markdown
+from attacks.audit.comparison_tables import as_latex, as_markdown, as_overview
 
 _GUESS = 15.0
 
@@ -92,6 +92,25 @@ def test_without_a_reference_there_is_no_column_for_it():
   heads, rule, *lines = as_markdown(_ROWS).splitlines()
   assert 'More than' not in heads
   assert {line.count('|') for line in (heads, rule, *lines)} == {14}
+
+
+@pytest.mark.parametrize('as_csv', [False, True])
+def test_an_overview_has_a_line_for_each_defence(as_csv):
+  rows = [{name: str(value) for name, value in row.items()} for row in _ROWS] if as_csv else _ROWS
+  assert as_overview(rows).splitlines() == [
+    '| Defence | a | b | F1 | Images |',
+    '| --- | --- | --- | --- | --- |',
+    '| top_k fraction 0.1 | -- | 10.0 (9.0 to 11.0) | --, -0.025 | --, 18 |',
+    '| none | 14.0 (13.0 to 15.0) | 15.0 (14.0 to 16.0) | -- | 18 |',
+  ]
+
+
+def test_an_overview_tells_apart_what_has_one_name():
+  later = [row | {'rounds': '1-4'} for row in _rows('a/64px', 'none', 29.0, 13.0, 15.0)]
+  lines = as_overview([*_rows('a/32px', 'none', 28.0, 12.0, 14.0), *later]).splitlines()
+  assert lines[0].startswith('| Defence | a/32px | a/64px |')
+  assert lines[2].startswith('| none, rounds 1 | 13.0 (12.0 to 14.0) | -- |')
+  assert lines[3].startswith('| none, rounds 1-4 | -- | 14.0 (13.0 to 15.0) |')
 
 
 def test_latex_has_a_line_for_each_defence():
