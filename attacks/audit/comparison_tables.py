@@ -62,7 +62,8 @@ def as_overview(rows: Sequence[Mapping[str, Any]]) -> str:
   """A table in Markdown with a line for each defence, who gives away least on all sets first.
 
   On each data set region PSNR in dB of the strongest attack minus a guess, with its 95 % interval,
-  the change of F1, and how many images were attacked.
+  the share of images that are picked out of known ones, the change of F1, and how many images were
+  attacked; one text where all sets have the same.
 
   Args:
     rows: See `as_markdown`; of several audited rounds each has lines of its own.
@@ -75,14 +76,22 @@ def as_overview(rows: Sequence[Mapping[str, Any]]) -> str:
     key = label_of(row['defense'], row['strength']), row['rounds']
     lines.setdefault(key, {})[row['dataset']] = row
   names = [dataset.partition('/')[0] for dataset in datasets]
-  heads = ['Defence', *(datasets if len(set(names)) < len(names) else names), 'F1', 'Images']
+  heads = [
+    'Defence',
+    *(datasets if len(set(names)) < len(names) else names),
+    'Known images',
+    'F1',
+    'Images',
+  ]
   table = []
   for (label, rounds), found in lines.items():
     own = [found.get(dataset) for dataset in datasets]
     beyond = [row['beyond'] for row in own if row and row['beyond'] != '']
     cells = [f'{label}, rounds {rounds}' if several else label]
     cells += [_spread(row, 'beyond', 'ci95') if row else '--' for row in own]
-    cells += [_together(f(row) if row else '--' for row in own) for f in (_f1_change, _images)]
+    cells += [
+      _together(f(row) if row else '--' for row in own) for f in (_known, _f1_change, _images)
+    ]
     table.append((sum(beyond) / len(beyond) if beyond else float('inf'), cells))
   ordered = [cells for _, cells in sorted(table, key=lambda line: line[0])]
   return _markdown([heads, ['---'] * len(heads), *ordered])
@@ -92,6 +101,10 @@ def _together(texts: Iterable[str]) -> str:
   """What all have, or the text of each."""
   texts = list(texts)
   return texts[0] if len(set(texts)) == 1 else ', '.join(texts)
+
+
+def _known(row: Mapping[str, Any]) -> str:
+  return '--' if row['recognized'] == '' else f'{row["recognized"]:.0%}'
 
 
 def _images(row: Mapping[str, Any]) -> str:
@@ -127,7 +140,7 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
   yield _spread(row, 'over_class', 'class_ci95')
   yield _spread(row, 'region_psnr_change', 'change_ci95')
   yield f'{_number(row["psnr"], 1)}, {_number(row["ssim"], 2)}'
-  yield '--' if row['recognized'] == '' else f'{row["recognized"]:.0%}'
+  yield _known(row)
   yield _number(row['bound_region_psnr'], 1)
   yield _f1_change(row)
   yield _images(row)

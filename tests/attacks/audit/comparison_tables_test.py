@@ -98,10 +98,10 @@ def test_without_a_reference_there_is_no_column_for_it():
 def test_an_overview_has_a_line_for_each_defence(as_csv):
   rows = [{name: str(value) for name, value in row.items()} for row in _ROWS] if as_csv else _ROWS
   assert as_overview(rows).splitlines() == [
-    '| Defence | a | b | F1 | Images |',
-    '| --- | --- | --- | --- | --- |',
-    '| top_k fraction 0.1 | -- | 10.0 (9.0 to 11.0) | --, -0.025 | --, 18 |',
-    '| none | 14.0 (13.0 to 15.0) | 15.0 (14.0 to 16.0) | -- | 18 |',
+    '| Defence | a | b | Known images | F1 | Images |',
+    '| --- | --- | --- | --- | --- | --- |',
+    '| top_k fraction 0.1 | -- | 10.0 (9.0 to 11.0) | --, 50% | --, -0.025 | --, 18 |',
+    '| none | 14.0 (13.0 to 15.0) | 15.0 (14.0 to 16.0) | -- | -- | 18 |',
   ]
 
 
