@@ -125,29 +125,30 @@ part = $(word $(1),$(subst +, ,$(2)))
 bounds-of = $(if $(filter-out 0,$(1)),--bound_clients=0)
 
 FOUND := results/audits/
-# Of these cells results/NAME.csv, against decoy noise of that floor.
+# Of these cells results/NAME.csv.
 define compare-found
 	$(BIN)/tff-shadow-compare $(1:%=--summary=$(FOUND)%.json) --output_dir=runs/audited/compared_$(2) \
-	  --reference="decoy scale 3, floor $(3), fresh" --utility_table=results/frontier.csv --overwrite
+	  --reference="decoy scale 3, floor 0.999, fresh" --utility_table=results/frontier.csv --overwrite
 	cp runs/audited/compared_$(2)/comparison.csv results/$(2).csv
 	$(BIN)/python -m binaries.docs_tables
 endef
 
 audit-table: $(STAMP) $(AUDITED:%=$(FOUND)%.json)
-	$(call compare-found,$(AUDITED),audit,0.999)
+	$(call compare-found,$(AUDITED),audit)
 
 # The same with clients of 4 images in one step: results/audit_batch4.csv.
 BATCH_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor99 dp_sgd dp_sgd_noise,\
   histology_patches+$(defense)+0+4)
 
 audit-batch-table: $(STAMP) $(BATCH_AUDITED:%=$(FOUND)%.json)
-	$(call compare-found,$(BATCH_AUDITED),audit_batch4,0.999)
+	$(call compare-found,$(BATCH_AUDITED),audit_batch4)
 
 # The same with clients that take five steps on one image: results/audit_steps5.csv.
-STEPS_AUDITED := $(foreach defense,none iso_image100 decoy_floor99 dp_sgd,histology_patches+$(defense)+0+1x5)
+STEPS_AUDITED := $(foreach defense,none iso_image100 decoy decoy_floor99 dp_sgd,\
+  histology_patches+$(defense)+0+1x5)
 
 audit-steps-table: $(STAMP) $(STEPS_AUDITED:%=$(FOUND)%.json)
-	$(call compare-found,$(STEPS_AUDITED),audit_steps5,0.99)
+	$(call compare-found,$(STEPS_AUDITED),audit_steps5)
 
 # SET+DEFENSE+SEED, SET+DEFENSE+SEED+IMAGES of a client or SET+DEFENSE+SEED+1xSTEPS on its image.
 images-of = $(firstword $(subst x, ,$(call part,4,$(1))))
