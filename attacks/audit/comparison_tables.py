@@ -192,20 +192,19 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
     ' \\\\ \\midrule'
   )
   lines = ['\\begin{tabular}{llrrrrrrr}', '\\toprule', head]
-  for row in rows:
-    if row['attack'] == STRONGEST:
-      cells = [
-        _escaped(row['dataset']),
-        _escaped(label_of(row['defense'], row['strength'])),
-        _number(row['region_psnr'], 1),
-        _number(row['control_region_psnr'], 1),
-        _number(row['class_region_psnr'], 1),
-        _spread(row, 'region_psnr_change', 'change_ci95'),
-        _number(row['f1'], 3),
-        _number(row['f1_undefended'], 3),
-        _number(row['bound_region_psnr'], 1),
-      ]
-      lines.append(' & '.join(cells) + ' \\\\')
+  for row in _strongest(rows):
+    cells = [
+      _escaped(row['dataset']),
+      _escaped(label_of(row['defense'], row['strength'])),
+      _number(row['region_psnr'], 1),
+      _number(row['control_region_psnr'], 1),
+      _number(row['class_region_psnr'], 1),
+      _spread(row, 'region_psnr_change', 'change_ci95'),
+      _number(row['f1'], 3),
+      _number(row['f1_undefended'], 3),
+      _number(row['bound_region_psnr'], 1),
+    ]
+    lines.append(' & '.join(cells) + ' \\\\')
   return '\n'.join([*lines, '\\bottomrule', '\\end{tabular}']) + '\n'
 
 
